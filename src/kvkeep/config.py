@@ -1,0 +1,207 @@
+"""The settings of kvkeep: frozen, typed, with defaults that work when nothing is configured.
+
+Knows nothing about what the settings do, about the environment and files as such (both are handed in), or
+about vLLM beyond the name of the mapping that it passes through.
+
+Sources, the stronger first: `kv_connector_extra_config`, a TOML file, KVKEEP_* variables. Every source is
+checked in full, also where a stronger one overrides it: a wrong value in a weaker one is found at the start.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from kvkeep.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+_OVERRIDES: Final = "kv_connector_extra_config"
+_PREFIX: Final = "KVKEEP_"
+_FILE_KEY: Final = "config_file"
+_FILE_VARIABLE: Final = "KVKEEP_CONFIG_FILE"
+_UNIX: Final = "unix:"
+_MAX_SOCKET_PATH_NBYTES: Final = 107  # sockaddr_un holds 108 with the closing zero
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE | re.ASCII)
+_UNITS: Final = {
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+}  # fmt: skip
+_AUTO_LARGEST_NBYTES: Final = 4 << 30
+_AUTO_SMALLEST_NBYTES: Final = 64 << 20
+_SIZE_RIGHT: Final = '"auto", a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """All settings; each one's `description` says what is right, and is what an error quotes."""
+
+    enabled: Annotated[bool, Meta(description="true or false")] = True
+    pool_size: Annotated[int | str, Meta(description=_SIZE_RIGHT)] = "auto"
+    chunk_tokens: Annotated[int, Meta(gt=0, description="a whole number of tokens > 0")] = 256
+    policy: Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')] = "lru"
+    store: Annotated[
+        str,
+        Meta(description='"private", or "unix:" and the absolute path (<= 107 bytes) of a store\'s socket'),
+    ] = "private"
+    store_generated: Annotated[bool, Meta(description="true or false")] = False
+    verify_pool: Annotated[Literal["off", "sampled", "always"], Meta(description='"off", "sampled" or "always"')] = (
+        "sampled"
+    )
+    load_failure_policy: Annotated[Literal["recompute", "keep"], Meta(description='"recompute" or "keep"')] = (
+        "recompute"
+    )
+    deadline_s: Annotated[float, Meta(gt=0, le=3600, description="seconds > 0 and <= 3600")] = 0.5
+    lease_time_s: Annotated[float, Meta(gt=0, le=86400, description="seconds > 0 and <= 86400")] = 60.0
+    max_pinned_share: Annotated[float, Meta(gt=0, le=1, description="a share > 0 and <= 1")] = 0.5
+    min_hit_tokens: Annotated[int, Meta(ge=0, description="a whole number of tokens >= 0")] = 0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description='"debug", "info", "warning" or "error"'),
+    ] = "info"
+    fault: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="the name of a fault to inject (for tests only)"),
+    ] = None
+
+    @property
+    def socket_path(self) -> str | None:
+        """The shared store's socket; None for a private store."""
+        return self.store.removeprefix(_UNIX) if self.store.startswith(_UNIX) else None
+
+    def pool_nbytes(self, available_nbytes: int) -> int:
+        """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
+        if self.pool_size == "auto":
+            return auto_pool_nbytes(available_nbytes)
+        return parse_size(self.pool_size, "pool_size")
+
+
+def auto_pool_nbytes(available_nbytes: int) -> int:
+    """Decide the pool's size where none is set: a quarter of what is available, between 64 MiB and 4 GiB.
+
+    The rest is the engine's. Whole MiB, so that a message can name the size exactly.
+    """
+    quarter = (available_nbytes // 4) >> 20 << 20
+    return max(_AUTO_SMALLEST_NBYTES, min(_AUTO_LARGEST_NBYTES, quarter))
+
+
+def parse_size(size: int | str, path: str) -> int:
+    """Read a number of bytes, or a number with a unit (KiB ... TiB by 1024, KB ... TB by 1000).
+
+    Raises ConfigError that names `path`; "auto" is not a size.
+    """
+    if isinstance(size, int):
+        nbytes = size
+    else:
+        match = _SIZE.fullmatch(size.strip())
+        if match is None or (match[2] is None and "." in match[1]):
+            raise _wrong(path, size, _SIZE_RIGHT)
+        whole, _, fraction = match[1].partition(".")
+        unit = 1 if match[2] is None else _UNITS[match[2].lower()]
+        nbytes = int(whole + fraction) * unit // 10 ** len(fraction)  # exact, where a float would round
+    if not 0 < nbytes < 1 << 63:
+        raise _wrong(path, size, _SIZE_RIGHT)
+    return nbytes
+
+
+def load_config(overrides: Mapping[str, object], environ: Mapping[str, str], read_text: Callable[[str], str]) -> Config:
+    """Merge the three sources into one Config.
+
+    `overrides` is the engine's mapping, `environ` the whole environment, `read_text` reads the file that
+    `overrides["config_file"]` or KVKEEP_CONFIG_FILE names. Raises ConfigError for an unknown name, a wrong
+    value or an unreadable file, naming the full path of the setting and what would be right.
+    """
+    settings = _from_environ(environ)
+    file = overrides.get(_FILE_KEY, environ.get(_FILE_VARIABLE))
+    if file is not None:
+        if not isinstance(file, str) or not file:
+            raise _wrong(f"{_OVERRIDES}.{_FILE_KEY}", file, "the path of a TOML file")
+        settings |= _from_file(file, read_text)
+    settings |= _from_overrides(overrides)
+    return msgspec.convert(settings, Config)
+
+
+def describe_settings() -> dict[str, str]:
+    """Say for every setting, by name, which values are right."""
+    hints = get_type_hints(Config, include_extras=True)
+    return {name: hints[name].__metadata__[0].description for name in Config.__struct_fields__}
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, object]:
+    names = {_PREFIX + name.upper(): name for name in Config.__struct_fields__}
+    settings: dict[str, object] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(_PREFIX) or variable == _FILE_VARIABLE:
+            continue
+        if variable not in names:
+            raise _unknown(variable, variable, (*names, _FILE_VARIABLE))
+        settings[names[variable]] = _checked(names[variable], text, variable, from_text=True)
+    return settings
+
+
+def _from_file(file: str, read_text: Callable[[str], str]) -> dict[str, object]:
+    try:
+        found = tomllib.loads(read_text(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the configuration file cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from error
+    for name, value in found.items():
+        if isinstance(value, dict):
+            right = "there are no tables, every setting stands alone: chunk_tokens = 256"
+            raise ConfigError(f"{file}: [{name}] is a table; {right}")
+    return {name: _checked(_known(name, f"{file}: {name}"), value, f"{file}: {name}") for name, value in found.items()}
+
+
+def _from_overrides(overrides: Mapping[str, object]) -> dict[str, object]:
+    return {
+        name: _checked(_known(name, f"{_OVERRIDES}.{name}"), value, f"{_OVERRIDES}.{name}")
+        for name, value in overrides.items()
+        if name != _FILE_KEY
+    }
+
+
+def _known(name: str, path: str) -> str:
+    if name not in Config.__struct_fields__:
+        raise _unknown(path, name, Config.__struct_fields__)
+    return name
+
+
+def _checked(name: str, value: object, path: str, *, from_text: bool = False) -> object:
+    """Give the value as the setting's type; text is read only where the source has nothing but text."""
+    hint = get_type_hints(Config, include_extras=True)[name]
+    right = hint.__metadata__[0].description
+    try:
+        checked = msgspec.convert(value, hint, strict=not from_text)
+    except msgspec.ValidationError as error:
+        raise _wrong(path, value, right) from error
+    if from_text and type(checked) is int and not str(value).isdecimal():
+        raise _wrong(path, value, right)  # msgspec reads "1.0" as an int
+    if name == "pool_size" and checked != "auto":
+        parse_size(checked, path)
+    if name == "store" and not _is_store(checked):
+        raise _wrong(path, value, right)
+    return checked
+
+
+def _is_store(store: str) -> bool:
+    path = store.removeprefix(_UNIX)
+    named = store != path and path.startswith("/") and "\0" not in path
+    return store == "private" or (named and 1 < len(os.fsencode(path)) <= _MAX_SOCKET_PATH_NBYTES)
+
+
+def _wrong(path: str, value: object, right: str) -> ConfigError:
+    return ConfigError(f"{path} is {value!r}; right is {right}")
+
+
+def _unknown(path: str, name: str, names: Iterable[str]) -> ConfigError:
+    known = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+    hint = f"did you mean {known[close[0]]}?" if close else f"the names are {', '.join(sorted(known.values()))}"
+    return ConfigError(f"{path} is no setting of kvkeep; {hint}")

@@ -1,0 +1,257 @@
+"""Lends extents of one address space and takes them back.
+
+It knows NOTHING about the bytes behind an offset (memory or a file), which it never touches, keys, leases, or
+who asks. It is not thread-safe: one thread owns it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple, Protocol
+
+ALIGNMENT = 4096
+_SLACK = 64  # stale records that are not worth a clean-up
+
+
+class Extent(NamedTuple):
+    """Offset and length in an address space, both in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+class Allocator(Protocol):
+    """Lends extents that never overlap, low addresses first, since memory is populated from there."""
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes that are not lent; holes may be too small for a request all the same."""
+        ...
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes that are lent, rounding included."""
+        ...
+
+    def extent_nbytes(self, nbytes: int) -> int | None:
+        """Bytes that an extent for nbytes takes; None: no extent can ever hold them."""
+        ...
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Lend an extent of extent_nbytes(nbytes) bytes; None: there is no room."""
+        ...
+
+    def free(self, extent: Extent) -> None:
+        """Take a lent extent back; a double or foreign free is an assertion."""
+        ...
+
+    def grow(self, nbytes: int) -> None:
+        """Append nbytes at the end of the address space."""
+        ...
+
+
+class FreeList:
+    """Extents of any size: best fit, the lowest address among equal holes, split and coalesced at once.
+
+    Holes are found by their two ends (dicts), and by size: a sorted list of the distinct sizes, and for each a
+    heap of starts. A hole that its neighbour swallows leaves its start in a heap; that is dropped when it comes
+    up, and the heaps are rebuilt before leavings outnumber the holes. allocate and free take O(log holes)
+    amortised, an allocate that must fail O(log sizes). (Inserting into a plain list is linear, but distinct sizes
+    grow only with the root of the space, and moving 64 KiB of pointers costs less than a tree.)
+    """
+
+    def __init__(self, nbytes: int = 0, alignment: int = ALIGNMENT) -> None:
+        assert alignment.bit_count() == 1, f"alignment {alignment} is no power of two"
+        self._alignment = alignment
+        self._nbytes = 0
+        self._used_nbytes = 0
+        self._lent: dict[int, int] = {}  # start -> nbytes
+        self._holes: dict[int, int] = {}  # start -> nbytes
+        self._hole_starts: dict[int, int] = {}  # end -> start
+        self._sizes: list[int] = []  # distinct sizes, ascending
+        self._starts: dict[int, list[int]] = {}  # size -> heap of starts, some of them stale
+        self._listed = 0  # starts in all heaps
+        if nbytes:
+            self.grow(nbytes)
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes in holes."""
+        return self._nbytes - self._used_nbytes
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes lent, in multiples of the alignment."""
+        return self._used_nbytes
+
+    def extent_nbytes(self, nbytes: int) -> int:
+        """Round nbytes up to the alignment."""
+        assert nbytes > 0, f"an extent holds at least one byte, not {nbytes}"
+        return (nbytes + self._alignment - 1) & -self._alignment
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Lend the low end of the smallest hole that is large enough; None: there is none."""
+        need = self.extent_nbytes(nbytes)
+        hole = self._take_hole(need)
+        if hole is None:
+            return None
+        start, size = hole
+        if size > need:
+            self._add_hole(start + need, start + size)
+        self._lent[start] = need
+        self._used_nbytes += need
+        return Extent(start, need)
+
+    def free(self, extent: Extent) -> None:
+        """Take extent back and merge it with the holes beside it."""
+        start, nbytes = extent
+        lent = self._lent.get(start)
+        assert lent == nbytes, f"free of {extent}, which is not lent (at this offset: {lent})"
+        del self._lent[start]
+        self._used_nbytes -= nbytes
+        self._merge_hole(start, start + nbytes)
+
+    def grow(self, nbytes: int) -> None:
+        """Append nbytes, a positive multiple of the alignment; a hole at the end grows with it."""
+        assert self.extent_nbytes(nbytes) == nbytes, f"cannot grow by {nbytes} bytes: not aligned"
+        start = self._nbytes
+        self._nbytes += nbytes
+        self._merge_hole(start, self._nbytes)
+
+    def check(self) -> None:
+        """Raise AssertionError unless holes and lent extents tile the space and every hole can be found."""
+        end, after_hole = 0, False
+        for start, nbytes in sorted([*self._lent.items(), *self._holes.items()]):
+            is_hole = start in self._holes
+            assert start == end, f"bytes {end} to {start} are lent twice or lost"
+            assert not (is_hole and after_hole), f"two holes meet at {start}"
+            end, after_hole = start + nbytes, is_hole
+        assert end == self._nbytes, f"the space ends at {self._nbytes}, its parts at {end}"
+        assert sum(self._lent.values()) == self._used_nbytes, "used bytes do not add up"
+        assert self._hole_starts == {start + size: start for start, size in self._holes.items()}, "hole ends differ"
+        assert all(start in self._starts[size] for start, size in self._holes.items()), "a hole cannot be found"
+        assert self._sizes == sorted(self._starts), "sizes differ from heaps"
+        assert self._listed == sum(map(len, self._starts.values())), "listed starts do not add up"
+
+    def _take_hole(self, need: int) -> tuple[int, int] | None:
+        """Unlink the best hole and return its start and size."""
+        sizes, holes = self._sizes, self._holes
+        at = bisect_left(sizes, need)
+        while at < len(sizes):
+            size = sizes[at]
+            starts = self._starts[size]
+            while starts:
+                start = heappop(starts)
+                self._listed -= 1
+                if holes.get(start) == size:
+                    del holes[start], self._hole_starts[start + size]
+                    return start, size  # the heap stays, even empty: the same size often comes back at once
+            del sizes[at], self._starts[size]
+        return None
+
+    def _add_hole(self, start: int, end: int) -> None:
+        """Link the hole from start to end, which meets no other hole."""
+        size = end - start
+        self._holes[start] = size
+        self._hole_starts[end] = start
+        starts = self._starts.get(size)
+        if starts is None:
+            self._starts[size] = [start]
+            insort(self._sizes, size)
+        else:
+            heappush(starts, start)
+        self._listed += 1
+        if self._listed + len(self._sizes) > 3 * len(self._holes) + _SLACK:
+            self._relist()
+
+    def _merge_hole(self, start: int, end: int) -> None:
+        """Link the hole from start to end together with the holes that it meets."""
+        below = self._hole_starts.pop(start, None)
+        if below is not None:
+            del self._holes[below]
+            start = below
+        above = self._holes.pop(end, None)
+        if above is not None:
+            end += above  # its end is overwritten
+        self._add_hole(start, end)
+
+    def _relist(self) -> None:
+        """Build the index by size anew, without leavings."""
+        self._starts = {}
+        for start, size in self._holes.items():
+            self._starts.setdefault(size, []).append(start)
+        for starts in self._starts.values():
+            heapify(starts)
+        self._sizes = sorted(self._starts)
+        self._listed = len(self._holes)
+
+
+class Slots:
+    """Extents of one size: the slot freed last is lent first, then untouched ones from low to high; O(1)."""
+
+    def __init__(self, slot_nbytes: int, count: int = 0) -> None:
+        assert slot_nbytes > 0, f"a slot of {slot_nbytes} bytes"
+        self._slot_nbytes = slot_nbytes
+        self._lent = bytearray(count)  # one flag a slot
+        self._tail_nbytes = 0  # grown, but not yet a whole slot
+        self._used_nbytes = 0
+        self._untouched = 0  # offset of the first slot that was never lent
+        self._freed: list[int] = []  # offsets, lent last in, first out
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes in whole slots that are not lent."""
+        return len(self._lent) * self._slot_nbytes - self._used_nbytes
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes in lent slots."""
+        return self._used_nbytes
+
+    def extent_nbytes(self, nbytes: int) -> int | None:
+        """Bytes of a slot; None: nbytes is larger than that."""
+        assert nbytes > 0, f"an extent holds at least one byte, not {nbytes}"
+        return self._slot_nbytes if nbytes <= self._slot_nbytes else None
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Lend a whole slot; None: all are lent, or nbytes is larger than a slot."""
+        size = self.extent_nbytes(nbytes)
+        if size is None:
+            return None
+        if self._freed:
+            offset = self._freed.pop()
+        elif self._untouched < len(self._lent) * size:
+            offset = self._untouched
+            self._untouched += size
+        else:
+            return None
+        self._lent[offset // size] = 1
+        self._used_nbytes += size
+        return Extent(offset, size)
+
+    def free(self, extent: Extent) -> None:
+        """Take a lent slot back."""
+        offset, nbytes = extent
+        size = self._slot_nbytes
+        slot, within = divmod(offset, size)
+        lent = nbytes == size and not within and 0 <= slot < len(self._lent) and self._lent[slot]
+        assert lent, f"free of {extent}, which is not lent"
+        self._lent[slot] = 0
+        self._used_nbytes -= size
+        self._freed.append(offset)
+
+    def grow(self, nbytes: int) -> None:
+        """Append nbytes; what is less than a slot counts once a later call completes it."""
+        assert nbytes > 0, f"cannot grow by {nbytes} bytes"
+        count, self._tail_nbytes = divmod(self._tail_nbytes + nbytes, self._slot_nbytes)
+        self._lent.extend(bytes(count))
+
+    def check(self) -> None:
+        """Raise AssertionError unless every slot is lent, freed or untouched, and only one of them."""
+        size = self._slot_nbytes
+        lent = [slot * size for slot, flag in enumerate(self._lent) if flag]
+        untouched = range(self._untouched, len(self._lent) * size, size)
+        slots = sorted([*lent, *self._freed, *untouched])
+        assert slots == list(range(0, len(self._lent) * size, size)), "a slot is lent twice or lost"
+        assert len(lent) * size == self._used_nbytes, "used bytes do not add up"

@@ -1,0 +1,315 @@
+"""The life of entries: reserve, commit, pin, release; and who has to go when memory is short.
+
+It knows NOTHING about sockets, sessions, tiers, clocks, or the bytes behind an extent. It is not thread-safe:
+one thread owns it. A call for many keys is one step: nothing else sees it half done.
+
+    absent --reserve--> being written --commit--> committed --evict, discard, clear--> absent
+                             |    |                   (while pinned: dead, memory held until the last unpin)
+                             |    +--abandon--> absent
+                             +--revoke, clear--> dead, memory held until commit or abandon
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from kvkeep.core.allocator import Allocator, Extent
+from kvkeep.core.policy import EvictionPolicy
+
+
+class Outcome(Enum):
+    """Why a key of a reserve got no entry."""
+
+    PRESENT = "present"  # committed already
+    BUSY = "busy"  # being written under another reserve, or named earlier in this one
+    NO_ROOM = "no room"
+
+
+PRESENT: Final = Outcome.PRESENT
+BUSY: Final = Outcome.BUSY
+NO_ROOM: Final = Outcome.NO_ROOM
+
+
+class Entry:
+    """One chunk in memory. Others read it; only the Index changes it.
+
+    sums is None while it is being written; owner is the lease's id until then, else 0; dead: its key is lost.
+    """
+
+    __slots__ = ("dead", "key", "nbytes", "offset", "owner", "pins", "sums")
+
+    def __init__(self, key: bytes, extent: Extent, owner: int) -> None:
+        # The two numbers, not the extent: 48 bytes less a chunk.
+        self.offset, self.nbytes = extent
+        self.key = key
+        self.sums: bytes | None = None
+        self.owner = owner
+        self.pins = 0
+        self.dead = False
+
+    @property
+    def extent(self) -> Extent:
+        """Where its bytes are."""
+        return Extent(self.offset, self.nbytes)
+
+    def __repr__(self) -> str:
+        state = "dead" if self.dead else "writing" if self.sums is None else "committed"
+        return f"Entry({self.key.hex()[:16]}.., {state}, {self.extent}, owner={self.owner}, pins={self.pins})"
+
+
+class IndexStats(NamedTuple):
+    """Numbers at one moment: committed + writing + dead bytes are all the memory that is lent."""
+
+    committed_entries: int
+    writing_entries: int
+    dead_entries: int
+    committed_nbytes: int
+    writing_nbytes: int
+    dead_nbytes: int  # lost their key while pinned or being written; memory still held
+    pinned_nbytes: int  # each entry once, dead ones included
+    evictions: int  # since the start
+
+
+class Index:
+    """Entries by key over one allocator, evicted in the order of one policy."""
+
+    def __init__(self, allocator: Allocator, policy: EvictionPolicy) -> None:
+        self._allocator = allocator
+        self._policy = policy
+        self._entries: dict[bytes, Entry] = {}
+        self._dead: set[Entry] = set()
+        self._writing_entries = 0
+        self._committed_nbytes = 0
+        self._writing_nbytes = 0
+        self._dead_nbytes = 0
+        self._pinned_nbytes = 0
+        self._evictable_nbytes = 0
+        self._evictions = 0
+
+    def contains(self, keys: Iterable[bytes]) -> list[bool]:
+        """Say which keys are committed; this promises nothing and counts as no use."""
+        return [(entry := self._entries.get(key)) is not None and entry.sums is not None for key in keys]
+
+    def pin_prefix(self, keys: Iterable[bytes]) -> list[Entry]:
+        """Pin each of the longest run of committed entries from the first key on; they stay until unpinned.
+
+        They are touched from the last to the first, so that a prompt's tail is evicted before its head.
+        """
+        run = []
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or entry.sums is None:
+                break
+            run.append(entry)
+        policy = self._policy
+        pinned_nbytes = 0
+        for entry in reversed(run):
+            if not entry.pins:
+                policy.hide(entry.key)
+                pinned_nbytes += entry.nbytes
+            entry.pins += 1
+            policy.touch(entry.key)
+        self._pinned_nbytes += pinned_nbytes
+        self._evictable_nbytes -= pinned_nbytes
+        return run
+
+    def unpin(self, entries: Iterable[Entry]) -> None:
+        """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
+        for entry in entries:
+            assert entry.pins > 0, f"{entry} is not pinned"
+            entry.pins -= 1
+            if entry.pins:
+                continue
+            self._pinned_nbytes -= entry.nbytes
+            if entry.dead:
+                self._bury(entry)
+            else:
+                self._evictable_nbytes += entry.nbytes
+                self._policy.show(entry.key)
+
+    def reserve(self, keys: Sequence[bytes], nbytes: int, owner: int) -> list[Entry | Outcome]:
+        """Get an entry of nbytes to write for each absent key; owner is the lease's id.
+
+        If all absent keys fit into free and evictable bytes, as few entries as needed are evicted, none of them
+        named in keys. If not, nothing is evicted and the first keys get what is free. Where all extents have one
+        size this is exact. With mixed sizes, pinned entries between the holes may keep an extent from fitting
+        although the bytes would do: eviction then goes on while there are candidates, and only after the last
+        one is the answer NO_ROOM.
+        """
+        assert owner, "an owner is a lease's id, which is never 0"
+        absent = [key for key in dict.fromkeys(keys) if key not in self._entries]
+        extents = self._lend(len(absent), nbytes, keys)
+        taken = len(extents)
+        room = iter(extents)
+        outcomes = [self._settle(key, room, owner) for key in keys]
+        # The place is given now, tail first, and not at commit: steps commit a prompt's head first.
+        for key in reversed(absent[:taken]):
+            self._policy.insert(key)
+            self._policy.hide(key)
+        return outcomes
+
+    def commit(self, entry: Entry, sums: bytes) -> bool:
+        """Make a written entry readable; False: it had lost its key, and its memory is free now."""
+        assert entry.owner, f"{entry} is not being written"
+        entry.owner = 0
+        if entry.dead:
+            self._bury(entry)
+            return False
+        entry.sums = sums
+        self._writing_entries -= 1
+        self._writing_nbytes -= entry.nbytes
+        self._committed_nbytes += entry.nbytes
+        self._evictable_nbytes += entry.nbytes
+        self._policy.show(entry.key)
+        return True
+
+    def abandon(self, entry: Entry) -> None:
+        """Give an uncommitted entry up: its memory is free now, so nobody may still be writing to it."""
+        self.revoke(entry)
+        entry.owner = 0
+        self._bury(entry)
+
+    def revoke(self, entry: Entry) -> None:
+        """Take the key from an uncommitted entry; its memory stays lent until commit or abandon."""
+        assert entry.owner, f"{entry} is not being written"
+        if entry.dead:
+            return
+        del self._entries[entry.key]
+        entry.dead = True
+        self._policy.remove(entry.key)
+        self._writing_entries -= 1
+        self._writing_nbytes -= entry.nbytes
+        self._hold_dead(entry)
+
+    def discard(self, keys: Iterable[bytes]) -> int:
+        """Take the key from each committed entry of keys, return how many; pinned memory is freed at unpin."""
+        count = 0
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or entry.sums is None:
+                continue
+            count += 1
+            self._policy.remove(key)
+            self._forget_committed(entry)
+            if entry.pins:
+                self._hold_dead(entry)
+            else:
+                self._allocator.free(entry.extent)
+        return count
+
+    def clear(self, namespace: bytes | None = None) -> int:
+        """Discard all committed and revoke all other entries whose key starts with namespace (None: all)."""
+        found = [entry for key, entry in self._entries.items() if namespace is None or key.startswith(namespace)]
+        for entry in found:
+            if entry.sums is None:
+                self.revoke(entry)
+        self.discard([entry.key for entry in found if entry.sums is not None])
+        return len(found)
+
+    def stats(self) -> IndexStats:
+        """Read the counters; they are kept up to date, so this is cheap."""
+        return IndexStats(
+            committed_entries=len(self._entries) - self._writing_entries,
+            writing_entries=self._writing_entries,
+            dead_entries=len(self._dead),
+            committed_nbytes=self._committed_nbytes,
+            writing_nbytes=self._writing_nbytes,
+            dead_nbytes=self._dead_nbytes,
+            pinned_nbytes=self._pinned_nbytes,
+            evictions=self._evictions,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless states, counters and the allocator agree; O(entries log entries)."""
+        for key, entry in self._entries.items():
+            assert (entry.key, entry.dead) == (key, False), f"{entry} is filed under a key that it has lost"
+            assert (entry.sums is None) == bool(entry.owner), f"{entry} is both written and readable, or neither"
+            assert not (entry.owner and entry.pins), f"{entry} is pinned before it is readable"
+        for entry in self._dead:
+            held = entry.dead and bool(entry.owner) != bool(entry.pins)
+            assert held, f"{entry} is dead, but not held by one side"
+        live = list(self._entries.values())
+        committed = [entry for entry in live if entry.sums is not None]
+        pinned = [entry for entry in [*committed, *self._dead] if entry.pins]
+        nbytes = {
+            "committed": (sum(entry.nbytes for entry in committed), self._committed_nbytes),
+            "writing": (sum(entry.nbytes for entry in live if entry.owner), self._writing_nbytes),
+            "dead": (sum(entry.nbytes for entry in self._dead), self._dead_nbytes),
+            "pinned": (sum(entry.nbytes for entry in pinned), self._pinned_nbytes),
+            "evictable": (sum(entry.nbytes for entry in committed if not entry.pins), self._evictable_nbytes),
+            "used": (sum(entry.nbytes for entry in [*live, *self._dead]), self._allocator.used_nbytes),
+        }
+        for name, (counted, kept) in nbytes.items():
+            assert counted == kept, f"{name}: entries have {counted} bytes, the counter says {kept}"
+        assert self._writing_entries == len(live) - len(committed), "the count of entries being written is wrong"
+        extents = sorted(entry.extent for entry in [*live, *self._dead])
+        for below, above in pairwise(extents):
+            assert below.offset + below.nbytes <= above.offset, f"{below} and {above} overlap"
+
+    def _settle(self, key: bytes, room: Iterator[Extent], owner: int) -> Entry | Outcome:
+        entry = self._entries.get(key)
+        if entry is not None:
+            return BUSY if entry.sums is None else PRESENT
+        extent = next(room, None)
+        if extent is None:
+            return NO_ROOM
+        entry = self._entries[key] = Entry(key, extent, owner)
+        self._writing_entries += 1
+        self._writing_nbytes += entry.nbytes
+        return entry
+
+    def _lend(self, count: int, nbytes: int, keys: Iterable[bytes]) -> list[Extent]:
+        """Allocate count extents, evicting what keys does not name; fewer if they cannot all fit."""
+        extents = self._take(count, nbytes)
+        if len(extents) == count:
+            return extents
+        named = (self._entries.get(key) for key in dict.fromkeys(keys))
+        spared = [entry for entry in named if entry is not None and entry.sums is not None and not entry.pins]
+        evictable_nbytes = self._evictable_nbytes - sum(entry.nbytes for entry in spared)
+        each_nbytes = self._allocator.extent_nbytes(nbytes)
+        short = count - len(extents)
+        if each_nbytes is None or short * each_nbytes > self._allocator.free_nbytes + evictable_nbytes:
+            return extents
+        for entry in spared:
+            self._policy.hide(entry.key)
+        while len(extents) < count and (victim := self._policy.evict()) is not None:
+            entry = self._entries[victim]
+            self._forget_committed(entry)
+            self._evictions += 1
+            if entry.nbytes == each_nbytes:
+                extents.append(entry.extent)  # fits as it is: no way round through the allocator
+            else:
+                self._allocator.free(entry.extent)
+                extents += self._take(count - len(extents), nbytes)
+        for entry in spared:
+            self._policy.show(entry.key)
+        return extents
+
+    def _take(self, count: int, nbytes: int) -> list[Extent]:
+        """Allocate up to count extents from free memory."""
+        extents: list[Extent] = []
+        while len(extents) < count and (extent := self._allocator.allocate(nbytes)) is not None:
+            extents.append(extent)
+        return extents
+
+    def _forget_committed(self, entry: Entry) -> None:
+        """Take the key from a committed entry that its policy has forgotten."""
+        del self._entries[entry.key]
+        entry.dead = True
+        self._committed_nbytes -= entry.nbytes
+        if not entry.pins:
+            self._evictable_nbytes -= entry.nbytes
+
+    def _bury(self, entry: Entry) -> None:
+        """Free the memory of an entry that died while it was held."""
+        self._dead.remove(entry)
+        self._dead_nbytes -= entry.nbytes
+        self._allocator.free(entry.extent)
+
+    def _hold_dead(self, entry: Entry) -> None:
+        """Keep the memory of a dead entry until its holder gives it up."""
+        self._dead.add(entry)
+        self._dead_nbytes += entry.nbytes

@@ -1,0 +1,123 @@
+"""How a chunk's bytes are arranged: shards, in them groups, in them one range a layer.
+
+Sizes and offsets only. Knows nothing about memory, tensors, tokens' values or who reads the bytes.
+
+A chunk is its shards one after the other. A shard is one **range** a layer, group by group; every range starts at a
+4 KiB multiple and is padded with zeros to one. Inside a range the parts of the pages follow each other (all K pages,
+then all V pages; an engine whose page is one piece has one part), each part's pages in the order of the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+ALIGN_NBYTES = 4096
+
+
+class Range(NamedTuple):
+    """One layer of one group in a shard: where it starts, what it holds, what it takes with its padding (bytes)."""
+
+    group: int
+    layer: int
+    offset: int
+    nbytes: int
+    padded_nbytes: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """One layer's page of a block: `part_nbytes` are the sizes of its parts (K and V, or one packed piece)."""
+
+    name: str
+    part_nbytes: tuple[int, ...]
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(self.part_nbytes)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """A KV-cache group: its layers share a block table, blocks of `block_tokens`, and a sliding `window` (0: none)."""
+
+    block_tokens: int
+    window: int
+    layers: tuple[LayerLayout, ...]
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The part of a chunk that one rank holds.
+
+    Raises ValueError if `chunk_tokens` is not a multiple of every group's block size.
+    """
+
+    chunk_tokens: int
+    groups: tuple[GroupLayout, ...]
+
+    def __post_init__(self) -> None:
+        for number, group in enumerate(self.groups):
+            if group.block_tokens <= 0 or self.chunk_tokens % group.block_tokens:
+                raise ValueError(
+                    f"chunk_tokens {self.chunk_tokens} is not a multiple of group {number}'s "
+                    f"block size {group.block_tokens}"
+                )
+
+    def blocks(self, group: int) -> int:
+        """How many blocks of `group` one chunk holds."""
+        return self.chunk_tokens // self.groups[group].block_tokens
+
+    @cached_property
+    def ranges(self) -> tuple[Range, ...]:
+        """The shard's ranges in their order, without gaps."""
+        ranges: list[Range] = []
+        offset = 0
+        for number, group in enumerate(self.groups):
+            for place, layer in enumerate(group.layers):
+                nbytes = layer.page_nbytes * self.blocks(number)
+                padded = padded_nbytes(nbytes)
+                ranges.append(Range(number, place, offset, nbytes, padded))
+                offset += padded
+        return tuple(ranges)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """The shard's size with all padding."""
+        return sum(one.padded_nbytes for one in self.ranges)
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """A whole chunk: one shard a rank, in rank order."""
+
+    shards: tuple[ShardLayout, ...]
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk, the same for all shards."""
+        return self.shards[0].chunk_tokens
+
+    @cached_property
+    def nbytes(self) -> int:
+        """What one chunk takes in the pool."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def shard_offset(self, rank: int) -> int:
+        """Where the shard of `rank` starts in the chunk (bytes)."""
+        return sum(shard.nbytes for shard in self.shards[:rank])
+
+
+def padded_nbytes(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment of ranges."""
+    return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
+
+
+def chunk_tokens_for(wanted: int, block_sizes: Iterable[int]) -> int:
+    """The smallest multiple of all block sizes that is at least `wanted` tokens."""
+    step = math.lcm(*block_sizes)
+    return -(-wanted // step) * step

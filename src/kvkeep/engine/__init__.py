@@ -1,0 +1,1 @@
+"""The engine's side: a planner that talks to the store, workers that copy, and the classes that engines load."""

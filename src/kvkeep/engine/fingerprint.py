@@ -1,0 +1,137 @@
+"""What the content of weight files is, as one digest: of a model's folder or of an adapter's.
+
+Knows nothing about models or engines. Hashing is done once for a file: its digest is remembered by device, inode, size
+and times. In a hub's cache, where a file is a link to a blob that is named by its SHA-256, the name is the digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+ADAPTER_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_REMEMBERED = 4096
+
+
+class Signature(NamedTuple):
+    """What changes when a file's content does, as far as the file system tells."""
+
+    name: str
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def signatures(folder: Path, suffixes: Iterable[str]) -> tuple[Signature, ...]:
+    """The signatures of a folder's files with these suffixes, by name; empty if there are none or it cannot be read."""
+    found = []
+    wanted = tuple(suffixes)
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.name.endswith(wanted) and path.is_file():
+                s = path.stat()
+                found.append(Signature(path.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    except OSError:
+        return ()
+    return tuple(found)
+
+
+def fingerprint(folder: Path, suffixes: Iterable[str], memory: Path | None) -> str | None:
+    """SHA-256 (hex) over the sorted (name, size, content digest) of the files; None if they cannot be had.
+
+    `memory` is a file in which content digests are remembered.
+    """
+    files = signatures(folder, suffixes)
+    if not files:
+        return None
+    known = _remembered(memory)
+    digest = hashlib.sha256()
+    fresh: dict[str, str] = {}
+    try:
+        for one in files:
+            tag = ":".join(str(part) for part in one[1:])
+            content = known.get(tag) or _content(folder / one.name)
+            fresh[tag] = content
+            digest.update(json.dumps([one.name, one.nbytes, content]).encode())
+    except OSError:
+        return None
+    if fresh.keys() - known.keys():
+        _remember(memory, {**known, **fresh})
+    return digest.hexdigest()
+
+
+def default_memory() -> Path:
+    """Where digests are remembered for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkeep" / "fingerprints.json"
+
+
+def _content(path: Path) -> str:
+    target = path.resolve()
+    if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
+        return target.name
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(8 << 20):
+            yield piece
+
+
+def _remembered(memory: Path | None) -> dict[str, str]:
+    if memory is None:
+        return {}
+    try:
+        read = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}
+    known = read.items() if isinstance(read, dict) else ()
+    return {str(tag): content for tag, content in known if isinstance(content, str) and _SHA256.fullmatch(content)}
+
+
+def _remember(memory: Path | None, known: dict[str, str]) -> None:
+    if memory is None:
+        return
+    newest = dict(list(known.items())[-MAX_REMEMBERED:])
+    try:
+        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False) as file:
+            json.dump(newest, file)
+        os.replace(file.name, memory)
+    except OSError:
+        return  # it is only a shortcut
+
+
+class Adapters:
+    """The content of every adapter that an engine has loaded, as it was when it was first seen.
+
+    A file can be replaced in place. Then it is in doubt which content the engine holds, until a request asks for a
+    reload: such an adapter is not kept (None).
+    """
+
+    def __init__(self, memory: Path | None) -> None:
+        self._memory = memory
+        self._seen: dict[tuple[int, str], tuple[tuple[Signature, ...], str | None]] = {}
+
+    def fingerprint(self, number: int, path: str, reload: bool) -> str | None:
+        """The adapter's content; None if it cannot be read or has changed since the engine loaded it."""
+        now = signatures(Path(path), ADAPTER_SUFFIXES)
+        seen = self._seen.get((number, path))
+        if seen is None or reload:
+            seen = (now, fingerprint(Path(path), ADAPTER_SUFFIXES, self._memory))
+            self._seen[number, path] = seen
+        signature, content = seen
+        return content if signature == now else None

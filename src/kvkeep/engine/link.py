@@ -1,0 +1,159 @@
+"""The planner's line to its store: started or joined, lost, and found again, without ever making the engine wait.
+
+Knows nothing about requests. After the first start every step of coming back is a look, never a wait; a store that is
+lost is tried again after a pause that doubles, up to a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.wire.client import Client, Joining
+from kvkeep.wire.handoff import send_pool
+from kvkeep.wire.messages import Hello
+from kvkeep.wire.process import Child, StoreOptions, join_shared, start_private
+
+log = logging.getLogger("kvkeep")
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+CONNECT_LIMIT_S = 1.0
+END_LIMIT_S = 2.0
+
+
+class Source(Protocol):
+    """Where stores come from: a new connected socket, and the end of what was made for it."""
+
+    def connect(self) -> socket.socket:
+        """A socket to a store that may still be starting; StoreGone if there is none."""
+
+    def end(self, wait: bool) -> None:
+        """The connection is over; with `wait` what was started has ended when this returns."""
+
+
+@dataclass
+class PrivateSource:
+    """Starts a store process as a child for each connection."""
+
+    options: StoreOptions
+    _child: Child | None = None
+
+    def connect(self) -> socket.socket:
+        """A new child's socket; ConfigError if the machine has no room for its pool."""
+        self.end(wait=False)
+        self._child = start_private(self.options)
+        return self._child.sock
+
+    def end(self, wait: bool) -> None:
+        """Ends the child."""
+        child, self._child = self._child, None
+        if child is not None and wait:
+            child.end(END_LIMIT_S)
+        elif child is not None:
+            child.kill()
+
+
+@dataclass
+class SharedSource:
+    """Joins the store that listens at `path`."""
+
+    path: str
+
+    def connect(self) -> socket.socket:
+        """A connection to it."""
+        return join_shared(self.path, CONNECT_LIMIT_S)
+
+    def end(self, wait: bool) -> None:
+        """The shared store outlives us."""
+
+
+@dataclass
+class Link:
+    """`hello` says who we are at each connection; the pool is handed to every door of `doors` once a boot."""
+
+    source: Source
+    hello: Callable[[int], Hello]
+    doors: Sequence[str]
+    clock: Callable[[], float] = time.monotonic
+    client: Client | None = None
+    losses: int = 0
+    _joining: Joining | None = None
+    _retry_at_s: float = 0.0
+    _pause_s: float = FIRST_PAUSE_S
+    _last_session: int = field(default=0)
+
+    def start(self, limit_s: float) -> None:
+        """Starts or joins the store and waits for its welcome; raises KVKeepError if that fails."""
+        joining = Joining(self.source.connect(), self.hello(0))
+        client = joining.wait(limit_s, self.clock)
+        self._welcomed(client)
+
+    def live(self, idle: bool) -> Client | None:
+        """The client if the store is there. While it is not, each call looks on; `idle`: no step is under way."""
+        if self.client is not None:
+            if self.client.alive:
+                return self.client
+            self._lost(self.client.why_gone)
+        if self._joining is not None:
+            self._look()
+        elif idle and self.clock() >= self._retry_at_s:
+            self._try()
+        return self.client
+
+    def close(self) -> None:
+        """Says goodbye and ends a store of our own."""
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+        self.source.end(wait=True)
+
+    def _try(self) -> None:
+        try:
+            self._joining = Joining(self.source.connect(), self.hello(self._last_session))
+        except KVKeepError as error:
+            self._wait_longer(str(error))
+
+    def _look(self) -> None:
+        assert self._joining is not None
+        try:
+            client = self._joining.poll()
+            if client is not None:
+                self._welcomed(client)
+            elif self.clock() > self._retry_at_s + LONGEST_PAUSE_S:
+                raise StoreGone("no welcome came")
+        except KVKeepError as error:
+            self._wait_longer(str(error))
+
+    def _welcomed(self, client: Client) -> None:
+        self._joining = None
+        self._pause_s = FIRST_PAUSE_S
+        self._last_session = client.welcome.session
+        for door in self.doors:
+            send_pool(door, client.pool_fd, client.welcome.boot, CONNECT_LIMIT_S)
+        self.client = client
+        log.info(
+            "kvkeep: store process %d, pool of %.2f GiB",
+            client.welcome.pid,
+            client.welcome.pool_nbytes / 2**30,
+        )
+
+    def _lost(self, why: str) -> None:
+        log.error("kvkeep: the store is lost (%s); the engine goes on without it", why)
+        self.losses += 1
+        assert self.client is not None
+        self.client.drop()
+        self.client = None
+        self._wait_longer(why)
+
+    def _wait_longer(self, why: str) -> None:
+        self._joining = None
+        self.source.end(wait=False)
+        self._retry_at_s = self.clock() + self._pause_s
+        log.warning("kvkeep: no store (%s); trying again in %.0f s", why, self._pause_s)
+        self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)

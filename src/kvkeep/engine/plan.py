@@ -1,0 +1,98 @@
+"""What planner and workers exchange every step: the plan down, the reports up.
+
+Data only. Knows nothing about how an engine carries it. Offsets are those of whole chunks in the pool; a worker adds
+`shard_offsets[rank]`. Everything here survives the engine's own serialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.transfer.transfer import Blocks
+
+
+class LoadOp(NamedTuple):
+    """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified."""
+
+    request: str
+    start: int
+    offset: int
+    blocks: tuple[Blocks, ...]
+    sums: tuple[bytes, ...] = ()
+
+
+class StoreOp(NamedTuple):
+    """Gather blocks into one chunk; with `seal` they are its last ones and its ranges are summed."""
+
+    offset: int
+    blocks: tuple[Blocks, ...]
+    seal: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step's copies, the same for all ranks; `boot` says for which start of the store the offsets hold."""
+
+    step: int = 0
+    boot: bytes = b""
+    shard_offsets: tuple[int, ...] = ()
+    loads: tuple[LoadOp, ...] = ()
+    stores: tuple[StoreOp, ...] = ()
+
+
+class LoadsDone(NamedTuple):
+    """One rank has finished a step's loads; `failed` are the places of those that failed in the plan."""
+
+    step: int
+    rank: int
+    failed: tuple[int, ...]
+
+
+class StoresDone(NamedTuple):
+    """One rank has finished a step's stores: sums (empty if not sealed) by place in the plan, if done."""
+
+    step: int
+    rank: int
+    sums: dict[int, bytes]
+
+
+@dataclass
+class Report:
+    """What one or more ranks have finished since they last reported."""
+
+    loads: list[LoadsDone] = field(default_factory=list)
+    stores: list[StoresDone] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.loads or self.stores)
+
+    def merged(self, other: Report) -> Report:
+        """Both reports as one."""
+        return Report(self.loads + other.loads, self.stores + other.stores)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What a worker publishes before the planner exists: who it is, where it takes the pool, how its shard is arranged.
+
+    `refusal` says why its cache cannot be kept (empty: it can); `facts` are the parts of the identity that only the
+    worker knows.
+    """
+
+    rank: int
+    pid: int
+    door: str
+    shard: ShardLayout | None
+    facts: dict[str, str]
+    refusal: str = ""
+
+
+class Scheduled(NamedTuple):
+    """One request of a step: how many of its `tokens` are final and have their KV once the step is done."""
+
+    request: str
+    final: int
+    tokens: Sequence[int]

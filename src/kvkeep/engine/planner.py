@@ -1,0 +1,317 @@
+"""The scheduler's half: decides what is loaded and stored, and is the only one that talks to the store.
+
+Knows nothing about any engine's classes (`engine/vllm.py` translates) and touches no tensor. Every call returns at
+once: a store that is slow means "ask again", one that is gone means a miss. What a step stored becomes readable only
+when every rank has reported the step and no load in it failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvkeep.core.key import Chain, ExtraKeys
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.link import Link
+from kvkeep.engine.ops import aligned, load_ops
+from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan
+from kvkeep.engine.request import Match, Record, State
+from kvkeep.engine.steps import Load, Steps
+from kvkeep.engine.stores import Stores
+from kvkeep.telemetry import Figures, Miss
+from kvkeep.wire.client import Client
+from kvkeep.wire.messages import Matched
+
+MAX_FAILED_KEYS = 65536
+PATIENCE_S = 0.001  # how long one lookup may wait for its answer before the engine is told to ask again
+
+Tables = Sequence[Sequence[int]]
+
+
+class Request(NamedTuple):
+    """What the planner needs to know of an engine's request.
+
+    `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
+    so far, drafts left out.
+    """
+
+    name: str
+    tokens: Sequence[int]
+    prompt_tokens: int
+    root: bytes | None
+    extra_keys: ExtraKeys | None = None
+    preempted: bool = False
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    """`whole_claims`: the engine loads beside its steps and may be given all N tokens; else at most N - 1."""
+
+    deadline_s: float = 0.5
+    store_generated: bool = False
+    min_hit_tokens: int = 0
+    whole_claims: bool = False
+    bypass: bool = False
+
+
+class Planner:
+    """One engine's planner over `link`; `layout` is that of whole chunks, all ranks."""
+
+    def __init__(
+        self,
+        link: Link,
+        layout: ChunkLayout,
+        options: PlannerOptions,
+        figures: Figures,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._layout = layout
+        self._shard = layout.shards[0]  # all ranks have the same groups and block tables
+        self._options = options
+        self._clock = clock
+        self._records: dict[str, Record] = {}
+        self._due: list[tuple[Record, Load]] = []
+        self._failed: OrderedDict[bytes, None] = OrderedDict()
+        self.figures = figures
+        self._steps = Steps(len(layout.shards), figures)
+        self._stores = Stores(self._shard, figures)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the report of a step is still to come."""
+        return self._steps.busy
+
+    def match(self, request: Request, computed: int) -> int | None:
+        """How many tokens beyond `computed` can be given, None for "ask again".
+
+        May be asked any number of times; the answer is remembered until `admitted` or `ended`. A positive answer
+        covers only chunks that are in the pool under a held lease.
+        """
+        record = self._record(request)
+        client = self._link.live(idle=not self._steps.busy)
+        record.computed = computed
+        if not record.keeps or client is None:
+            record.why = record.why if not record.keeps else Miss.STORE_GONE
+            return 0
+        first = computed // self._layout.chunk_tokens
+        if record.match is None or record.match.boot != client.welcome.boot or record.match.first > first:
+            self._drop_match(record)
+            match = self._look_up(record, request, client, first)
+            if match is None:
+                return None
+            record.match = match
+            record.move(State.MATCHED)
+        claim, record.why = self._claim(record, request)
+        if not claim:
+            self._empty_match(record, client)
+        return claim
+
+    def admitted(self, request: Request, external: int, tables: Callable[[], Tables]) -> None:
+        """The engine has allocated the request's blocks, `external` tokens of them to be loaded (0: nothing)."""
+        record = self._record(request)
+        client = self._link.client
+        match = record.match
+        if external > 0:
+            assert match is not None, f"request {request.name}: {external} tokens were never offered"
+            record.match = None
+            self._load(record, request, match, external, tables())
+        else:
+            self._drop_match(record)
+        if record.why is not None:
+            self.figures.miss(record.why)
+            record.why = None
+        record.move(State.ADMITTED)
+        if client is not None and record.keeps:
+            present = range(0) if match is None else range(match.first, match.first + match.hits)
+            tokens = request.tokens if self._options.store_generated else request.tokens[: record.prompt_tokens]
+            self._stores.wish(record, client, tokens, present)
+
+    def plan_step(self, scheduled: Sequence[Scheduled], tables: Callable[[str], Tables]) -> StepPlan:
+        """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
+        client = self._link.live(idle=not self._steps.busy)
+        loads, self._due = self._due, []
+        step = self._steps.begin()
+        ops: list[LoadOp] = []
+        for record, load in loads:
+            step.add_load(record, load, len(ops))
+            ops += load.ops
+        if self._options.store_generated and client is not None:
+            self._wish_generated(scheduled, client)
+        stores = self._stores.ops(step, scheduled, self._records, tables, client)
+        self._steps.launch(step)
+        boot = client.welcome.boot if client is not None else b""
+        offsets = tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
+        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores))
+
+    def step_done(self, report: Report) -> set[int]:
+        """Takes in what ranks have finished; returns the blocks that the engine must forget (their load failed)."""
+        done = self._steps.take(report)
+        client = self._link.live(idle=not self._steps.busy)
+        for digest in done.failed_digests:
+            self._failed[digest] = None
+            if len(self._failed) > MAX_FAILED_KEYS:
+                self._failed.popitem(last=False)
+        if client is not None:
+            client.discard(done.failed_digests)
+            for lease in done.read_leases(client.welcome.boot):
+                client.release(lease)
+            self._stores.commit(done.sealed, client)
+        for record in done.records:
+            self._settle(record)
+        return done.forget
+
+    def ended(self, name: str) -> None:
+        """The request is over, whatever became of it: what it held comes back once no step uses it."""
+        record = self._records.get(name)
+        if record is None or record.state is State.ENDED:
+            return
+        self._drop_match(record)
+        if self._link.client is not None:
+            self._drop_question(record, self._link.client)
+        record.move(State.ENDED)
+        self._settle(record)
+
+    def reset(self, namespace: bytes, identity: str) -> None:
+        """The engine's weights or cache are new: nothing stored so far is given again, nothing under way is kept."""
+        self.figures.add("resets")
+        client = self._link.live(idle=not self._steps.busy)
+        for record in self._records.values():
+            self._drop_match(record)
+            record.stores = False
+        self._steps.taint()
+        self._failed.clear()
+        if client is not None:
+            client.clear()
+            client.rename(namespace, identity)
+
+    def close(self) -> None:
+        """Ends the session; the engine's workers have stopped."""
+        self._link.close()
+
+    def _record(self, request: Request) -> Record:
+        record = self._records.get(request.name)
+        if record is None:
+            chain = Chain(self._layout.chunk_tokens, request.root or b"", request.extra_keys)
+            record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
+            if self._options.bypass or request.root is None:
+                record.keeps = record.stores = False
+                record.why = Miss.BYPASS if self._options.bypass else Miss.ADAPTER
+            self._records[request.name] = record
+        return record
+
+    def _look_up(self, record: Record, request: Request, client: Client, first: int) -> Match | None:
+        """The store's answer for the chunks from `first` on; None while it has not come."""
+        boot = client.welcome.boot
+        if record.question is None or record.asked_first != first:
+            digests, short = self._askable(record, request, first)
+            if not digests:
+                return Match(boot, first, 0, (), {}, 0, short)
+            self._drop_question(record, client)
+            record.move(State.ASKED)
+            record.question, record.asked_first, record.asked_at_s = (
+                client.fetch(digests),
+                first,
+                self._clock(),
+            )
+        answer = client.wait(record.question, PATIENCE_S)
+        if isinstance(answer, Matched):
+            record.question = None
+            self.figures.add("lookups")
+            self.figures.add("lookup_tokens", len(request.tokens))
+            why = None if answer.offsets else Miss.NOT_STORED
+            return Match(boot, first, answer.lease, tuple(answer.offsets), answer.sums, len(answer.offsets), why)
+        if record.question.failed:
+            record.question = None
+            return Match(boot, first, 0, (), {}, 0, Miss.STORE_GONE)
+        if self._clock() - record.asked_at_s < self._options.deadline_s:
+            return None
+        # one deadline is what a store may cost: it is given up, and every other waiter misses at once
+        record.question = None
+        client.lose(f"no answer within {self._options.deadline_s} s")
+        return Match(boot, first, 0, (), {}, 0, Miss.DEADLINE)
+
+    def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
+        """The digests to look up, up to the first one whose load failed before; and why there is none."""
+        record.chain.extend(request.tokens)
+        digests = record.chain.digests[first:]
+        for place, digest in enumerate(digests if self._failed else ()):
+            if digest in self._failed:
+                return digests[:place], Miss.FAILED_BEFORE
+        return digests, Miss.SHORT
+
+    def _claim(self, record: Record, request: Request) -> tuple[int, Miss | None]:
+        """What the engine may be promised of a match, and why it is not all of the prompt's whole chunks."""
+        match, tokens = record.match, self._layout.chunk_tokens
+        assert match is not None
+        if not match.offsets:
+            return 0, match.why
+        if not aligned(self._shard, record.computed):
+            return 0, Miss.UNALIGNED
+        hit = (match.first + len(match.offsets)) * tokens
+        limit = len(request.tokens) - (0 if self._options.whole_claims else 1)
+        claim = min(hit, limit) - record.computed
+        if claim < max(1, self._options.min_hit_tokens):
+            return 0, Miss.SMALL
+        return claim, Miss.PARTLY_STORED if hit < len(request.tokens) // tokens * tokens else None
+
+    def _empty_match(self, record: Record, client: Client) -> None:
+        """Remembers that there is nothing to give, without holding anything."""
+        match = record.match
+        assert match is not None
+        if match.lease:
+            client.release(match.lease)
+            record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why)
+
+    def _load(self, record: Record, request: Request, match: Match, external: int, tables: Tables) -> None:
+        span = (record.computed, record.computed + external)
+        ops = load_ops(self._shard, request.name, match, span, tables)
+        first = span[0] // self._layout.chunk_tokens
+        digests = record.chain.digests[first : first + len(ops)]
+        ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
+        # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
+        blocks = () if self._options.whole_claims else tables[0][span[0] // self._shard.groups[0].block_tokens :]
+        self._due.append((record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks))))
+        self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
+
+    def _with_sums(self, op: LoadOp, match: Match, number: int) -> LoadOp:
+        """The op with each rank's part of the chunk's sums, where the store wants it verified."""
+        sums = match.sums.get(number - match.first)
+        if not sums:
+            return op
+        parts, start = [], 0
+        for shard in self._layout.shards:
+            end = start + 16 * len(shard.ranges)
+            parts.append(sums[start:end])
+            start = end
+        return op._replace(sums=tuple(parts))
+
+    def _wish_generated(self, scheduled: Sequence[Scheduled], client: Client) -> None:
+        for one in scheduled:
+            record = self._records.get(one.request)
+            if record is not None and one.final // self._layout.chunk_tokens > record.reserved_to:
+                self._stores.wish(record, client, one.tokens[: one.final], range(0))
+
+    def _drop_match(self, record: Record) -> None:
+        """Gives back what a lookup holds, if the store that lent it is still there."""
+        client = self._link.client
+        match, record.match = record.match, None
+        if client is not None and match is not None and match.boot == client.welcome.boot:
+            client.release(match.lease)
+
+    def _drop_question(self, record: Record, client: Client) -> None:
+        question, record.question = record.question, None
+        if question is not None:
+            client.abandon(question)
+
+    def _settle(self, record: Record) -> None:
+        """Gives back what an ended request reserved, once no step that names it is under way."""
+        if record.state is not State.ENDED or record.steps:
+            return
+        client = self._link.client
+        if client is not None:
+            self._stores.give_up(record, client)
+        self._records.pop(record.request, None)

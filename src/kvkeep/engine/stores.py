@@ -1,0 +1,140 @@
+"""Which chunks of which request are being filled, from the reservation to the commit.
+
+Knows nothing about lookups or loads. A chunk is reserved when its request is admitted, gathered by the steps that fill
+it, and committed when the step that sealed it is done; whatever is not committed is given up with its request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.ops import Tables, advance, rewind, store_op
+from kvkeep.engine.plan import Scheduled, StoreOp
+from kvkeep.engine.request import OpenChunk, Record
+from kvkeep.engine.steps import Sealed, Step
+from kvkeep.telemetry import Figures
+from kvkeep.wire.client import Call, Client
+from kvkeep.wire.messages import BUSY, NO_ROOM, PRESENT, Committed, Granted
+
+PATIENCE_S = 0.001  # how long a step may wait for a reservation that it could use at once
+_SKIPPED = {PRESENT: "skipped_present_chunks", BUSY: "skipped_present_chunks", NO_ROOM: "skipped_full_chunks"}
+
+
+class Stores:
+    """The chunks in the making of one engine."""
+
+    def __init__(self, shard: ShardLayout, figures: Figures) -> None:
+        self._shard = shard
+        self._figures = figures
+        self._commits: list[Call] = []
+
+    def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
+        """Asks for room for the whole chunks of `tokens` that are not `present` and were not asked for before."""
+        for chunk in record.open.values():
+            rewind(chunk)  # a resumed request gets new blocks
+        if not record.stores or record.reservation is not None:
+            return
+        upto = len(tokens) // self._shard.chunk_tokens
+        numbers = [number for number in range(record.reserved_to, upto) if number not in present]
+        record.reserved_to = max(record.reserved_to, upto)
+        if numbers:
+            record.chain.extend(tokens)
+            record.wanted = numbers
+            record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
+
+    def ops(
+        self,
+        step: Step,
+        scheduled: Sequence[Scheduled],
+        records: Mapping[str, Record],
+        tables: Callable[[str], Tables],
+        client: Client | None,
+    ) -> list[StoreOp]:
+        """The step's gathers; a chunk whose blocks are gone is given up."""
+        ops: list[StoreOp] = []
+        if client is None:
+            return ops
+        self._harvest(client)
+        for one in scheduled:
+            record = records.get(one.request)
+            if record is None or not record.stores:
+                continue
+            if record.reservation is not None:
+                self._granted(record, client)
+            if record.open:
+                ops += self._request_ops(step, record, one.final, tables(one.request))
+        return ops
+
+    def commit(self, sealed: Sequence[Sealed], client: Client) -> None:
+        """Makes sealed chunks readable: one message a write lease."""
+        by_lease: dict[int, list[Sealed]] = {}
+        for one in sealed:
+            if one.record.open.pop(one.chunk.number, None) is one.chunk and one.record.boot == client.welcome.boot:
+                by_lease.setdefault(one.chunk.lease, []).append(one)
+        for lease, ones in by_lease.items():
+            call = client.commit(lease, [one.chunk.place for one in ones], [one.sums for one in ones])
+            self._commits.append(call)
+        self._harvest(client)
+
+    def give_up(self, record: Record, client: Client) -> None:
+        """Releases what the request reserved; what it did not commit is lost."""
+        if record.reservation is not None:
+            client.abandon(record.reservation)
+            record.reservation = None
+        if record.boot == client.welcome.boot:
+            for lease in record.write_leases:
+                client.release(lease)
+        record.write_leases.clear()
+        record.open.clear()
+
+    def _granted(self, record: Record, client: Client) -> None:
+        call = record.reservation
+        assert call is not None
+        answer = client.wait(call, PATIENCE_S)
+        if not call.done:
+            return  # the blocks of this step are still there in the next one
+        record.reservation = None
+        if not isinstance(answer, Granted):
+            return
+        if answer.lease:
+            record.write_leases.append(answer.lease)
+            record.boot = client.welcome.boot
+        groups = len(self._shard.groups)
+        for place, (number, offset) in enumerate(zip(record.wanted, answer.offsets, strict=False)):
+            if offset >= 0:
+                record.open[number] = OpenChunk(number, answer.lease, place, offset, [0] * groups)
+            elif offset in _SKIPPED:
+                self._figures.add(_SKIPPED[offset])
+
+    def _request_ops(self, step: Step, record: Record, final: int, tables: Tables) -> list[StoreOp]:
+        ops = []
+        for chunk in list(record.open.values()):
+            if chunk.sealed_in or final <= chunk.number * self._shard.chunk_tokens:
+                continue
+            try:
+                op = store_op(self._shard, chunk, final, tables)
+            except LookupError:
+                self._figures.add("skipped_gone_chunks")
+                del record.open[chunk.number]
+                continue
+            if op is not None:
+                advance(chunk, op, step.number)
+                step.gathers.append((record, chunk, op.seal))
+                ops.append(op)
+        return ops
+
+    def _harvest(self, client: Client) -> None:
+        """Counts the commits whose answer has come."""
+        client.pump()
+        waiting = []
+        for call in self._commits:
+            if isinstance(call.answer, Committed):
+                stored = sum(call.answer.done)
+                self._figures.add("stored_chunks", stored)
+                self._figures.add("stored_tokens", stored * self._shard.chunk_tokens)
+                self._figures.gauge("pool_used_nbytes", call.answer.used_nbytes)
+                self._figures.gauge("pool_pinned_nbytes", call.answer.pinned_nbytes)
+            elif not call.failed:
+                waiting.append(call)
+        self._commits = waiting

@@ -1,0 +1,364 @@
+"""The class that vLLM 0.32 loads: its hooks, translated into the planner's and the worker's words.
+
+Decides nothing. Load it with `--kv-transfer-config '{"kv_connector": "KVKeepConnector", "kv_connector_module_path":
+"kvkeep.engine.vllm", "kv_role": "kv_both"}'`. One instance lives in the scheduler, one in each worker; workers and
+their instances exist first. Whatever goes wrong below is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request as VllmRequest
+
+from kvkeep.config import Config, load_config
+from kvkeep.core.identity import Identity, described, namespace
+from kvkeep.core.key import mixed_root, none_hash
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine import vllm_facts as facts
+from kvkeep.engine.fingerprint import Adapters, default_memory
+from kvkeep.engine.link import Link, PrivateSource, SharedSource
+from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
+from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
+from kvkeep.engine.worker import Worker
+from kvkeep.errors import ConfigError
+from kvkeep.memory.room import read_limits
+from kvkeep.telemetry import Figures
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.wire.handoff import PoolDoor
+from kvkeep.wire.messages import VERSION, Hello
+from kvkeep.wire.process import StoreOptions
+
+log = logging.getLogger("kvkeep")
+
+START_LIMIT_S = 30.0
+VERIFY_EVERY = {"off": 0, "sampled": 64, "always": 1}
+
+
+@dataclass
+class PlanMeta(KVConnectorMetadata):
+    """A step's plan on its way to the workers."""
+
+    plan: StepPlan = field(default_factory=StepPlan)
+
+
+@dataclass
+class ReportMeta(KVConnectorWorkerMetadata):
+    """The workers' reports on their way to the planner."""
+
+    report: Report = field(default_factory=Report)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Both workers' reports as one."""
+        assert isinstance(other, ReportMeta)
+        return ReportMeta(self.report.merged(other.report))
+
+
+@dataclass
+class RankMeta(KVConnectorHandshakeMetadata):
+    """What a worker publishes before the planner exists."""
+
+    info: RankInfo
+
+
+class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's view of kvkeep; see the module."""
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer_config = vllm_config.kv_transfer_config
+        self.config = _config(transfer_config.kv_connector_extra_config)
+        logging.getLogger("kvkeep").setLevel(self.config.log_level.upper())
+        self.refusal = facts.refusal(vllm_config, kv_cache_config)
+        self.worker: Worker | None = None
+        self.planner: Planner | None = None
+        self.figures = Figures()
+        self.identity: Identity | None = None
+        self._info: RankInfo | None = None
+        self._requests: dict[str, VllmRequest] = {}
+        self._roots: dict[str, bytes | None] = {}
+        self._adapters = Adapters(default_memory())
+        self._differences = Differences()
+        self._groups = len(kv_cache_config.kv_cache_groups)
+        if role is KVConnectorRole.SCHEDULER and self.config.load_failure_policy == "recompute":
+            transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
+
+    # ---- what vLLM asks of the class -----------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a cache may drop what it did not get to store."""
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """The figures that another process sent, as an object again."""
+        return KVKeepStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVKeepPromMetrics:
+        """The kvkeep_* metrics of vLLM's /metrics."""
+        return KVKeepPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ---- worker --------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Prepares the copies of this rank; LayoutMismatch (before serving) for a cache that cannot be copied."""
+        if any(tensor.device.type == "cpu" for tensor in kv_caches.values()):
+            _init_amx()
+        rank = self._vllm_config.parallel_config.rank
+        if self.refusal or not self.config.enabled:
+            why = self.refusal or "enabled = false"
+            log.warning("kvkeep: nothing is kept: %s", why)
+            self._info = RankInfo(rank, os.getpid(), "", None, {}, why)
+            return
+        tokens = facts.chunk_tokens(self.config.chunk_tokens, self._kv_cache_config)
+        transfer = ReferenceTransfer(facts.group_caches(kv_caches, self._kv_cache_config), tokens)
+        door = PoolDoor()
+        self.worker = Worker(rank, transfer, door)
+        found = facts.worker_facts(self._vllm_config, kv_caches)
+        self._info = RankInfo(rank, os.getpid(), door.path, transfer.shard, found)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """Who this rank is, for the planner."""
+        return RankMeta(self._info) if self._info is not None else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Runs the step's loads; they are complete when this returns."""
+        if self.worker is not None:
+            self.worker.start_loads(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: loads are complete before the forward."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to do yet: a step's blocks are gathered once it has computed all layers."""
+
+    def wait_for_save(self) -> None:
+        """Runs the step's stores; they are complete when this returns, so no block needs to be held."""
+        if self.worker is not None:
+            self.worker.start_stores(self._plan())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The requests whose asynchronous loads are done; with one group loads are synchronous and named by block."""
+        if self.worker is None or self._groups == 1:
+            return KVConnectorTransferResults()
+        loaded = self.worker.take_loaded()
+        failed = {name for name, arrived in loaded.items() if not arrived}
+        return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """The blocks whose synchronous load failed; with several groups the request is named instead."""
+        if self.worker is None:
+            return set()
+        failed = self.worker.take_failed_blocks()
+        return failed if self._groups == 1 else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What this rank has finished since the last step."""
+        report = self.worker.take_report() if self.worker is not None else Report()
+        return ReportMeta(report) if report else None
+
+    # ---- scheduler -----------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Mapping[tuple[int, int], Any]) -> None:
+        """All ranks are known: the store is started or joined. A start that cannot work ends here, before serving."""
+        ranks = sorted((meta.info for meta in metadata.values()), key=lambda info: info.rank)
+        if any(info.refusal for info in ranks):
+            self.refusal = next(info.refusal for info in ranks if info.refusal)
+            return
+        shards = tuple(info.shard for info in ranks if info.shard is not None)
+        layout = ChunkLayout(shards)
+        weights = facts.weights_fingerprint(self._vllm_config, self.config.socket_path is not None)
+        self.identity = facts.identity(self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights)
+        link = self._link(ranks, layout)
+        link.start(START_LIMIT_S)
+        assert link.client is not None
+        self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
+        options = PlannerOptions(
+            deadline_s=self.config.deadline_s,
+            store_generated=self.config.store_generated,
+            min_hit_tokens=self.config.min_hit_tokens,
+            whole_claims=self._groups > 1,
+        )
+        self.planner = Planner(link, layout, options, self.figures)
+
+    def _link(self, ranks: list[RankInfo], layout: ChunkLayout) -> Link:
+        def hello(resumes: int) -> Hello:
+            assert self.identity is not None
+            return Hello(
+                version=VERSION,
+                name=f"vllm {self._vllm_config.model_config.model}",
+                namespace=namespace(self.identity),
+                identity=described(self.identity),
+                chunk_nbytes=layout.nbytes,
+                holders=[info.pid for info in ranks],
+                verify_every=VERIFY_EVERY[self.config.verify_pool],
+                resumes=resumes,
+            )
+
+        return Link(_source(self.config, layout), hello, [info.door for info in ranks])
+
+    def on_new_request(self, request: VllmRequest) -> None:
+        """Remembers the request and, while the engine is about to load it, the content of its adapter."""
+        self._requests[request.request_id] = request
+        self._roots[request.request_id] = self._root(request)
+
+    def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens can be loaded; with several groups beside the steps, since vLLM takes failures only so."""
+        if self.planner is None:
+            return 0, False
+        claim = self.planner.match(self._request(request), num_computed_tokens)
+        return claim, bool(claim) and self._groups > 1
+
+    def update_state_after_alloc(self, request: VllmRequest, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """The request has its blocks, `num_external_tokens` of them to be loaded."""
+        if self.planner is not None:
+            self.planner.admitted(self._request(request), num_external_tokens, blocks.get_block_ids)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The step's plan."""
+        if self.planner is None:
+            return PlanMeta()
+        state = scheduler_output.kv_connector_block_state
+        steps = []
+        for name, count in scheduler_output.num_scheduled_tokens.items():
+            request = self._requests.get(name)
+            if request is not None:
+                final = min(request.num_computed_tokens + count, request.num_tokens)
+                steps.append(Scheduled(name, final, request.all_token_ids))
+        return PlanMeta(self.planner.plan_step(steps, lambda name: state.get_block_ids(name) or ()))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """The step's output is in: what all ranks stored becomes readable, what failed is forgotten by vLLM too."""
+        meta = connector_output.kv_connector_worker_meta
+        if self.planner is None or not isinstance(meta, ReportMeta):
+            return
+        forget = self.planner.step_done(meta.report)
+        if forget and self._kv_cache_manager is not None:
+            self._kv_cache_manager.evict_blocks(forget)
+
+    def request_finished(self, request: VllmRequest, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks are free at once."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: VllmRequest, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over; its blocks are free at once."""
+        self._requests.pop(request.request_id, None)
+        self._roots.pop(request.request_id, None)
+        if self.planner is not None:
+            self.planner.ended(request.request_id)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """True while a step's report is still to come, so that an idle engine makes the step that brings it."""
+        return self.planner is not None and self.planner.busy
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """The planner's figures since the last step; workers have none of their own."""
+        if self.planner is None:
+            return None
+        return self._differences.since_last(self.figures.snapshot())
+
+    def reset_cache(self) -> bool | None:
+        """The engine's cache is void or its weights are new: a new epoch begins, under a name that nobody else has."""
+        if self.planner is not None and self.identity is not None:
+            epoch = secrets.randbits(62)
+            self.identity = Identity(**{**_fields(self.identity), "epoch": epoch})
+            self.planner.reset(namespace(self.identity), described(self.identity))
+        return True
+
+    def shutdown(self) -> None:
+        """Ends the session and a private store; vLLM may never call it, then their sockets' end of file does."""
+        if self.worker is not None:
+            self.worker.close()
+        if self.planner is not None:
+            self.planner.close()
+            self.planner = None
+
+    def _plan(self) -> StepPlan:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, PlanMeta)
+        return meta.plan
+
+    def _request(self, request: VllmRequest) -> Request:
+        name = request.request_id
+        if name not in self._requests:
+            self.on_new_request(request)
+        return Request(
+            name,
+            request.all_token_ids,
+            request.num_prompt_tokens,
+            self._roots[name],
+            facts.extra_keys(request),
+            request.num_preemptions > 0,
+        )
+
+    def _root(self, request: VllmRequest) -> bytes | None:
+        """Where the request's chain of digests starts; None if its adapter's content is in doubt."""
+        lora = request.lora_request
+        if lora is None:
+            return none_hash()
+        content = self._adapters.fingerprint(lora.lora_int_id, lora.lora_path, lora.load_inplace)
+        return mixed_root(none_hash(), bytes.fromhex(content)) if content is not None else None
+
+
+def _config(extra: Mapping[str, object] | None) -> Config:
+    return load_config(extra or {}, os.environ, lambda path: Path(path).read_text())
+
+
+def _source(config: Config, layout: ChunkLayout) -> PrivateSource | SharedSource:
+    if config.socket_path is not None:
+        return SharedSource(config.socket_path)
+    nbytes = config.pool_nbytes(read_limits().available_nbytes)
+    if nbytes < layout.nbytes:
+        raise ConfigError(
+            f"pool_size: {nbytes} bytes hold no chunk of this model ({layout.nbytes} bytes for "
+            f"{layout.chunk_tokens} tokens); set it to at least {2 * layout.nbytes}"
+        )
+    return PrivateSource(StoreOptions(nbytes, config.policy, config.max_pinned_share, config.log_level))
+
+
+def _fields(identity: Identity) -> dict[str, Any]:
+    return {name: getattr(identity, name) for name in identity.__struct_fields__}
+
+
+def _init_amx() -> None:
+    """Asks the kernel for AMX before the first forward: without it a one-token first forward dies with SIGILL."""
+    supported: Iterable[str] = ("_is_amx_tile_supported", "_init_amx")
+    if all(hasattr(torch.cpu, name) for name in supported) and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

@@ -1,0 +1,204 @@
+"""What vLLM 0.32 says of a model, its cache and its requests, in kvkeep's words.
+
+Translates and decides nothing but what is refused: a kind of group that is not known here is named, not guessed at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.request import Request as VllmRequest
+
+from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
+from kvkeep.core.key import DEFAULT_SEED, ExtraKeys
+from kvkeep.core.layout import chunk_tokens_for
+from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
+from kvkeep.engine.plan import RankInfo
+from kvkeep.errors import LayoutMismatch
+from kvkeep.transfer.reference import GroupCaches
+
+log = logging.getLogger("kvkeep")
+
+_FULL = (FullAttentionSpec, MLAAttentionSpec)
+
+
+def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """Why this model cannot be kept; empty if it can."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism is not supported"
+    if getattr(parallel, "nnodes", 1) > 1:
+        return "an engine that spans several hosts is not supported"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        return "KV scales that are calculated while serving (calculate_kv_scales) are not part of any identity"
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        why = _group_refusal(group)
+        if why:
+            return f"KV-cache group {number}: {why}"
+    return ""
+
+
+def _group_refusal(group: KVCacheGroupSpec) -> str:
+    spec = group.kv_cache_spec
+    specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    for one in specs:
+        if type(one) not in (*_FULL, SlidingWindowSpec):
+            return f"{type(one).__name__} is a kind of cache that is not supported"
+    if group.is_eagle_group:
+        return "it belongs to a drafter (EAGLE, MTP), whose cache depends on later tokens"
+    if group.host_resident or not group.enable_kv_transfer:
+        return "it is not part of what may be transferred"
+    return ""
+
+
+def window(group: KVCacheGroupSpec) -> int:
+    """The group's sliding window in tokens, 0 if it has none."""
+    spec = group.kv_cache_spec
+    return int(spec.sliding_window + spec.extra_retained_tokens) if isinstance(spec, SlidingWindowSpec) else 0
+
+
+def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
+    """The chunk's size: `wanted`, or the smallest larger multiple of all groups' block sizes."""
+    return chunk_tokens_for(wanted, [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups])
+
+
+def group_caches(caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> list[GroupCaches]:
+    """The registered tensors by group; LayoutMismatch if a layer of a group was not registered."""
+    groups = []
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        missing = [name for name in group.layer_names if name not in caches]
+        if missing:
+            raise LayoutMismatch(f"group {number}: layer {missing[0]} has no registered cache")
+        tensors = {name: caches[name] for name in group.layer_names}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise LayoutMismatch(f"{name}: its cache is a {type(tensor).__name__}, not one tensor")
+        groups.append(GroupCaches(tensors, kv_cache_config.num_blocks, group.kv_cache_spec.block_size, window(group)))
+    return groups
+
+
+def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The parts of the identity that exist only where the model is loaded."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    backends, sets, scales = set(), set(), []
+    for name, layer in sorted(layers.items()):
+        backends.add(layer.get_attn_backend().get_name())
+        sets.add(str(getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None) or ""))
+        scales.append((name, getattr(layer, "_k_scale_float", None), getattr(layer, "_v_scale_float", None)))
+    shapes = [(name, str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(caches.items())]
+    return {
+        "attention_backend": ",".join(sorted(backends)),
+        "instruction_set": ",".join(sorted(sets - {""})),
+        "kv_scales": hashlib.sha256(json.dumps(scales).encode()).hexdigest(),
+        "kv_dtype": ",".join(sorted({str(tensor.dtype) for tensor in caches.values()})),
+        "page_shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+    }
+
+
+def identity(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, ranks: list[RankInfo], tokens: int, weights: str
+) -> Identity:
+    """The identity record of everything this engine stores; `weights` as `weights_fingerprint` gives it."""
+    model, parallel, facts = vllm_config.model_config, vllm_config.parallel_config, ranks[0].facts
+    rope = _rope(model.hf_text_config)
+    layout = kv_cache_config.kv_cache_layout or ""
+    return Identity(
+        schema=SCHEMA,
+        model=str(model.model),
+        revision=model.revision,
+        weights=weights,
+        load_format=str(vllm_config.load_config.load_format),
+        load_seed=model.seed if str(vllm_config.load_config.load_format) == "dummy" else None,
+        epoch=0,
+        quantization=str(model.quantization) if model.quantization else None,
+        compute_dtype=str(model.dtype),
+        kv_dtype=f"{vllm_config.cache_config.cache_dtype} {facts['kv_dtype']}",
+        kv_scales=facts["kv_scales"],
+        groups=tuple(_group_identity(group) for group in kv_cache_config.kv_cache_groups),
+        rope=rope,
+        max_model_len=model.max_model_len if _depends_on_length(rope) else None,
+        engine="vllm",
+        engine_version=vllm.__version__,
+        attention_backend=facts["attention_backend"],
+        kv_layout=f"{layout} {facts['page_shapes']}",
+        instruction_set=facts["instruction_set"] or None,
+        tp=parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        dcp=parallel.decode_context_parallel_size,
+        chunk_tokens=tokens,
+        chain="kvkeep",
+        hash_name="sha256_cbor",
+        hash_seed=DEFAULT_SEED,
+        codec=None,
+    )
+
+
+def weights_fingerprint(vllm_config: VllmConfig, shared: bool) -> str:
+    """The content of the weights, or a name that holds for this start alone.
+
+    A private pool ends with the engine, so its content need not be named beyond that and no file is read.
+    """
+    model, load = vllm_config.model_config, str(vllm_config.load_config.load_format)
+    if load == "dummy":
+        return "dummy"
+    folder = Path(model.model)
+    found = fingerprint(folder, WEIGHT_SUFFIXES, default_memory()) if shared and folder.is_dir() else None
+    if shared and found is None:
+        log.warning("kvkeep: %s is not a folder of weight files: nothing is shared with other engines", model.model)
+    return found or f"this start only: {secrets.token_hex(16)}"
+
+
+def extra_keys(request: VllmRequest) -> ExtraKeys | None:
+    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
+    plain = not (request.lora_request or request.mm_features or request.cache_salt)
+    if plain and request.prompt_embeds is None:
+        return None
+
+    def of_range(start: int, end: int) -> tuple[Any, ...] | None:
+        keys: tuple[Any, ...] | None = generate_block_hash_extra_keys(request, start, end, 0)[0]
+        return keys
+
+    return of_range
+
+
+def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:
+    spec = group.kv_cache_spec
+    one = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+    return GroupIdentity(
+        kind=f"{type(spec).__name__}/{type(one).__name__}",
+        layers=tuple(group.layer_names),
+        kv_heads=one.num_kv_heads,
+        head_size=one.head_size,
+        block_tokens=spec.block_size,
+        window=window(group) or None,
+    )
+
+
+def _rope(config: object) -> str:
+    """Every parameter of the model's configuration that has to do with positions, as canonical JSON."""
+    words = ("rope", "rotary", "position", "sliding_window", "layer_types")
+    fields = {name: value for name, value in vars(config).items() if any(word in name for word in words)}
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _depends_on_length(rope: str) -> bool:
+    return any(kind in rope for kind in ("dynamic", "longrope", "su"))

@@ -1,0 +1,118 @@
+"""The rank's half: maps the pool when it is handed over, runs the copies of a step's plan, reports them.
+
+Knows nothing about keys, the store or the engine's calls, and never waits for anyone. Without the pool that a plan is
+made for it loads nothing (the blocks are reported as failed) and stores nothing (the planner sees what is missing).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone
+from kvkeep.errors import KVKeepError
+from kvkeep.memory.pool import Pool
+from kvkeep.memory.region import Region
+from kvkeep.transfer.transfer import Transfer
+from kvkeep.wire.handoff import PoolDoor
+
+log = logging.getLogger("kvkeep")
+
+
+class Worker:
+    """One rank: `transfer` reaches its part of the engine's cache, pools come through `door`."""
+
+    def __init__(self, rank: int, transfer: Transfer, door: PoolDoor) -> None:
+        self._rank = rank
+        self._door = door
+        self._pool: Pool | None = None
+        self._report = Report()
+        self._failed_blocks: set[int] = set()
+        self._loaded: dict[str, bool] = {}
+        self.transfer = transfer
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """Scatters everything that the plan loads, before it returns."""
+        if not plan.loads:
+            return
+        pool = self._pool_of(plan)
+        failed = [place for place, op in enumerate(plan.loads) if not self._loads(pool, plan, op)]
+        for place in failed:
+            self._failed_blocks.update(_block_ids(plan.loads[place]))
+        for place, op in enumerate(plan.loads):
+            self._loaded[op.request] = self._loaded.get(op.request, True) and place not in failed
+        self._report.loads.append(LoadsDone(plan.step, self._rank, tuple(failed)))
+
+    def start_stores(self, plan: StepPlan) -> None:
+        """Gathers everything that the plan stores, before it returns."""
+        if not plan.stores:
+            return
+        pool = self._pool_of(plan)
+        sums = {}
+        for place, op in enumerate(plan.stores):
+            sum_ = self._stored(pool, plan, op)
+            if sum_ is not None:
+                sums[place] = sum_
+        self._report.stores.append(StoresDone(plan.step, self._rank, sums))
+
+    def take_report(self) -> Report:
+        """What was finished since the last call."""
+        report, self._report = self._report, Report()
+        return report
+
+    def take_failed_blocks(self) -> set[int]:
+        """The engine's blocks whose load failed since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_loaded(self) -> dict[str, bool]:
+        """The requests whose loads were finished since the last call, and whether all of them succeeded."""
+        loaded, self._loaded = self._loaded, {}
+        return loaded
+
+    def close(self) -> None:
+        """Unmaps the pool and closes the door; idempotent."""
+        self._door.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _loads(self, pool: Pool | None, plan: StepPlan, op: LoadOp) -> bool:
+        if pool is None:
+            return False
+        self.transfer.check(op.blocks, unique=True)
+        with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
+            sums = op.sums[self._rank] if op.sums else b""
+            held = self.transfer.scatter(lease, op.blocks, sums)
+        if not held:
+            log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
+        return held
+
+    def _stored(self, pool: Pool | None, plan: StepPlan, op: StoreOp) -> bytes | None:
+        if pool is None:
+            return None
+        self.transfer.check(op.blocks, unique=False)
+        with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
+            return self.transfer.gather(op.blocks, lease, op.seal)
+
+    def _pool_of(self, plan: StepPlan) -> Pool | None:
+        """The pool that the plan's offsets are for, taken from the door if it is waiting there."""
+        if self._pool is not None and self._pool.boot == plan.boot:
+            return self._pool
+        handed = self._door.take()
+        if handed is not None:
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
+            try:
+                self._pool = Pool(handed.boot, Region.attach(handed.fd))
+            except KVKeepError as error:
+                log.error("kvkeep: the pool cannot be used here: %s", error)
+        if self._pool is not None and self._pool.boot == plan.boot:
+            return self._pool
+        log.warning("kvkeep: this worker has no pool yet: nothing is loaded or stored in this step")
+        return None
+
+
+def _block_ids(op: LoadOp) -> Iterable[int]:
+    return (block_id for blocks in op.blocks for block_id in blocks.block_ids)

@@ -1,0 +1,51 @@
+"""Every exception of kvkeep, the tree at the top, each with a stable code.
+
+A miss, a full pool and "ask again" are values, not exceptions; a broken invariant is an assertion and is never caught.
+
+    KVKeepError
+      ConfigError       a setting is wrong: the message names its path and what would be right
+      LayoutMismatch    an engine's cache is not arranged as kvkeep needs it, or not as it was registered
+      LeaseExpired      memory was used after its lease had ended
+      WireError         a peer broke the protocol, or is gone
+        StoreGone       the store process ended, or does not answer within its limit
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KVKeepError(Exception):
+    """The root of all failures that kvkeep raises on purpose."""
+
+    code: ClassVar[str] = "kvkeep"
+
+
+class ConfigError(KVKeepError):
+    """A setting, or what the machine offers, does not allow a start."""
+
+    code = "config"
+
+
+class LayoutMismatch(KVKeepError):
+    """A cache's arrangement is unknown, or differs from the registered one."""
+
+    code = "layout"
+
+
+class LeaseExpired(KVKeepError):
+    """Lent memory was touched after its lease had been closed."""
+
+    code = "lease"
+
+
+class WireError(KVKeepError):
+    """A frame breaks the protocol: its size, its version, its content."""
+
+    code = "wire"
+
+
+class StoreGone(WireError):
+    """The store process is not there, or did not answer within the limit."""
+
+    code = "store-gone"

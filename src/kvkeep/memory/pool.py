@@ -1,0 +1,85 @@
+"""The pool as a worker sees it: a mapping of the store's memory, touched only through leases.
+
+Knows nothing about keys, sessions or who decides; it lends the part of a chunk that a plan names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.errors import ConfigError, LeaseExpired
+from kvkeep.memory.region import Region
+
+Bytes = npt.NDArray[np.uint8]
+POPULATE_PIECE_NBYTES = 16 << 20
+
+
+class Lease:
+    """The right to use one shard of one chunk until it is closed.
+
+    `views` gives one uint8 array a range, padding included, in the layout's order. LeaseExpired after `close`.
+    """
+
+    def __init__(self, memory: Bytes, shard: ShardLayout) -> None:
+        self._memory: Bytes | None = memory
+        self._shard = shard
+
+    def views(self) -> list[Bytes]:
+        """One writable view a range (with its padding)."""
+        memory = self._memory
+        if memory is None:
+            raise LeaseExpired("this chunk's memory was given back")
+        return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.ranges]
+
+    def close(self) -> None:
+        """Ends the lease; idempotent."""
+        self._memory = None
+
+
+class Pool:
+    """The store's pool mapped into this process; `boot` says of which start of the store."""
+
+    def __init__(self, boot: bytes, region: Region) -> None:
+        self.boot = boot
+        self._region = region
+        self._closing = threading.Event()
+        self._populating = threading.Thread(target=self._populate, daemon=True, name="kvkeep-populate")
+        self._populating.start()
+
+    @property
+    def nbytes(self) -> int:
+        """The pool's size."""
+        return self._region.nbytes
+
+    @contextmanager
+    def lend(self, offset: int, shard: ShardLayout) -> Iterator[Lease]:
+        """A lease on the shard whose bytes start at `offset` of the pool; an offset outside of it is an assertion."""
+        assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
+        lease = Lease(self._region.array[offset : offset + shard.nbytes], shard)
+        try:
+            yield lease
+        finally:
+            lease.close()
+
+    def close(self) -> None:
+        """Unmaps the pool once the thread that populates it has stopped; idempotent."""
+        self._closing.set()
+        self._populating.join(timeout=5.0)
+        self._region.close()
+
+    def _populate(self) -> None:
+        """Fills this mapping's page table from the low end, in pieces and without the interpreter's lock."""
+        region = self._region
+        for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
+            if self._closing.is_set():
+                return
+            try:
+                region.populate(start, min(POPULATE_PIECE_NBYTES, region.nbytes - start))
+            except ConfigError:
+                return  # the pages come one by one then, when they are touched

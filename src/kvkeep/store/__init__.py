@@ -1,0 +1,1 @@
+"""The store: one owner of the pool, its index and its sessions."""

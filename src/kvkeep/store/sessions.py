@@ -1,0 +1,59 @@
+"""Who holds what: a session is one planner's connection, its leases are the right to use memory until they are closed.
+
+Data only. Knows nothing about sockets, processes or the index's rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvkeep.core.index import Entry
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a planner says of itself when its session opens (sizes in bytes, holders are pids)."""
+
+    name: str
+    namespace: bytes
+    identity: str
+    chunk_nbytes: int
+    holders: tuple[int, ...]
+    verify_every: int = 0
+
+
+@dataclass
+class ReadLease:
+    """Pinned chunks that a planner may have read."""
+
+    entries: list[Entry]
+
+
+@dataclass
+class WriteLease:
+    """Reserved chunks by their place in the reservation; an entry leaves when it is committed or given up."""
+
+    entries: dict[int, Entry]
+
+
+@dataclass
+class Session:
+    """One planner's connection and all its leases."""
+
+    number: int
+    opening: Opening
+    namespace: bytes
+    leases: dict[int, ReadLease | WriteLease] = field(default_factory=dict)
+    pinned_nbytes: int = 0
+    fetched_chunks: int = 0
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of all its leases, read and write."""
+        writing = sum(
+            entry.extent.nbytes
+            for lease in self.leases.values()
+            if isinstance(lease, WriteLease)
+            for entry in lease.entries.values()
+        )
+        return self.pinned_nbytes + writing

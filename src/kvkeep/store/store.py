@@ -1,0 +1,164 @@
+"""The store: one pool, one index, the sessions that use them. One thread owns all of it, so nothing is locked.
+
+Every call returns at once: a chunk that is not here is a miss, a pool that is full is a value. Knows nothing about
+sockets, messages or the bytes in the pool; the planners' workers move those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvkeep.core.index import Entry, Index, Outcome
+from kvkeep.core.key import key_of
+from kvkeep.errors import WireError
+from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
+
+NAMESPACE_NBYTES = 16
+DIGEST_NBYTES = 32
+
+
+class Fetched(NamedTuple):
+    """A run of pinned chunks: its lease (0: none), each chunk's offset in the pool, sums to verify by place."""
+
+    lease: int
+    offsets: list[int]
+    sums: dict[int, bytes]
+
+
+class Reservation(NamedTuple):
+    """A write lease (0: none) and, for each digest, an offset in the pool or why there is none."""
+
+    lease: int
+    places: list[int | Outcome]
+
+
+@dataclass
+class Store:
+    """`pool_nbytes` of memory under `index`; waiting requests of one session may pin `max_pinned_share` of it."""
+
+    index: Index
+    pool_nbytes: int
+    max_pinned_share: float = 0.5
+    sessions: dict[int, Session] = field(default_factory=dict)
+    lingering: dict[int, Session] = field(default_factory=dict)
+    lending: bool = True
+    _last: int = 0
+
+    def open(self, opening: Opening) -> Session:
+        """A new session; WireError if what it says of itself cannot be right."""
+        if len(opening.namespace) != NAMESPACE_NBYTES:
+            raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(opening.namespace)}")
+        if opening.chunk_nbytes <= 0 or opening.verify_every < 0:
+            raise WireError("chunk_nbytes must be positive and verify_every not negative")
+        session = Session(self._next(), opening, opening.namespace)
+        self.sessions[session.number] = session
+        return session
+
+    def fetch(self, session: Session, digests: Sequence[bytes]) -> Fetched:
+        """Pins the longest run of present chunks from the first digest on, within the session's share of the pool."""
+        nbytes = session.opening.chunk_nbytes
+        room = int(self.pool_nbytes * self.max_pinned_share) - session.pinned_nbytes
+        entries = self.index.pin_prefix(self._keys(session, digests[: max(0, room // nbytes)]))
+        if not entries:
+            return Fetched(0, [], {})
+        lease = self._next()
+        session.leases[lease] = ReadLease(entries)
+        session.pinned_nbytes += sum(entry.extent.nbytes for entry in entries)
+        return Fetched(lease, [entry.extent.offset for entry in entries], self._sampled(session, entries))
+
+    def reserve(self, session: Session, digests: Sequence[bytes]) -> Reservation:
+        """Room for the chunks that are absent; what cannot fit evicts nothing."""
+        if not self.lending:
+            return Reservation(0, [Outcome.NO_ROOM] * len(digests))
+        lease = self._next()
+        got = self.index.reserve(self._keys(session, digests), session.opening.chunk_nbytes, lease)
+        entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
+        if entries:
+            session.leases[lease] = WriteLease(entries)
+        places = [one.extent.offset if isinstance(one, Entry) else one for one in got]
+        return Reservation(lease if entries else 0, places)
+
+    def commit(self, session: Session, lease: int, places: Sequence[int], sums: Sequence[bytes]) -> list[bool]:
+        """Makes reserved chunks readable; False where the chunk was cleared meanwhile or is not this lease's."""
+        held = session.leases.get(lease)
+        if not isinstance(held, WriteLease) or len(places) != len(sums):
+            return [False] * len(places)
+        done = []
+        for place, sum_ in zip(places, sums, strict=True):
+            entry = held.entries.pop(place, None)
+            done.append(entry is not None and self.index.commit(entry, sum_))
+        return done
+
+    def release(self, session: Session, lease: int) -> None:
+        """Ends a lease; one that is unknown (ended already, or invented) changes nothing."""
+        held = session.leases.pop(lease, None)
+        if isinstance(held, ReadLease):
+            session.pinned_nbytes -= sum(entry.extent.nbytes for entry in held.entries)
+            self.index.unpin(held.entries)
+        elif held is not None:
+            for entry in held.entries.values():
+                self.index.abandon(entry)
+
+    def discard(self, session: Session, digests: Sequence[bytes]) -> int:
+        """Takes chunks out of the index; their memory comes back with the last lease on them."""
+        return self.index.discard(self._keys(session, digests))
+
+    def clear(self, session: Session, everything: bool) -> int:
+        """Drops the session's namespace, or everything."""
+        return self.index.clear(None if everything else session.namespace)
+
+    def rename(self, session: Session, namespace: bytes) -> None:
+        """From here on the session's keys are in `namespace`; WireError if it is none."""
+        if len(namespace) != NAMESPACE_NBYTES:
+            raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(namespace)}")
+        session.namespace = namespace
+
+    def close(self, session: Session) -> None:
+        """The session ended and none of its processes touches its memory: everything comes back."""
+        self.sessions.pop(session.number, None)
+        self.lingering.pop(session.number, None)
+        for lease in list(session.leases):
+            self.release(session, lease)
+
+    def linger(self, session: Session) -> None:
+        """The session ended, its processes may still be at work: its keys in the making go, its memory stays."""
+        self.sessions.pop(session.number, None)
+        self.lingering[session.number] = session
+        for lease in session.leases.values():
+            if isinstance(lease, WriteLease):
+                for entry in lease.entries.values():
+                    self.index.revoke(entry)
+
+    def figures(self) -> dict[str, int]:
+        """What the pool holds, in bytes and counts."""
+        stats = self.index.stats()
+        return {
+            "pool_nbytes": self.pool_nbytes,
+            "used_nbytes": stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes,
+            "committed_nbytes": stats.committed_nbytes,
+            "writing_nbytes": stats.writing_nbytes,
+            "dead_nbytes": stats.dead_nbytes,
+            "pinned_nbytes": stats.pinned_nbytes,
+            "quarantined_nbytes": sum(session.held_nbytes for session in self.lingering.values()),
+            "chunks": stats.committed_entries,
+            "evictions": stats.evictions,
+            "sessions": len(self.sessions),
+        }
+
+    def _keys(self, session: Session, digests: Sequence[bytes]) -> list[bytes]:
+        return [key_of(session.namespace, digest) for digest in digests]
+
+    def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:
+        every = session.opening.verify_every
+        first = session.fetched_chunks
+        session.fetched_chunks += len(entries)
+        if not every:
+            return {}
+        places = range(-first % every, len(entries), every)
+        return {place: entries[place].sums or b"" for place in places}
+
+    def _next(self) -> int:
+        self._last += 1
+        return self._last

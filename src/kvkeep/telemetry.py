@@ -1,0 +1,82 @@
+"""Counters with fixed names, and why each miss was one.
+
+Knows nothing about Prometheus, logs or engines: they read `Figures.snapshot`. One owner, no lock.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Miss(Enum):
+    """Why tokens of a request were not given back; the text is for people."""
+
+    NOT_STORED = "no chunk of this prefix is in the pool"
+    PARTLY_STORED = "the pool holds only the beginning of this prefix"
+    SHORT = "the prompt has no whole chunk beyond what the engine has"
+    STORE_GONE = "the store process is not there"
+    DEADLINE = "the store did not answer within deadline_s"
+    FAILED_BEFORE = "a load of this chunk failed before"
+    UNALIGNED = "the engine's own hit ends inside a block"
+    REFUSED = "this model or layout cannot be kept"
+    BYPASS = "kvkeep is switched off"
+    ADAPTER = "the adapter's files changed after the engine loaded them, or cannot be read"
+    SMALL = "the hit is smaller than min_hit_tokens"
+
+
+COUNTERS = {
+    "lookups": "lookups that were answered",
+    "lookup_tokens": "tokens of prompts that were looked up",
+    "claimed_first_tokens": "tokens claimed for requests never preempted: vLLM's external_prefix_cache_hits",
+    "claimed_after_preemption_tokens": "tokens claimed for requests that resumed",
+    "failed_tokens": "claimed tokens whose load failed",
+    "delivered_tokens": "claimed tokens whose bytes have arrived",
+    "stored_chunks": "chunks that became readable",
+    "stored_tokens": "tokens of those chunks",
+    "skipped_present_chunks": "chunks that were in the pool already, or being written by another request",
+    "skipped_full_chunks": "chunks for which the pool had no room",
+    "skipped_gone_chunks": "chunks whose blocks the engine had freed before they could be gathered",
+    "dropped_chunks": "gathered chunks that were not committed: a load failed in their step, or a rank skipped them",
+    "store_losses": "times that the store process was lost",
+    "resets": "times that the engine asked for an empty cache",
+}
+GAUGES = {
+    "pool_nbytes": "size of the pool",
+    "pool_used_nbytes": "bytes of the pool that hold chunks",
+    "pool_pinned_nbytes": "bytes of the pool that leases hold",
+}
+
+
+class Figures:
+    """The planner's counters, its gauges, and misses by reason."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._gauges = dict.fromkeys(GAUGES, 0)
+        self._misses = dict.fromkeys(Miss, 0)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Raises a counter; a name that is not in COUNTERS is a KeyError."""
+        self._counts[name] += amount
+
+    def gauge(self, name: str, value: int) -> None:
+        """Sets a gauge; a name that is not in GAUGES is a KeyError."""
+        self._gauges[name]
+        self._gauges[name] = value
+
+    def miss(self, why: Miss) -> None:
+        """Counts one request that got less than its whole prefix, by reason."""
+        self._misses[why] += 1
+
+    def count(self, name: str) -> int:
+        """A counter's value."""
+        return self._counts[name]
+
+    def misses(self) -> dict[str, int]:
+        """Requests by reason, those reasons that occurred."""
+        return {why.name.lower(): count for why, count in self._misses.items() if count}
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters and gauges by name, misses as miss_REASON."""
+        misses = {f"miss_{why.name.lower()}": count for why, count in self._misses.items()}
+        return {**self._counts, **self._gauges, **misses}

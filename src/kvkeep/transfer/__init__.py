@@ -1,0 +1,1 @@
+"""Copies between an engine's blocks and chunks in the pool."""

@@ -1,0 +1,56 @@
+"""What a transfer is: copies between the blocks of an engine's paged cache and a chunk's shard in the pool.
+
+Interfaces and the checks that every transfer shares. Knows nothing about devices, leases' owners or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.memory.pool import Lease
+
+NULL_BLOCK = 0
+
+
+class Blocks(NamedTuple):
+    """A run of a chunk's blocks in one group: the engine's block for each place from `first` on."""
+
+    group: int
+    first: int
+    block_ids: Sequence[int]
+
+
+class Transfer(Protocol):
+    """Moves whole blocks of one rank. Both verbs have finished with source and destination when they return."""
+
+    @property
+    def shard(self) -> ShardLayout:
+        """How this rank's part of a chunk is arranged."""
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+        """Copies blocks into a chunk; with `seal` returns the 16-byte sum of every range in order, else nothing."""
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+        """Copies a chunk's blocks out; with `sums` it verifies every range first and copies nothing if one differs."""
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """An assertion if a block does not exist, is the null block, or (with `unique`) is named twice."""
+
+
+def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence[Blocks], unique: bool) -> None:
+    """The check of `Transfer.check` for a cache that has `num_blocks` of each group.
+
+    A plan is checked once, before anything is copied: NumPy's clipping take would silently read another block.
+    """
+    seen: set[tuple[int, int]] = set()
+    for group, first, block_ids in blocks:
+        assert first >= 0, f"place {first} is outside of a chunk"
+        assert first + len(block_ids) <= shard.blocks(group), f"place {first + len(block_ids)} is outside of a chunk"
+        for block_id in block_ids:
+            assert block_id != NULL_BLOCK, f"the null block of group {group}"
+            assert 0 < block_id < num_blocks[group], f"block {block_id} of group {group} does not exist"
+            if unique:
+                assert (group, block_id) not in seen, f"block {block_id} of group {group} is named twice"
+                seen.add((group, block_id))

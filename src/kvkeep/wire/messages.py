@@ -1,0 +1,198 @@
+"""What planner and store say to each other.
+
+Data only. Knows nothing about sockets or about what the store does. MessagePack by msgspec, each message a tagged
+array. A request that has an answer carries a `call` number, which the answer repeats. Many digests travel as one piece
+of bytes, 32 a digest. Numbers that come from a client (lease ids, indexes) are looked up by the store, never trusted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kvkeep.errors import WireError
+
+VERSION = 1
+DIGEST_NBYTES = 32
+
+
+class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """A session's first message: `namespace` and `chunk_nbytes` hold for all its keys.
+
+    `holders` are the pids of all processes that may touch its leases, `verify_every` says for every how many-th fetched
+    chunk its sums are wanted (0: never). `resumes` is an ended session of the same process whose leases nobody uses.
+    """
+
+    version: int
+    name: str
+    namespace: bytes
+    identity: str
+    chunk_nbytes: int
+    holders: list[int]
+    verify_every: int = 0
+    resumes: int = 0
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """The answer to Hello, with the pool's descriptor (SCM_RIGHTS). `boot` is new at every start of the store."""
+
+    version: int
+    boot: bytes
+    session: int
+    pid: int
+    pool_nbytes: int
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """Pin the longest run of present chunks from the first digest on."""
+
+    call: int
+    digests: bytes
+
+
+class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
+    """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (0: no chunk, no lease).
+
+    `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify.
+    """
+
+    call: int
+    lease: int
+    offsets: list[int]
+    sums: dict[int, bytes]
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):
+    """Ask for room to write these chunks."""
+
+    call: int
+    digests: bytes
+
+
+class Granted(msgspec.Struct, frozen=True, tag=6, array_like=True):
+    """The answer to Reserve: for each digest an offset in the pool, or PRESENT, BUSY, NO_ROOM."""
+
+    call: int
+    lease: int
+    offsets: list[int]
+
+
+PRESENT = -1  # the store has it already
+BUSY = -2  # another lease is writing it
+NO_ROOM = -3  # the pool has no room for it
+
+
+class Commit(msgspec.Struct, frozen=True, tag=7, array_like=True):
+    """All shards of these chunks of a Reserve (`places` in it) are written; `sums` one a chunk, shards in order."""
+
+    call: int
+    lease: int
+    places: list[int]
+    sums: list[bytes]
+
+
+class Committed(msgspec.Struct, frozen=True, tag=8, array_like=True):
+    """The answer to Commit: whether each chunk is readable now, and what the pool holds (bytes)."""
+
+    call: int
+    done: list[bool]
+    used_nbytes: int
+    pinned_nbytes: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=9, array_like=True):
+    """A lease ends: what it pinned is unpinned, what it reserved and did not commit is given up. No answer."""
+
+    lease: int
+
+
+class Discard(msgspec.Struct, frozen=True, tag=10, array_like=True):
+    """These chunks are not to be given out again. No answer."""
+
+    digests: bytes
+
+
+class Clear(msgspec.Struct, frozen=True, tag=11, array_like=True):
+    """Drop every chunk of the session's namespace, or of all."""
+
+    call: int
+    everything: bool = False
+
+
+class Cleared(msgspec.Struct, frozen=True, tag=12, array_like=True):
+    """The answer to Clear: how many chunks lost their keys."""
+
+    call: int
+    count: int
+
+
+class Rename(msgspec.Struct, frozen=True, tag=13, array_like=True):
+    """From here on the session's keys are in another namespace. No answer."""
+
+    namespace: bytes
+    identity: str
+
+
+class AskStats(msgspec.Struct, frozen=True, tag=14, array_like=True):
+    """Ask what the store holds; with `check` it first proves that its index adds up."""
+
+    call: int
+    check: bool = False
+
+
+class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True):
+    """The store's figures by name; `problem` is empty unless the check found one."""
+
+    call: int
+    figures: dict[str, int]
+    problem: str = ""
+
+
+class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):
+    """The session ends and none of its processes touches a lease any more."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=17, array_like=True):
+    """The store ends the session, with the error's code and text."""
+
+    code: str
+    text: str
+
+
+ToStore = Hello | Fetch | Reserve | Commit | Release | Discard | Clear | Rename | AskStats | Bye
+FromStore = Welcome | Matched | Granted | Committed | Cleared | Stats | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_to_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToStore)
+_from_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromStore)
+
+
+def encoded(message: ToStore | FromStore) -> bytes:
+    """The message as MessagePack."""
+    return _encoder.encode(message)
+
+
+def decoded_by_store(payload: bytes) -> ToStore:
+    """The message in `payload`; WireError if it is none that a client may send."""
+    try:
+        message: ToStore = _to_store.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise WireError(f"not a message: {error}") from error
+    return message
+
+
+def decoded_by_client(payload: bytes) -> FromStore:
+    """The message in `payload`; WireError if it is none that a store sends."""
+    try:
+        message: FromStore = _from_store.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise WireError(f"not a message: {error}") from error
+    return message
+
+
+def split_digests(digests: bytes) -> list[bytes]:
+    """The digests in one piece of bytes; WireError if it is not a whole number of them."""
+    if len(digests) % DIGEST_NBYTES:
+        raise WireError(f"{len(digests)} bytes are not a whole number of digests")
+    return [digests[i : i + DIGEST_NBYTES] for i in range(0, len(digests), DIGEST_NBYTES)]

@@ -1,0 +1,162 @@
+"""Starting the store process, joining one that runs, and being one.
+
+A private store inherits one end of a socket pair and ends with its file; a shared one listens on a Unix socket.
+Knows nothing about engines. The process imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.errors import ConfigError, StoreGone
+from kvkeep.memory.region import Region
+from kvkeep.memory.room import check_room
+from kvkeep.store.store import Store
+from kvkeep.wire.server import Server
+
+log = logging.getLogger("kvkeep.store")
+
+POPULATE_PIECE_NBYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a store process needs to know: the pool's size, the eviction policy, what waiting requests may pin of it."""
+
+    pool_nbytes: int
+    policy: str = "lru"
+    max_pinned_share: float = 0.5
+    log_level: str = "info"
+
+    def arguments(self) -> list[str]:
+        """The command line that `kvkeep.wire.__main__` reads."""
+        return [
+            f"--pool-nbytes={self.pool_nbytes}",
+            f"--policy={self.policy}",
+            f"--max-pinned-share={self.max_pinned_share}",
+            f"--log-level={self.log_level}",
+        ]
+
+
+@dataclass
+class Child:
+    """A private store: its process and our end of the socket pair."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+
+    def end(self, limit_s: float) -> None:
+        """Closes our end, waits at most `limit_s` for the process, then kills it (by its pid, it is ours)."""
+        self.sock.close()
+        try:
+            self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(limit_s)
+
+    def kill(self) -> None:
+        """Ends the process at once and does not wait for it."""
+        self.sock.close()
+        self.process.kill()
+        self.process.poll()
+
+
+def start_private(options: StoreOptions) -> Child:
+    """Starts a store process as a child, after checking that the machine has room for its pool (ConfigError)."""
+    check_room(options.pool_nbytes)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, "-m", "kvkeep.wire", f"--fd={theirs.fileno()}", *options.arguments()]
+    try:
+        # its own session: Ctrl-C at the engine's terminal must not end the store before the engine
+        process = subprocess.Popen(  # noqa: S603
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        ours.close()
+        raise StoreGone(f"the store process could not be started: {error}") from error
+    finally:
+        theirs.close()
+    return Child(process, ours)
+
+
+def join_shared(path: str, limit_s: float) -> socket.socket:
+    """A connection to the shared store at `path`; StoreGone if none answers there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(limit_s)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise StoreGone(
+            f"no store answers at {path} ({error}): start one with `kvkeep serve --socket {path}`"
+        ) from error
+    return sock
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at `path`, 0600 in a folder that is 0700; ConfigError if the folder lets others in.
+
+    The socket file of a store that is gone is removed; one that still answers is an error.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(path.parent.stat().st_mode) & 0o077:
+        raise ConfigError(f"{path.parent} can be entered by others: chmod 700 {path.parent}, or choose another folder")
+    if path.exists():
+        try:
+            join_shared(str(path), 1.0).close()
+        except StoreGone:
+            path.unlink()
+        else:
+            raise ConfigError(f"a store answers at {path} already")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(mask)
+    sock.listen(64)
+    return sock
+
+
+def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
+    """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
+    check_room(options.pool_nbytes)
+    with Region.create(options.pool_nbytes) as region:
+        index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
+        store = Store(index, options.pool_nbytes, options.max_pinned_share)
+        private = socket.socket(fileno=private_fd) if private_fd is not None else None
+        listener = listen(path) if path is not None else None
+        server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
+        threading.Thread(target=_populate, args=(region, store), daemon=True, name="populate").start()
+        log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
+        try:
+            server.serve()
+        finally:
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _populate(region: Region, store: Store) -> None:
+    """Allocates the pool's pages from the low end, which the allocator lends first; a copy into fresh pages is slow.
+
+    If memory runs out the store stops lending rather than let a worker's copy be killed.
+    """
+    for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
+        try:
+            region.populate(start, min(POPULATE_PIECE_NBYTES, region.nbytes - start))
+        except ConfigError as error:
+            store.lending = False
+            log.error("nothing new is stored: %s", error)
+            return

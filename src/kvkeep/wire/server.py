@@ -1,0 +1,259 @@
+"""The store's end of the channel: one loop over sockets, one reader of frames a client, answers in order.
+
+Any bytes from any client are a typed error for that client and nothing for the others; a client that does not read is
+disconnected once its unsent answers are over a bound. Knows nothing about pools or keys beyond handing them on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvkeep.core.index import Outcome
+from kvkeep.errors import WireError
+from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.store import Store
+from kvkeep.wire import messages as m
+from kvkeep.wire.frames import FrameReader, framed
+
+log = logging.getLogger("kvkeep.store")
+
+MAX_UNSENT_NBYTES = 8 << 20
+MAX_CLIENTS = 256
+MAX_HOLDERS = 1024
+_OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
+
+
+@dataclass
+class Peer:
+    """One connected client: its socket, what it sent, what it has not read yet, its session once it said hello."""
+
+    sock: socket.socket
+    pid: int
+    frames: FrameReader = field(default_factory=FrameReader)
+    unsent: bytearray = field(default_factory=bytearray)
+    session: Session | None = None
+    writing: bool = False
+
+
+@dataclass
+class Server:
+    """Serves `store` until `stop` is set, or until the private client's end of file when there is no listener."""
+
+    store: Store
+    boot: bytes
+    pool_fd: int
+    private: socket.socket | None = None
+    listener: socket.socket | None = None
+    stop: bool = False
+    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _peers: dict[int, Peer] = field(default_factory=dict)
+    _graves: dict[int, set[int]] = field(default_factory=dict)
+
+    def serve(self) -> None:
+        """Runs the loop; returns when it is told to stop or its only client is gone."""
+        if self.private is not None:
+            self._accept(self.private)
+        if self.listener is not None:
+            self.listener.setblocking(False)
+            self._selector.register(self.listener, selectors.EVENT_READ, self._welcome_client)
+        while not self.stop and (self.listener is not None or self._peers):
+            for key, _ in self._selector.select(timeout=1.0):
+                ready: Callable[[], None] = key.data
+                ready()
+        for peer in list(self._peers.values()):
+            peer.sock.close()
+        self._selector.close()
+
+    def _welcome_client(self) -> None:
+        assert self.listener is not None
+        sock, _ = self.listener.accept()
+        if len(self._peers) >= MAX_CLIENTS:
+            sock.close()
+            return
+        self._accept(sock)
+
+    def _accept(self, sock: socket.socket) -> None:
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
+        if uid not in (os.getuid(), 0):
+            log.warning("refused a client of user %d: the pool belongs to user %d", uid, os.getuid())
+            sock.close()
+            return
+        sock.setblocking(False)
+        peer = Peer(sock, pid)
+        self._peers[sock.fileno()] = peer
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._turn(peer))
+
+    def _turn(self, peer: Peer) -> None:
+        """Reads what one client sent and answers it; an error ends that client only."""
+        try:
+            if peer.unsent:
+                self._flush(peer)
+            data = self._received(peer)
+            if data == b"":
+                self._drop(peer, "its end of the socket was closed")
+                return
+            for payload in peer.frames.feed(data or b""):
+                self._answer(peer, m.decoded_by_store(payload))
+                if peer.sock.fileno() < 0:
+                    return
+        except WireError as error:
+            self._refuse(peer, error)
+
+    def _received(self, peer: Peer) -> bytes | None:
+        try:
+            return peer.sock.recv(1 << 18)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
+
+    def _answer(self, peer: Peer, message: m.ToStore) -> None:
+        if isinstance(message, m.Hello):
+            self._hello(peer, message)
+            return
+        session = peer.session
+        if session is None:
+            raise WireError("the first message must be a hello")
+        if isinstance(message, m.Bye):
+            self.store.close(session)
+            peer.session = None
+            self._drop(peer, "it said goodbye")
+            return
+        answer = self._asked(session, message)
+        if answer is not None:
+            self._send(peer, answer)
+
+    def _hello(self, peer: Peer, hello: m.Hello) -> None:
+        if hello.version != m.VERSION:
+            raise WireError(f"protocol version {hello.version} is not {m.VERSION}: use the same kvkeep on both sides")
+        if peer.session is not None or len(hello.holders) > MAX_HOLDERS:
+            raise WireError(f"a session says hello once and names at most {MAX_HOLDERS} processes")
+        old = self.store.lingering.get(hello.resumes)
+        if old is not None and set(old.opening.holders) <= {peer.pid, *hello.holders}:
+            self._bury(old)
+        opening = Opening(
+            hello.name,
+            hello.namespace,
+            hello.identity,
+            hello.chunk_nbytes,
+            tuple(hello.holders),
+            hello.verify_every,
+        )
+        peer.session = self.store.open(opening)
+        welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
+        try:
+            socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd])
+        except OSError as error:
+            raise WireError(f"the pool could not be handed over: {error}") from error
+        log.info("session %d opened by %s (pid %d)", peer.session.number, hello.name, peer.pid)
+
+    def _asked(self, session: Session, message: m.ToStore) -> m.FromStore | None:
+        """The answer to a message of an open session, None where it has none."""
+        store = self.store
+        match message:
+            case m.Fetch():
+                fetched = store.fetch(session, m.split_digests(message.digests))
+                return m.Matched(message.call, *fetched)
+            case m.Reserve():
+                lease, places = store.reserve(session, m.split_digests(message.digests))
+                offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
+                return m.Granted(message.call, lease, offsets)
+            case m.Commit():
+                done = store.commit(session, message.lease, message.places, message.sums)
+                stats = store.index.stats()
+                used = stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes
+                return m.Committed(message.call, done, used, stats.pinned_nbytes)
+            case m.Release():
+                store.release(session, message.lease)
+            case m.Discard():
+                store.discard(session, m.split_digests(message.digests))
+            case m.Rename():
+                store.rename(session, message.namespace)
+            case m.Clear():
+                return m.Cleared(message.call, store.clear(session, message.everything))
+            case m.AskStats():
+                return m.Stats(message.call, store.figures(), self._problem() if message.check else "")
+        return None
+
+    def _problem(self) -> str:
+        try:
+            self.store.index.check()
+        except AssertionError as error:
+            return str(error) or "the index does not add up"
+        return ""
+
+    def _send(self, peer: Peer, answer: m.FromStore) -> None:
+        peer.unsent += framed(m.encoded(answer))
+        self._flush(peer)
+        if len(peer.unsent) > MAX_UNSENT_NBYTES:
+            raise WireError("it does not read its answers")
+
+    def _flush(self, peer: Peer) -> None:
+        try:
+            sent = peer.sock.send(peer.unsent)
+            del peer.unsent[:sent]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            raise WireError(f"its socket failed: {error}") from error
+        if peer.writing != bool(peer.unsent):
+            peer.writing = bool(peer.unsent)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.writing else 0)
+            self._selector.modify(peer.sock, events, lambda: self._turn(peer))
+
+    def _refuse(self, peer: Peer, error: WireError) -> None:
+        try:
+            peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
+        except OSError as failure:
+            log.debug("the refusal could not be sent: %s", failure)
+        self._drop(peer, str(error))
+
+    def _drop(self, peer: Peer, why: str) -> None:
+        """Ends a client; memory that its processes may still touch is kept until they are gone."""
+        log.info("client (pid %d) ended: %s", peer.pid, why)
+        self._selector.unregister(peer.sock)
+        del self._peers[peer.sock.fileno()]
+        peer.sock.close()
+        if peer.session is None:
+            return
+        session, peer.session = peer.session, None
+        self.store.linger(session)
+        self._await_deaths(session, peer.pid)
+
+    def _await_deaths(self, session: Session, pid: int) -> None:
+        """Gives a lingering session's memory back when every process that it names has ended."""
+        watched: set[int] = set()
+        self._graves[session.number] = watched
+        for one in {pid, *session.opening.holders}:
+            try:
+                pidfd = os.pidfd_open(one)
+            except OSError:
+                continue  # it is gone already
+            watched.add(pidfd)
+            self._selector.register(pidfd, selectors.EVENT_READ, self._death(session, pidfd))
+        if not watched:
+            self._bury(session)
+
+    def _death(self, session: Session, pidfd: int) -> Callable[[], None]:
+        def died() -> None:
+            watched = self._graves.get(session.number, set())
+            watched.discard(pidfd)
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+            if not watched:
+                self._bury(session)
+
+        return died
+
+    def _bury(self, session: Session) -> None:
+        for pidfd in self._graves.pop(session.number, set()):
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+        self.store.close(session)

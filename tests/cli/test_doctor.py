@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import kvkeep
+from kvkeep.cli import doctor as doctor_module
+from kvkeep.cli.doctor import Check, as_table, check_memory, check_python, check_sealing, check_speed
+from kvkeep.cli.main import app
+from kvkeep.config import Config
+from kvkeep.errors import ConfigError
+from kvkeep.memory.region import Region
+from kvkeep.memory.room import Limit, Limits
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "_PROBE_NBYTES", 1 << 20)
+
+
+def invoke(*arguments: str, env: dict[str, str] | None = None):
+    return CliRunner().invoke(app, [*arguments], env=env)
+
+
+def text_of(check: Check) -> str:
+    out = io.StringIO()
+    Console(width=200, file=out).print(as_table([check]))
+    return out.getvalue()
+
+
+def test_a_right_machine_is_ok() -> None:
+    result = invoke("doctor", "--pool-size", "1 MiB")
+    assert result.exit_code == 0, result.output
+    for row in ("Python", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
+        assert row in result.output
+    assert result.output.count(" ok ") == 5
+    assert "problem" not in result.output
+
+
+def test_a_pool_that_does_not_fit_is_a_problem_with_a_cure() -> None:
+    result = invoke("doctor", "--pool-size", "900 TiB")
+    assert result.exit_code == 1
+    assert result.output.count("problem") == 1
+    assert "does not fit" in result.output
+
+
+def test_a_wrong_file_is_a_problem_and_the_rest_is_still_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("k.toml").write_text("[pool]\nsize = 1\n")
+    result = invoke("doctor", "--config", "k.toml")
+    assert result.exit_code == 1
+    assert "k.toml: [pool] is a table" in result.output
+    assert "memfd, sealed" in result.output
+
+
+def test_a_right_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "k.toml"
+    file.write_text('pool_size = "3 MiB"\n')
+    result = invoke("doctor", "--config", str(file))
+    assert result.exit_code == 0, result.output
+    assert "a pool of 3 MiB" in result.output
+    assert "a pool of 2 MiB" in invoke("doctor", "--config", str(file), "--pool-size", "2 MiB").output
+
+
+def test_the_environment_is_checked_too() -> None:
+    result = invoke("doctor", env={"KVKEEP_CHUNK_TOKEN": "1"})
+    assert result.exit_code == 1
+    assert "KVKEEP_CHUNK_TOKENS?" in result.output
+
+
+def test_a_failure_is_one_line_without_a_traceback() -> None:
+    result = invoke("doctor", "--pool-size", "lots")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("kvkeep: --pool-size is 'lots'; right is ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_the_automatic_size_may_be_asked_for() -> None:
+    assert invoke("doctor", "--pool-size", "auto").exit_code == 0
+
+
+def test_version() -> None:
+    result = invoke("version")
+    assert (result.exit_code, result.stdout) == (0, f"kvkeep {kvkeep.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "right"), [((3, 10), False), ((3, 11), True), ((3, 13), True), ((3, 14), False)]
+)
+def test_python_versions(version: tuple[int, int], right: bool) -> None:
+    check = check_python(version)
+    assert bool(check.cure) is not right
+    assert f"{version[0]}.{version[1]}" in check.found
+
+
+def test_memory_names_the_limit() -> None:
+    limits = Limits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
+    assert check_memory(Config(), limits).cure == ""
+    assert "/sys/fs/cgroup/memory.max" in check_memory(Config(pool_size="3 GiB"), limits).cure
+
+
+def test_a_kernel_without_memfd_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_nbytes: int) -> Region:
+        raise ConfigError("not here")
+
+    monkeypatch.setattr(Region, "create", refuse)
+    assert "not here" in check_sealing().cure
+    assert "not here" in check_speed(float).cure
+
+
+def test_a_seal_that_does_not_hold_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvkeep.memory.region.fcntl.fcntl", lambda *_: 0)
+    assert check_sealing().cure
+
+
+def test_speeds_come_from_the_clock() -> None:
+    ticks = count(0.0, 1e-3)
+    assert check_speed(lambda: next(ticks)).found == "populate 1.0 GB/s, copy 1.0 GB/s"
+
+
+def test_a_table_takes_brackets_literally() -> None:
+    assert "[red]x[/nope]" in text_of(Check("a", "b", "[red]x[/nope]"))
+
+
+def test_the_command_line_imports_no_torch() -> None:
+    code = "import sys, kvkeep.cli.main; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

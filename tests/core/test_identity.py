@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import cbor2
+import msgspec
+import pytest
+
+from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity, described, differing, namespace, of_mapping
+
+FULL = GroupIdentity(
+    kind="full", layers=("model.0", "model.2"), kv_heads=8, head_size=128, block_tokens=16, window=None
+)
+SLIDING = GroupIdentity(
+    kind="sliding_window",
+    layers=("model.1", "model.3"),
+    kv_heads=8,
+    head_size=128,
+    block_tokens=16,
+    window=4096,
+)
+IDENTITY = Identity(
+    schema=SCHEMA,
+    model="org/model",
+    revision="main",
+    weights="sha256:00",
+    load_format="auto",
+    load_seed=None,
+    epoch=0,
+    quantization=None,
+    compute_dtype="bfloat16",
+    kv_dtype="bfloat16",
+    kv_scales=None,
+    groups=(FULL, SLIDING),
+    rope='{"theta":10000}',
+    max_model_len=None,
+    engine="vllm",
+    engine_version="0.32.0",
+    attention_backend="CPU_ATTN",
+    kv_layout="NHD",
+    instruction_set=None,
+    tp=1,
+    pp=1,
+    dcp=1,
+    chunk_tokens=256,
+    chain="kvkeep",
+    hash_name="sha256_cbor",
+    hash_seed="vllm-none-hash",
+    codec=None,
+)
+PLAIN_FIELDS = [name for name in Identity.__struct_fields__ if name != "groups"]
+
+
+def replaced(**changes: Any) -> Identity:
+    return msgspec.structs.replace(IDENTITY, **changes)
+
+
+def other(value: Any) -> Any:
+    if value is None:
+        return "other"
+    if isinstance(value, tuple):
+        return (*value, "other")
+    return value + (1 if isinstance(value, int) else "other")
+
+
+def test_namespace_is_the_digest_of_the_canonical_map():
+    fields = msgspec.json.decode(msgspec.json.encode(IDENTITY))
+    expected = sha256(cbor2.dumps(fields, canonical=True)).digest()[:16]
+    assert namespace(IDENTITY) == expected
+    assert namespace(replaced()) == expected
+
+
+def test_namespace_stays_what_it_was():
+    # A change here makes every stored chunk unreachable: then SCHEMA must change too.
+    assert namespace(IDENTITY).hex() == "734a16ffe753a373232e1737c8c8fde1"
+
+
+@pytest.mark.parametrize("name", PLAIN_FIELDS)
+def test_every_field_changes_the_namespace_and_is_named(name):
+    before = getattr(IDENTITY, name)
+    changed = replaced(**{name: other(before)})
+    assert namespace(changed) != namespace(IDENTITY)
+    assert differing(IDENTITY, changed) == [f"{name}: {before!r} here, {other(before)!r} there"]
+    assert differing(changed, IDENTITY) == [f"{name}: {other(before)!r} here, {before!r} there"]
+
+
+@pytest.mark.parametrize("name", GroupIdentity.__struct_fields__)
+def test_every_field_of_a_group_changes_the_namespace_and_is_named(name):
+    before = getattr(SLIDING, name)
+    changed = replaced(groups=(FULL, msgspec.structs.replace(SLIDING, **{name: other(before)})))
+    assert namespace(changed) != namespace(IDENTITY)
+    assert differing(IDENTITY, changed) == [f"groups[1].{name}: {before!r} here, {other(before)!r} there"]
+
+
+def test_equal_identities_do_not_differ():
+    assert differing(IDENTITY, replaced()) == []
+
+
+def test_none_is_not_its_text():
+    assert namespace(replaced(codec="None")) != namespace(IDENTITY)
+
+
+def test_the_number_and_the_order_of_groups_count():
+    assert differing(IDENTITY, replaced(groups=(FULL,))) == ["groups: 2 here, 1 there"]
+    swapped = replaced(groups=(SLIDING, FULL))
+    assert namespace(swapped) != namespace(IDENTITY)
+    assert [line.split(":")[0] for line in differing(IDENTITY, swapped)] == [
+        f"groups[{i}].{name}" for i in (0, 1) for name in ("kind", "layers", "window")
+    ]
+
+
+def test_long_tuples_with_the_same_ends_are_told_apart():
+    def with_layers(*names: str) -> Identity:
+        return replaced(groups=(msgspec.structs.replace(FULL, layers=names),))
+
+    (line,) = differing(with_layers("a", "b", "c", "d"), with_layers("a", "x", "c", "d"))
+    here, there = line.removeprefix("groups[0].layers: ").removesuffix(" there").split(" here, ")
+    assert here.startswith("4 from 'a' to 'd'")
+    assert here != there
+
+
+def test_a_mapping_is_read_back():
+    fields = msgspec.to_builtins(IDENTITY)
+    assert of_mapping(fields) == IDENTITY
+    assert of_mapping(msgspec.json.decode(msgspec.json.encode(IDENTITY))) == IDENTITY
+
+
+@pytest.mark.parametrize("name", Identity.__struct_fields__)
+def test_a_missing_field_is_refused(name):
+    fields = msgspec.to_builtins(IDENTITY)
+    del fields[name]
+    with pytest.raises(msgspec.ValidationError, match=name):
+        of_mapping(fields)
+
+
+def test_an_unknown_field_is_refused_in_the_record_and_in_a_group():
+    with pytest.raises(msgspec.ValidationError, match="news"):
+        of_mapping({**msgspec.to_builtins(IDENTITY), "news": 1})
+    group = {**msgspec.to_builtins(FULL), "news": 1}
+    with pytest.raises(msgspec.ValidationError, match="news"):
+        of_mapping({**msgspec.to_builtins(IDENTITY), "groups": [group]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("schema", 2), ("schema", 0), ("chain", "other"), ("hash_name", "sha256"), ("tp", "1"), ("model", None)],
+)
+def test_another_schema_or_a_wrong_value_is_refused(name, value):
+    with pytest.raises(msgspec.ValidationError, match=name):
+        of_mapping({**msgspec.to_builtins(IDENTITY), name: value})
+
+
+def test_described_has_a_line_for_every_field():
+    lines = described(IDENTITY).splitlines()
+    names = [line.split()[0] for line in lines]
+    expected = {*Identity.__struct_fields__} | {
+        f"groups[{i}].{x}" for i in (0, 1) for x in GroupIdentity.__struct_fields__
+    }
+    assert set(names) == expected
+    assert len(names) == len(expected)
+    assert [line.split()[1] for line in lines if line.startswith("groups[1].window")] == ["4096"]

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.core.policy import Ranked, fifo, lfu, lru, mru, policy_by_name
+
+MAKERS = {"fifo": fifo, "lru": lru, "lfu": lfu, "mru": mru}
+KEYS = [bytes([letter]) * 48 for letter in b"abcdefgh"]
+A, B, C, D = KEYS[:4]
+
+
+class Naive:
+    """The definition: sort all keys by what the policy's name says, take the first that is not hidden."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.now = 0
+        self.inserted: dict[bytes, int] = {}
+        self.touched: dict[bytes, int] = {}
+        self.uses: dict[bytes, int] = {}
+        self.hidden: set[bytes] = set()
+
+    def insert(self, key: bytes) -> None:
+        self.uses[key] = 0
+        self.touch(key)
+        self.inserted[key] = self.now
+
+    def touch(self, key: bytes) -> None:
+        self.now += 1
+        self.touched[key] = self.now
+        self.uses[key] += 1
+
+    def remove(self, key: bytes) -> None:
+        del self.inserted[key], self.touched[key], self.uses[key]
+        self.hidden.discard(key)
+
+    def hide(self, key: bytes) -> None:
+        self.hidden.add(key)
+
+    def show(self, key: bytes) -> None:
+        self.hidden.remove(key)
+
+    def evict(self) -> bytes | None:
+        place = {
+            "fifo": lambda key: self.inserted[key],
+            "lru": lambda key: self.touched[key],
+            "mru": lambda key: -self.touched[key],
+            "lfu": lambda key: (self.uses[key], self.touched[key]),
+        }[self.name]
+        victim = min((key for key in self.inserted if key not in self.hidden), key=place, default=None)
+        if victim is not None:
+            self.remove(victim)
+        return victim
+
+
+def legal(naive: Naive, verb: str, key: bytes) -> bool:
+    known, hidden = key in naive.inserted, key in naive.hidden
+    return {"insert": not known, "hide": known and not hidden, "show": hidden, "evict": True}.get(verb, known)
+
+
+def play(name: str, calls: list[tuple[str, bytes]]) -> None:
+    policy, naive = MAKERS[name](), Naive(name)
+    for verb, key in calls:
+        if not legal(naive, verb, key):
+            continue
+        args = () if verb == "evict" else (key,)
+        assert getattr(policy, verb)(*args) == getattr(naive, verb)(*args)
+    for key in list(naive.hidden):
+        policy.show(key)
+        naive.show(key)
+    while (victim := naive.evict()) is not None:
+        assert policy.evict() == victim
+    assert policy.evict() is None
+
+
+VERBS = ["insert", "insert", "touch", "touch", "hide", "show", "evict", "remove"]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@given(calls=st.lists(st.tuples(st.sampled_from(VERBS), st.sampled_from(KEYS)), max_size=80))
+@settings(max_examples=150, deadline=None)
+def test_evicts_as_its_definition_says(name, calls):
+    play(name, calls)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_evicts_as_its_definition_says_over_many_rebuilds(name):
+    """Long enough for the heap to be rebuilt, which a short sequence never reaches."""
+    draw = random.Random(11)
+    play(name, [(draw.choice(VERBS[:-2] * 4 + VERBS), draw.choice(KEYS * 5)) for _ in range(6000)])
+
+
+def filled(name: str, keys: list[bytes]) -> Ranked:
+    policy = MAKERS[name]()
+    for key in keys:
+        policy.insert(key)
+    return policy
+
+
+def drain(policy: Ranked) -> list[bytes]:
+    return list(iter(policy.evict, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("fifo", [A, B, C, D]), ("lru", [B, D, C, A]), ("mru", [A, C, D, B]), ("lfu", [B, D, C, A])],
+)
+def test_order(name, order):
+    policy = filled(name, [A, B, C, D])
+    policy.touch(A)
+    policy.touch(C)
+    policy.touch(A)
+    assert drain(policy) == order
+
+
+@pytest.mark.parametrize(("name", "order"), [("fifo", [A, B, C]), ("lru", [A, B, C]), ("mru", [C, B, A])])
+def test_a_shown_key_is_back_at_its_place_even_if_evict_has_passed_it(name, order):
+    policy = filled(name, order)
+    first, second, third = (order if name != "mru" else order[::-1])[:3]
+    for key in order:
+        policy.hide(key)
+    assert policy.evict() is None
+    for key in (third, first, second):
+        policy.show(key)
+    assert drain(policy) == ([first, second, third] if name != "mru" else [third, second, first])
+
+
+def test_pinned_and_used_keys_are_passed_over_until_none_is_left():
+    policy = filled("lru", [A, B, C, D])
+    policy.hide(A)
+    policy.hide(C)
+    assert drain(policy) == [B, D]
+    policy.show(C)
+    assert drain(policy) == [C]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_kept_for_a_key_does_not_grow_with_use(name):
+    policy = filled(name, KEYS)
+    for _ in range(2000):
+        for key in KEYS:
+            policy.hide(key)
+            policy.touch(key)
+            policy.show(key)
+        policy.remove(KEYS[0])
+        policy.insert(KEYS[0])
+    assert len(policy._heap) <= 2 * len(KEYS) + 64
+    assert len(policy._keys) == len(KEYS)
+    assert len(policy._free_slots) == 0
+
+
+@pytest.mark.parametrize("verb", ["touch", "remove", "hide", "show"])
+def test_an_unknown_key_is_a_broken_invariant(verb):
+    with pytest.raises(AssertionError, match="never inserted"):
+        getattr(lru(), verb)(A)
+
+
+def test_doing_it_twice_is_a_broken_invariant():
+    policy = filled("lru", [A])
+    with pytest.raises(AssertionError, match="inserted twice"):
+        policy.insert(A)
+    with pytest.raises(AssertionError, match="not hidden"):
+        policy.show(A)
+    policy.hide(A)
+    with pytest.raises(AssertionError, match="hidden already"):
+        policy.hide(A)
+
+
+@pytest.mark.parametrize("name", ["fifo", "LRU", "Lfu", "mru"])
+def test_policies_have_names_in_any_case(name):
+    policy = policy_by_name(name)
+    policy.insert(A)
+    policy.insert(B)
+    assert policy.evict() == (B if name == "mru" else A)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match="'arc': choose one of fifo, lfu, lru, mru"):
+        policy_by_name("arc")

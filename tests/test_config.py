@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.config import Config, auto_pool_nbytes, describe_settings, load_config, parse_size
+from kvkeep.errors import ConfigError
+
+MIB, GIB = 1 << 20, 1 << 30
+REFERENCE = Path(__file__).parents[1] / "docs/reference/configuration.md"
+
+
+def load(
+    overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = ""
+) -> Config:
+    def read_text(path: str) -> str:
+        assert path == "/etc/kvkeep.toml"
+        return toml
+
+    file = {"config_file": "/etc/kvkeep.toml"} if toml else {}
+    return load_config(file | (overrides or {}), environ or {}, read_text)
+
+
+def refusal(
+    overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = ""
+) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(overrides, environ, toml)
+    return str(caught.value)
+
+
+def attempt(overrides: dict[str, object], environ: dict[str, str]) -> str | None:
+    """What the refusal says; None where there is none."""
+    try:
+        load(overrides, environ)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_nothing_configured_works() -> None:
+    config = load()
+    assert config == Config()
+    assert config.pool_nbytes(100 * GIB) == 4 * GIB
+    assert config.socket_path is None
+
+
+def test_the_defaults_are_right_values_themselves() -> None:
+    assert load(msgspec.structs.asdict(Config())) == Config()
+
+
+def test_sources_by_strength() -> None:
+    environ = {"KVKEEP_CHUNK_TOKENS": "1", "KVKEEP_POLICY": "mru", "KVKEEP_DEADLINE_S": "3", "HOME": "/x"}
+    toml = 'chunk_tokens = 2\npolicy = "lfu"\n'
+    config = load({"chunk_tokens": 3}, environ, toml)
+    assert (config.chunk_tokens, config.policy, config.deadline_s) == (3, "lfu", 3.0)
+
+
+def test_the_mappings_file_is_stronger_than_the_environments() -> None:
+    read: list[str] = []
+
+    def read_text(path: str) -> str:
+        read.append(path)
+        return "min_hit_tokens = 9"
+
+    environ = {"KVKEEP_CONFIG_FILE": "weak.toml"}
+    assert load_config({"config_file": "strong.toml"}, environ, read_text).min_hit_tokens == 9
+    assert load_config({}, environ, read_text).min_hit_tokens == 9
+    assert read == ["strong.toml", "weak.toml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("enabled", "false", False),
+        ("store_generated", "1", True),
+        ("chunk_tokens", "64", 64),
+        ("deadline_s", "0.25", 0.25),
+        ("lease_time_s", "5", 5.0),
+        ("pool_size", "1048576", "1048576"),
+        ("pool_size", "512 MiB", "512 MiB"),
+        ("store", "unix:/run/kvkeep/socket", "unix:/run/kvkeep/socket"),
+        ("fault", "drop-commit", "drop-commit"),
+        ("log_level", "debug", "debug"),
+    ],
+)
+def test_variables_are_text_that_is_read(name: str, text: str, value: object) -> None:
+    assert getattr(load(environ={f"KVKEEP_{name.upper()}": text}), name) == value
+
+
+WRONG: list[tuple[str, object]] = [
+    ("enabled", 1),
+    ("enabled", "true"),
+    ("chunk_tokens", 0),
+    ("chunk_tokens", -256),
+    ("chunk_tokens", True),
+    ("chunk_tokens", 256.0),
+    ("chunk_tokens", "256"),
+    ("chunk_tokens", None),
+    ("policy", "arc"),
+    ("policy", "LRU"),
+    ("store", "tcp:1.2.3.4"),
+    ("store", "unix:"),
+    ("store", "unix:relative"),
+    ("store", "unix:/"),
+    ("store", "unix:/" + "x" * 107),
+    ("store", "unix:/" + "é" * 54),
+    ("store", "unix:/a\0b"),
+    ("store", "private\n"),
+    ("verify_pool", "never"),
+    ("load_failure_policy", "fail"),
+    ("deadline_s", 0),
+    ("deadline_s", -0.1),
+    ("deadline_s", float("nan")),
+    ("deadline_s", float("inf")),
+    ("lease_time_s", "60"),
+    ("max_pinned_share", 0),
+    ("max_pinned_share", 1.01),
+    ("min_hit_tokens", -1),
+    ("log_level", "loud"),
+    ("fault", ""),
+    ("pool_size", 0),
+    ("pool_size", -1),
+    ("pool_size", 1.5),
+    ("pool_size", True),
+    ("pool_size", "4G"),
+    ("pool_size", "1.5"),
+    ("pool_size", "-4 GiB"),
+    ("pool_size", "٤ GiB"),
+    ("pool_size", "lots"),
+    ("pool_size", "9999999999 TiB"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_value_names_its_path_and_what_is_right(name: str, value: object) -> None:
+    text = refusal({name: value})
+    assert text.startswith(f"kv_connector_extra_config.{name} is {value!r}; right is ")
+    assert describe_settings()[name] in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("KVKEEP_ENABLED", "yes"),
+        ("KVKEEP_CHUNK_TOKENS", "1.0"),
+        ("KVKEEP_CHUNK_TOKENS", " 1"),
+        ("KVKEEP_CHUNK_TOKENS", ""),
+        ("KVKEEP_CHUNK_TOKENS", "true"),
+        ("KVKEEP_DEADLINE_S", "soon"),
+        ("KVKEEP_DEADLINE_S", "inf"),
+        ("KVKEEP_POOL_SIZE", ""),
+        ("KVKEEP_FAULT", ""),
+    ],
+)
+def test_a_wrong_variable_names_itself(variable: str, text: str) -> None:
+    assert refusal(environ={variable: text}).startswith(f"{variable} is {text!r}; right is ")
+
+
+def test_a_wrong_value_in_a_file_names_the_file_and_the_setting() -> None:
+    assert refusal(toml="chunk_tokens = '1'").startswith("/etc/kvkeep.toml: chunk_tokens is '1'; right is ")
+    assert refusal(toml="deadline_s = 2024-01-01").startswith("/etc/kvkeep.toml: deadline_s is ")
+
+
+def test_a_wrong_value_stops_the_start_even_where_it_is_overridden() -> None:
+    assert "KVKEEP_CHUNK_TOKENS" in refusal({"chunk_tokens": 1}, {"KVKEEP_CHUNK_TOKENS": "x"})
+    assert "kvkeep.toml: chunk_tokens" in refusal({"chunk_tokens": 1}, toml="chunk_tokens = 0")
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    assert refusal({"chunk_token": 1}) == (
+        "kv_connector_extra_config.chunk_token is no setting of kvkeep; did you mean chunk_tokens?"
+    )
+    assert "did you mean max_pinned_share?" in refusal({"MaxPinnedShare": 1})
+    assert refusal(toml="poolsize = 1").endswith("did you mean pool_size?")
+    assert refusal(environ={"KVKEEP_CHUNKTOKENS": "1"}).endswith("did you mean KVKEEP_CHUNK_TOKENS?")
+    assert refusal(environ={"KVKEEP_CONFIG": "x"}).endswith("did you mean KVKEEP_CONFIG_FILE?")
+
+
+def test_an_unknown_name_like_no_other_gets_the_names() -> None:
+    text = refusal({"zzz": 1})
+    assert "kv_connector_extra_config.zzz" in text
+    assert all(name in text for name in Config.__struct_fields__)
+
+
+def test_config_file_is_no_setting_of_a_file() -> None:
+    assert "no setting" in refusal(toml="config_file = 'other.toml'")
+
+
+def test_a_table_is_refused_with_what_is_right() -> None:
+    assert refusal(toml="[pool]\nsize = 1").startswith(
+        "/etc/kvkeep.toml: [pool] is a table; there are no tables"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    def read_text(path: str) -> str:
+        return Path(path).read_text(encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"/nonexistent/k\.toml: .*cannot be read"):
+        load_config({"config_file": "/nonexistent/k.toml"}, {}, read_text)
+    assert "not TOML" in refusal(toml="chunk_tokens = = 1")
+    with pytest.raises(ConfigError, match="path of a TOML file"):
+        load_config({"config_file": 7}, {}, read_text)
+    with pytest.raises(ConfigError, match="path of a TOML file"):
+        load_config({}, {"KVKEEP_CONFIG_FILE": ""}, read_text)
+
+
+def test_undecodable_files_are_named() -> None:
+    def read_text(path: str) -> str:
+        return b"\xff".decode("utf-8")
+
+    with pytest.raises(ConfigError, match=r"k\.toml: .*cannot be read"):
+        load_config({"config_file": "k.toml"}, {}, read_text)
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [
+        (1, 1),
+        ("4096", 4096),
+        ("512 MiB", 512 * MIB),
+        ("4 GiB", 4 * GIB),
+        ("4GB", 4 * 10**9),
+        ("4gib", 4 * GIB),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("0.1 KiB", 102),
+        ("2TiB", 2 << 40),
+        (" 7 kb ", 7000),
+    ],
+)
+def test_sizes(size: int | str, nbytes: int) -> None:
+    assert parse_size(size, "pool_size") == nbytes
+    assert load({"pool_size": size}).pool_nbytes(1) == nbytes
+
+
+def test_auto_is_no_size() -> None:
+    with pytest.raises(ConfigError, match="--pool-size is 'auto'"):
+        parse_size("auto", "--pool-size")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 45))
+def test_auto_is_a_quarter_between_its_bounds(available: int) -> None:
+    nbytes = auto_pool_nbytes(available)
+    assert nbytes % MIB == 0
+    assert 64 * MIB <= nbytes <= 4 * GIB
+    if 256 * MIB <= available <= 16 * GIB:
+        assert available // 4 - MIB < nbytes <= available // 4
+    if available >= 16 * GIB:
+        assert nbytes == 4 * GIB
+
+
+def test_the_socket_of_a_shared_store() -> None:
+    assert load({"store": "unix:/run/k"}).socket_path == "/run/k"
+    longest = "/" + "x" * 106
+    assert load({"store": f"unix:{longest}"}).socket_path == longest
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(Config.__struct_fields__),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        max_leaves=4,
+    ),
+)
+def test_any_value_is_taken_or_is_a_config_error(name: str, value: object) -> None:
+    said = attempt({name: value}, {})
+    assert said is None or said.startswith(f"kv_connector_extra_config.{name} is ")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(Config.__struct_fields__), st.text(max_size=12))
+def test_any_text_is_taken_or_is_a_config_error(name: str, text: str) -> None:
+    variable = f"KVKEEP_{name.upper()}"
+    said = attempt({}, {variable: text})
+    assert said is None or said.startswith(f"{variable} is ")
+
+
+def test_the_reference_names_every_setting_and_its_default() -> None:
+    rows = {
+        cells[1].strip().strip("`"): cells[2].strip().strip("`")
+        for line in REFERENCE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `") and len(cells := line.split("|")) > 3
+    }
+    written = {
+        name: msgspec.json.encode(value).decode() for name, value in msgspec.structs.asdict(Config()).items()
+    }
+    assert rows == written
