@@ -1,7 +1,8 @@
 """The planner's line to its store: started or joined, lost, and found again, without ever making the engine wait.
 
-Knows nothing about requests. After the first start every step of coming back is a look, never a wait; a store that is
-lost is tried again after a pause that doubles, up to a minute.
+Knows nothing about requests. After the first start every step of coming back is a look, never a wait. A store that is
+slow is not asked until it has answered what it was asked; one that is silent for long, or gone, is lost and tried again
+after a pause that doubles, up to a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 CONNECT_LIMIT_S = 1.0
 END_LIMIT_S = 2.0
+SILENCE_LIMIT_S = 30.0
 
 
 class Source(Protocol):
@@ -83,6 +85,7 @@ class Link:
     clock: Callable[[], float] = time.monotonic
     client: Client | None = None
     losses: int = 0
+    _silent_since_s: float | None = None
     _joining: Joining | None = None
     _retry_at_s: float = 0.0
     _pause_s: float = FIRST_PAUSE_S
@@ -95,16 +98,36 @@ class Link:
         self._welcomed(client)
 
     def live(self, idle: bool) -> Client | None:
-        """The client if the store is there. While it is not, each call looks on; `idle`: no step is under way."""
+        """The client if the store may be asked. While it may not, each call looks on; `idle`: no step is under way."""
         if self.client is not None:
-            if self.client.alive:
+            if self.client.alive and self._answers(self.client):
                 return self.client
+            if self.client.alive:
+                return None
             self._lost(self.client.why_gone)
         if self._joining is not None:
             self._look()
         elif idle and self.clock() >= self._retry_at_s:
             self._try()
         return self.client
+
+    def suspend(self) -> None:
+        """The store overran a deadline: nobody asks it until it has answered everything, and nothing is thrown away."""
+        if self._silent_since_s is None:
+            self._silent_since_s = self.clock()
+            log.warning("kvkeep: the store is slow; the engine goes on without it until it answers")
+
+    def _answers(self, client: Client) -> bool:
+        """Whether a store that was slow has caught up; one that stays silent is given up."""
+        if self._silent_since_s is None:
+            return True
+        client.pump()
+        if not client.open_calls:
+            self._silent_since_s = None
+            return client.alive
+        if self.clock() - self._silent_since_s > SILENCE_LIMIT_S:
+            client.lose(f"no answer for {SILENCE_LIMIT_S:.0f} s")
+        return False
 
     def close(self) -> None:
         """Says goodbye and ends a store of our own."""
@@ -144,6 +167,7 @@ class Link:
         )
 
     def _lost(self, why: str) -> None:
+        self._silent_since_s = None
         log.error("kvkeep: the store is lost (%s); the engine goes on without it", why)
         self.losses += 1
         assert self.client is not None

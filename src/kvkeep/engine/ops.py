@@ -34,7 +34,7 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
         runs = [_load_run(shard, group, number, span, tables[group]) for group in range(len(shard.groups))]
         place = number - match.first
         blocks = tuple(one for run in runs for one in run)
-        ops.append(LoadOp(request, max(start, number * tokens), match.offsets[place], blocks))
+        ops.append(LoadOp(match.boot, request, max(start, number * tokens), match.offsets[place], blocks))
     return ops
 
 

@@ -15,8 +15,12 @@ from kvkeep.transfer.transfer import Blocks
 
 
 class LoadOp(NamedTuple):
-    """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified."""
+    """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified.
 
+    `boot` says for which start of the store `offset` holds.
+    """
+
+    boot: bytes
     request: str
     start: int
     offset: int
@@ -34,7 +38,7 @@ class StoreOp(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step's copies, the same for all ranks; `boot` says for which start of the store the offsets hold."""
+    """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold."""
 
     step: int = 0
     boot: bytes = b""

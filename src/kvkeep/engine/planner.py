@@ -26,6 +26,7 @@ from kvkeep.wire.client import Client
 from kvkeep.wire.messages import Matched
 
 MAX_FAILED_KEYS = 65536
+MAX_EMPTY_STEPS = 1000
 PATIENCE_S = 0.001  # how long one lookup may wait for its answer before the engine is told to ask again
 
 Tables = Sequence[Sequence[int]]
@@ -76,14 +77,18 @@ class Planner:
         self._records: dict[str, Record] = {}
         self._due: list[tuple[Record, Load]] = []
         self._failed: OrderedDict[bytes, None] = OrderedDict()
+        self._asked_idle = 0
         self.figures = figures
         self._steps = Steps(len(layout.shards), figures)
         self._stores = Stores(self._shard, figures)
 
-    @property
-    def busy(self) -> bool:
-        """Whether the report of a step is still to come."""
-        return self._steps.busy
+    def awaits_report(self) -> bool:
+        """Whether the report of a step is still to come, for an engine that would stop stepping without it.
+
+        One that has not come after many empty steps never will.
+        """
+        self._asked_idle += 1
+        return self._steps.busy and self._asked_idle < MAX_EMPTY_STEPS
 
     def match(self, request: Request, computed: int) -> int | None:
         """How many tokens beyond `computed` can be given, None for "ask again".
@@ -121,6 +126,7 @@ class Planner:
             self._load(record, request, match, external, tables())
         else:
             self._drop_match(record)
+        self._drop_question(record, client)
         if record.why is not None:
             self.figures.miss(record.why)
             record.why = None
@@ -149,8 +155,9 @@ class Planner:
 
     def step_done(self, report: Report) -> set[int]:
         """Takes in what ranks have finished; returns the blocks that the engine must forget (their load failed)."""
+        self._asked_idle = 0
         done = self._steps.take(report)
-        client = self._link.live(idle=not self._steps.busy)
+        client = self._link.client  # what ends is told to a slow store too, or its leases would never come back
         for digest in done.failed_digests:
             self._failed[digest] = None
             if len(self._failed) > MAX_FAILED_KEYS:
@@ -170,17 +177,17 @@ class Planner:
         if record is None or record.state is State.ENDED:
             return
         self._drop_match(record)
-        if self._link.client is not None:
-            self._drop_question(record, self._link.client)
+        self._drop_question(record, self._link.client)
         record.move(State.ENDED)
         self._settle(record)
 
     def reset(self, namespace: bytes, identity: str) -> None:
         """The engine's weights or cache are new: nothing stored so far is given again, nothing under way is kept."""
         self.figures.add("resets")
-        client = self._link.live(idle=not self._steps.busy)
+        client = self._link.client
         for record in self._records.values():
             self._drop_match(record)
+            self._drop_question(record, client)
             record.stores = False
         self._steps.taint()
         self._failed.clear()
@@ -229,9 +236,9 @@ class Planner:
             return Match(boot, first, 0, (), {}, 0, Miss.STORE_GONE)
         if self._clock() - record.asked_at_s < self._options.deadline_s:
             return None
-        # one deadline is what a store may cost: it is given up, and every other waiter misses at once
-        record.question = None
-        client.lose(f"no answer within {self._options.deadline_s} s")
+        # one deadline is what a slow store may cost: until it has caught up every other request misses at once
+        self._drop_question(record, client)
+        self._link.suspend()
         return Match(boot, first, 0, (), {}, 0, Miss.DEADLINE)
 
     def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
@@ -302,9 +309,9 @@ class Planner:
         if client is not None and match is not None and match.boot == client.welcome.boot:
             client.release(match.lease)
 
-    def _drop_question(self, record: Record, client: Client) -> None:
+    def _drop_question(self, record: Record, client: Client | None) -> None:
         question, record.question = record.question, None
-        if question is not None:
+        if question is not None and client is not None:
             client.abandon(question)
 
     def _settle(self, record: Record) -> None:

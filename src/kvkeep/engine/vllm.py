@@ -286,7 +286,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """True while a step's report is still to come, so that an idle engine makes the step that brings it."""
-        return self.planner is not None and self.planner.busy
+        return self.planner is not None and self.planner.awaits_report()
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """The planner's figures since the last step; workers have none of their own."""

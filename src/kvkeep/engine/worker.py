@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoresDone
 from kvkeep.errors import KVKeepError
 from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
 from kvkeep.transfer.transfer import Transfer
-from kvkeep.wire.handoff import PoolDoor
+from kvkeep.wire.handoff import HandedPool, PoolDoor
 
 log = logging.getLogger("kvkeep")
 
@@ -35,24 +35,28 @@ class Worker:
         """Scatters everything that the plan loads, before it returns."""
         if not plan.loads:
             return
-        pool = self._pool_of(plan)
-        failed = [place for place, op in enumerate(plan.loads) if not self._loads(pool, plan, op)]
+        failed = [place for place, op in enumerate(plan.loads) if not self._loads(plan, op)]
         for place in failed:
             self._failed_blocks.update(_block_ids(plan.loads[place]))
         for place, op in enumerate(plan.loads):
             self._loaded[op.request] = self._loaded.get(op.request, True) and place not in failed
+        if failed:
+            log.warning(
+                "kvkeep: %d of %d chunks were not loaded: they are computed again", len(failed), len(plan.loads)
+            )
         self._report.loads.append(LoadsDone(plan.step, self._rank, tuple(failed)))
 
     def start_stores(self, plan: StepPlan) -> None:
         """Gathers everything that the plan stores, before it returns."""
         if not plan.stores:
             return
-        pool = self._pool_of(plan)
         sums = {}
-        for place, op in enumerate(plan.stores):
-            sum_ = self._stored(pool, plan, op)
-            if sum_ is not None:
-                sums[place] = sum_
+        pool = self._pool_of(plan.boot)
+        for place, op in enumerate(plan.stores if pool is not None else ()):
+            self.transfer.check(op.blocks, unique=False)
+            assert pool is not None
+            with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
+                sums[place] = self.transfer.gather(op.blocks, lease, op.seal)
         self._report.stores.append(StoresDone(plan.step, self._rank, sums))
 
     def take_report(self) -> Report:
@@ -77,41 +81,34 @@ class Worker:
             self._pool.close()
             self._pool = None
 
-    def _loads(self, pool: Pool | None, plan: StepPlan, op: LoadOp) -> bool:
+    def _loads(self, plan: StepPlan, op: LoadOp) -> bool:
+        pool = self._pool_of(op.boot)
         if pool is None:
             return False
         self.transfer.check(op.blocks, unique=True)
         with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
-            sums = op.sums[self._rank] if op.sums else b""
-            held = self.transfer.scatter(lease, op.blocks, sums)
+            held = self.transfer.scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
         if not held:
             log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
         return held
 
-    def _stored(self, pool: Pool | None, plan: StepPlan, op: StoreOp) -> bytes | None:
-        if pool is None:
-            return None
-        self.transfer.check(op.blocks, unique=False)
-        with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
-            return self.transfer.gather(op.blocks, lease, op.seal)
+    def _pool_of(self, boot: bytes) -> Pool | None:
+        """The pool of one boot of the store, taken from the door if it is waiting there."""
+        if self._pool is None or self._pool.boot != boot:
+            handed = self._door.take()
+            if handed is not None:
+                self._swap(handed)
+        return self._pool if self._pool is not None and self._pool.boot == boot else None
 
-    def _pool_of(self, plan: StepPlan) -> Pool | None:
-        """The pool that the plan's offsets are for, taken from the door if it is waiting there."""
-        if self._pool is not None and self._pool.boot == plan.boot:
-            return self._pool
-        handed = self._door.take()
-        if handed is not None:
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
-            try:
-                self._pool = Pool(handed.boot, Region.attach(handed.fd))
-            except KVKeepError as error:
-                log.error("kvkeep: the pool cannot be used here: %s", error)
-        if self._pool is not None and self._pool.boot == plan.boot:
-            return self._pool
-        log.warning("kvkeep: this worker has no pool yet: nothing is loaded or stored in this step")
-        return None
+    def _swap(self, handed: HandedPool) -> None:
+        """Maps a pool that was handed over; the one of an earlier boot is not touched again."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        try:
+            self._pool = Pool(handed.boot, Region.attach(handed.fd))
+        except KVKeepError as error:
+            log.error("kvkeep: the pool cannot be used here: %s", error)
 
 
 def _block_ids(op: LoadOp) -> Iterable[int]:

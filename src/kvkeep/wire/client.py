@@ -52,6 +52,11 @@ class Client:
     _calls: dict[int, Call] = field(default_factory=dict)
     _last: int = 0
 
+    @property
+    def open_calls(self) -> int:
+        """How many calls have no answer yet."""
+        return len(self._calls)
+
     def fetch(self, digests: Sequence[bytes]) -> Call:
         """Asks to pin the longest present run from the first digest on; answered by Matched."""
         return self._ask(lambda call: m.Fetch(call, b"".join(digests)))

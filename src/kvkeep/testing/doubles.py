@@ -1,0 +1,66 @@
+"""Doubles for what tests must hold in their hands: time, and transfers that fail when they are told to.
+
+Knows nothing about requests, stores or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.memory.pool import Lease
+from kvkeep.transfer.transfer import Blocks, Transfer
+
+
+@dataclass
+class ManualClock:
+    """A clock in seconds that stands still until it is moved; call it where a `Callable[[], float]` is wanted."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        """The time in seconds."""
+        return self.now_s
+
+    def advance(self, by_s: float) -> None:
+        """Moves the clock forward."""
+        assert by_s >= 0, "a clock does not go back"
+        self.now_s += by_s
+
+
+@dataclass
+class FaultyTransfer:
+    """`inner`, but some scatters fail before they touch anything; whatever it does copy is right.
+
+    A scatter fails (returns False) if its number, counted from 0 on this rank, is in `failing_calls`, or if it names
+    one of `failing_blocks`. `failures` counts them.
+    """
+
+    inner: Transfer
+    failing_calls: set[int] = field(default_factory=set)
+    failing_blocks: set[int] = field(default_factory=set)
+    calls: int = 0
+    failures: int = 0
+
+    @property
+    def shard(self) -> ShardLayout:
+        """As `Transfer.shard`."""
+        return self.inner.shard
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+        """As `Transfer.gather`."""
+        return self.inner.gather(blocks, lease, seal)
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+        """As `Transfer.scatter`, unless this one is to fail."""
+        number, self.calls = self.calls, self.calls + 1
+        named = {block_id for one in blocks for block_id in one.block_ids}
+        if number in self.failing_calls or named & self.failing_blocks:
+            self.failures += 1
+            return False
+        return self.inner.scatter(lease, blocks, sums)
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`."""
+        self.inner.check(blocks, unique)
