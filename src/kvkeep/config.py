@@ -58,17 +58,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         "recompute"
     )
     deadline_s: Annotated[float, Meta(gt=0, le=3600, description="seconds > 0 and <= 3600")] = 0.5
-    lease_time_s: Annotated[float, Meta(gt=0, le=86400, description="seconds > 0 and <= 86400")] = 60.0
+    patience_s: Annotated[float, Meta(ge=0, le=10, description="seconds >= 0 and <= 10")] = 0.005
     max_pinned_share: Annotated[float, Meta(gt=0, le=1, description="a share > 0 and <= 1")] = 0.5
     min_hit_tokens: Annotated[int, Meta(ge=0, description="a whole number of tokens >= 0")] = 0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description='"debug", "info", "warning" or "error"'),
     ] = "info"
-    fault: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="the name of a fault to inject (for tests only)"),
-    ] = None
 
     @property
     def socket_path(self) -> str | None:

@@ -23,7 +23,7 @@ MAKERS: dict[str, Make] = {
 }
 
 
-def grown[A: (FreeList, Slots)](allocator: A) -> A:
+def grown(allocator: FreeList | Slots) -> FreeList | Slots:
     for _ in range(COUNT * SLOT // PAGE):
         allocator.grow(PAGE)
     return allocator

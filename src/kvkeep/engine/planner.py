@@ -27,7 +27,6 @@ from kvkeep.wire.messages import Matched
 
 MAX_FAILED_KEYS = 65536
 MAX_EMPTY_STEPS = 1000
-PATIENCE_S = 0.001  # how long one lookup may wait for its answer before the engine is told to ask again
 
 Tables = Sequence[Sequence[int]]
 
@@ -49,9 +48,14 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannerOptions:
-    """`whole_claims`: the engine loads beside its steps and may be given all N tokens; else at most N - 1."""
+    """How the planner decides.
+
+    A request waits at most `deadline_s` for its lookup, one call at most `patience_s`. `whole_claims`: the engine loads
+    beside its steps and may be given all N tokens; else at most N - 1.
+    """
 
     deadline_s: float = 0.5
+    patience_s: float = 0.005
     store_generated: bool = False
     min_hit_tokens: int = 0
     whole_claims: bool = False
@@ -80,7 +84,7 @@ class Planner:
         self._asked_idle = 0
         self.figures = figures
         self._steps = Steps(len(layout.shards), figures)
-        self._stores = Stores(self._shard, figures)
+        self._stores = Stores(self._shard, figures, options.patience_s)
 
     def awaits_report(self) -> bool:
         """Whether the report of a step is still to come, for an engine that would stop stepping without it.
@@ -224,7 +228,7 @@ class Planner:
                 first,
                 self._clock(),
             )
-        answer = client.wait(record.question, PATIENCE_S)
+        answer = client.wait(record.question, self._options.patience_s)
         if isinstance(answer, Matched):
             record.question = None
             self.figures.add("lookups")

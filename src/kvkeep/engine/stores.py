@@ -17,16 +17,16 @@ from kvkeep.telemetry import Figures
 from kvkeep.wire.client import Call, Client
 from kvkeep.wire.messages import BUSY, NO_ROOM, PRESENT, Committed, Granted
 
-PATIENCE_S = 0.001  # how long a step may wait for a reservation that it could use at once
 _SKIPPED = {PRESENT: "skipped_present_chunks", BUSY: "skipped_present_chunks", NO_ROOM: "skipped_full_chunks"}
 
 
 class Stores:
-    """The chunks in the making of one engine."""
+    """The chunks in the making of one engine; a step waits at most `patience_s` for reservations that it could use."""
 
-    def __init__(self, shard: ShardLayout, figures: Figures) -> None:
+    def __init__(self, shard: ShardLayout, figures: Figures, patience_s: float) -> None:
         self._shard = shard
         self._figures = figures
+        self._patience_s = patience_s
         self._commits: list[Call] = []
 
     def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
@@ -56,12 +56,13 @@ class Stores:
         if client is None:
             return ops
         self._harvest(client)
+        patience_s = self._patience_s
         for one in scheduled:
             record = records.get(one.request)
             if record is None or not record.stores:
                 continue
-            if record.reservation is not None:
-                self._granted(record, client)
+            if record.reservation is not None and not self._granted(record, client, patience_s):
+                patience_s = 0.0  # one wait a step
             if record.open:
                 ops += self._request_ops(step, record, one.final, tables(one.request))
         return ops
@@ -88,15 +89,16 @@ class Stores:
         record.write_leases.clear()
         record.open.clear()
 
-    def _granted(self, record: Record, client: Client) -> None:
+    def _granted(self, record: Record, client: Client, patience_s: float) -> bool:
+        """Opens the chunks that were reserved; False if the answer has not come (the next step can still gather)."""
         call = record.reservation
         assert call is not None
-        answer = client.wait(call, PATIENCE_S)
+        answer = client.wait(call, patience_s)
         if not call.done:
-            return  # the blocks of this step are still there in the next one
+            return False
         record.reservation = None
         if not isinstance(answer, Granted):
-            return
+            return True
         if answer.lease:
             record.write_leases.append(answer.lease)
             record.boot = client.welcome.boot
@@ -106,6 +108,7 @@ class Stores:
                 record.open[number] = OpenChunk(number, answer.lease, place, offset, [0] * groups)
             elif offset in _SKIPPED:
                 self._figures.add(_SKIPPED[offset])
+        return True
 
     def _request_ops(self, step: Step, record: Record, final: int, tables: Tables) -> list[StoreOp]:
         ops = []

@@ -209,6 +209,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
+            patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
             whole_claims=self._groups > 1,
@@ -268,7 +269,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         forget = self.planner.step_done(meta.report)
         if forget and self._kv_cache_manager is not None:
-            self._kv_cache_manager.evict_blocks(forget)
+            self._kv_cache_manager.evict_blocks(forget | self._built_on(forget))
 
     def request_finished(self, request: VllmRequest, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks are free at once."""
@@ -309,6 +310,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self.planner is not None:
             self.planner.close()
             self.planner = None
+
+    def _built_on(self, blocks: set[int]) -> set[int]:
+        """The blocks of other requests that were computed from any of `blocks`."""
+        found: set[int] = set()
+        for name in self._requests:
+            for table in self._kv_cache_manager.get_block_ids(name):
+                first = next((place for place, block in enumerate(table) if block in blocks), len(table))
+                found.update(table[first:])
+        return found
 
     def _plan(self) -> StepPlan:
         meta = self._get_connector_metadata()

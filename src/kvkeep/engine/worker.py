@@ -35,6 +35,7 @@ class Worker:
         """Scatters everything that the plan loads, before it returns."""
         if not plan.loads:
             return
+        self.transfer.check([blocks for op in plan.loads for blocks in op.blocks], unique=True)
         failed = [place for place, op in enumerate(plan.loads) if not self._loads(plan, op)]
         for place in failed:
             self._failed_blocks.update(_block_ids(plan.loads[place]))
@@ -50,10 +51,10 @@ class Worker:
         """Gathers everything that the plan stores, before it returns."""
         if not plan.stores:
             return
+        self.transfer.check([blocks for op in plan.stores for blocks in op.blocks], unique=False)
         sums = {}
         pool = self._pool_of(plan.boot)
         for place, op in enumerate(plan.stores if pool is not None else ()):
-            self.transfer.check(op.blocks, unique=False)
             assert pool is not None
             with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
                 sums[place] = self.transfer.gather(op.blocks, lease, op.seal)
@@ -85,7 +86,6 @@ class Worker:
         pool = self._pool_of(op.boot)
         if pool is None:
             return False
-        self.transfer.check(op.blocks, unique=True)
         with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
             held = self.transfer.scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
         if not held:

@@ -1,0 +1,87 @@
+"""The two hazards of a cache beside an engine: a load that fails after the promise, and a block that is shared.
+
+Each engine runs once; the tests read its facts. The reference is an engine without kvkeep.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).parent / "engines" / "hazards.py"
+
+pytestmark = pytest.mark.vllm
+
+
+def engine_run(kind: str, ranks: int) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), str(ROOT / "build" / "models" / "tiny"), kind, str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
+    return facts
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    return engine_run("plain", 1)["cold"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks, one fails"])
+def facts(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return engine_run("kvkeep", request.param)
+
+
+def test_cold_answers_are_the_reference(facts: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert facts["cold"] == reference
+
+
+def test_no_chunk_of_a_step_with_a_failed_load_is_readable(facts: dict[str, Any]) -> None:
+    assert facts["failed_load"]["readable_r"] == 0
+    assert facts["failed_load"]["readable_p"] == 0
+    assert facts["failed_load"]["figures"]["dropped_chunks"] > 0
+    assert facts["failed_load"]["figures"]["failed_tokens"] == 512
+
+
+def test_after_a_failed_load_every_answer_is_the_reference(facts: dict[str, Any], reference: dict[str, Any]) -> None:
+    failed = facts["failed_load"]
+    assert failed["p"] == failed["p_again"] == reference["p"]
+    assert failed["q"] == reference["q"]
+    assert failed["r"] == reference["r"]
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_an_end_between_failure_and_recompute_leaves_no_garbage(
+    facts: dict[str, Any], reference: dict[str, Any], how: str
+) -> None:
+    assert facts[how]["q"] == reference["q"]
+    assert facts[how]["p"] == reference["p"]
+
+
+def test_a_block_that_the_engine_computed_is_never_written(facts: dict[str, Any], reference: dict[str, Any]) -> None:
+    partial = facts["partial"]
+    assert partial["claimed"] == 480
+    assert partial["not_zero"]
+    assert partial["same_bytes"]
+    assert partial["p"] == reference["p"]
+    assert partial["x"] == reference["x"]
+
+
+@pytest.mark.parametrize("part", ["failed_load", "abort", "preempt", "partial"])
+def test_nothing_stays_pinned(facts: dict[str, Any], part: str) -> None:
+    stats = facts[part]["stats"]
+    assert stats["problem"] == ""
+    assert stats["pinned_nbytes"] == stats["writing_nbytes"] == stats["quarantined_nbytes"] == 0
+
+
+def test_claims_add_up_with_vllm(facts: dict[str, Any]) -> None:
+    figures = facts["figures"]
+    assert figures["claimed_first_tokens"] == facts["metrics"]["vllm:external_prefix_cache_hits"]
+    claimed = figures["claimed_first_tokens"] + figures["claimed_after_preemption_tokens"]
+    assert figures["delivered_tokens"] == claimed - figures["failed_tokens"]
