@@ -1,0 +1,410 @@
+"""A paged engine in miniature: plays vLLM's part against a real Planner and real Workers, and checks every byte.
+
+It schedules as vLLM's V1 does: a token budget, chunked prefill, decode, preemption of the youngest, a prefix cache of its
+own that knows a synchronous load's blocks as soon as they are allocated, sliding windows that give blocks up, loads beside
+the steps where there are several groups. Torch is needed only because `ReferenceTransfer` takes tensors. Knows nothing
+about the store beyond the link that it hands to the planner.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvkeep.core.key import Chain, none_hash
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.link import Link, Source
+from kvkeep.engine.plan import Report, Scheduled
+from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.worker import Worker
+from kvkeep.telemetry import Figures
+from kvkeep.testing.fake_blocks import FakeBlocks
+from kvkeep.testing.fake_model import PARTS, FakeModel, GroupShape
+from kvkeep.transfer.reference import GroupCaches, ReferenceTransfer
+from kvkeep.transfer.transfer import Transfer
+from kvkeep.wire.handoff import PoolDoor
+from kvkeep.wire.messages import VERSION, Hello, Matched
+
+START_LIMIT_S = 10.0
+ANSWER_LIMIT_S = 10.0
+NAMESPACE = b"fake engine's ns"
+
+
+@dataclass(frozen=True)
+class EngineShape:
+    """The engine's sizes: `budget_tokens` a step, `num_blocks` of all groups together, sampled tokens below `vocabulary`."""
+
+    groups: tuple[GroupShape, ...] = (GroupShape(4),)
+    ranks: int = 1
+    num_blocks: int = 64
+    chunk_tokens: int = 8
+    budget_tokens: int = 32
+    vocabulary: int = 8
+    verify_every: int = 0
+
+
+class Phase(Enum):
+    """Where the engine has a request."""
+
+    WAITING = "waiting"
+    LOADING = "loading"  # its blocks are being loaded beside the steps
+    LOADED = "loaded"  # they are, and it waits for its turn
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """A request: its prompt, how many tokens it shall generate, and what the scheduler knows of it."""
+
+    name: str
+    prompt: tuple[int, ...]
+    generate: int
+    tokens: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    computed: int = 0
+    phase: Phase = Phase.WAITING
+    preemptions: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its tokens are generated."""
+        return len(self.tokens) >= len(self.prompt) + self.generate
+
+
+Wrap = Callable[[int, Transfer], Transfer]
+
+
+class FakeEngine:
+    """An engine of `shape` over the store that `source` connects to; `wrap` may put a double around a rank's transfer."""
+
+    def __init__(
+        self, shape: EngineShape, source: Source, options: PlannerOptions | None = None, wrap: Wrap = lambda _, one: one
+    ) -> None:
+        self.shape = shape
+        self.model = FakeModel(shape.groups, shape.ranks, shape.num_blocks)
+        self.blocks = FakeBlocks(shape.num_blocks)
+        self.requests: dict[str, FakeRequest] = {}
+        self.waiting: list[FakeRequest] = []
+        self.running: list[FakeRequest] = []
+        self.failed_loads = 0
+        self.external_tokens = 0
+        self.asynchronous = len(shape.groups) > 1
+        transfers = [wrap(rank, self._transfer(rank)) for rank in range(shape.ranks)]
+        doors = [PoolDoor() for _ in transfers]
+        self.workers = [Worker(n, one, door) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
+        self.layout = ChunkLayout(tuple(one.shard for one in transfers))
+        self.link = Link(source, self._hello, [door.path for door in doors])
+        self.link.start(START_LIMIT_S)
+        options = options or PlannerOptions(whole_claims=self.asynchronous)
+        self.planner = Planner(self.link, self.layout, options, Figures())
+
+    # ---- what a test does ----------------------------------------------------------------------------------
+
+    def add(self, name: str, prompt: Sequence[int], generate: int = 1) -> FakeRequest:
+        """A new request, waiting."""
+        request = FakeRequest(name, tuple(prompt), generate, list(prompt))
+        self.requests[name] = request
+        self.waiting.append(request)
+        return request
+
+    def abort(self, name: str) -> None:
+        """The user went away: the request ends between two steps. One that is done already is left alone."""
+        request = self.requests[name]
+        if request.phase is Phase.LOADING:
+            return  # the engine keeps its blocks until the load has ended
+        if request.phase is not Phase.DONE:
+            self._end(request)
+
+    def preempt(self) -> None:
+        """Takes the youngest running request's blocks away, as if there were no room."""
+        if self.running:
+            self._preempt(self.running[-1])
+
+    def step(self) -> None:
+        """Schedules, plans, loads, computes, stores, takes in what came of it, and checks every block."""
+        counts: dict[FakeRequest, int] = {}
+        if self._schedule_running(counts):
+            self._schedule_waiting(counts)
+        scheduled = [
+            Scheduled(one.name, min(one.computed + count, len(one.tokens)), one.tokens) for one, count in counts.items()
+        ]
+        plan = self.planner.plan_step(scheduled, lambda name: self.requests[name].tables)
+        for worker in self.workers:
+            worker.start_loads(plan)
+        for one, count in counts.items():
+            self.model.forward(one.tokens, (one.computed, one.computed + count), one.tables)
+            one.computed += count
+        for worker in self.workers:
+            worker.start_stores(plan)
+        self._take_in(list(counts))
+        self.check()
+
+    def run(self, max_steps: int = 1000) -> None:
+        """Steps until every request is done."""
+        for _ in range(max_steps):
+            if not self.waiting and not self.running:
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps: {[one.name for one in self.waiting + self.running]}")
+
+    def close(self) -> None:
+        """Ends the session and the workers."""
+        self.planner.close()
+        for worker in self.workers:
+            worker.close()
+
+    # ---- what it checks ------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """AssertionError unless every block that is believed to be computed equals recomputation, as integers."""
+        for (group, prefix), block_id in self.blocks.cached.items():
+            held = self.model.caches[group][..., block_id, :]
+            right = self.model.expected_block(group, prefix)
+            assert (held == right).all(), f"cached block {block_id} of group {group} ends {prefix} and is wrong"
+        for request in self.running:
+            for group in range(len(self.shape.groups)):
+                self._check_table(request, group)
+
+    def check_pool(self, pool: npt.NDArray[np.uint8]) -> int:
+        """Reads every chunk of its requests that the store gives out; how many of them were checked byte for byte."""
+        client = self.link.client
+        assert client is not None, "the store is lost"
+        checked = 0
+        for request in self.requests.values():
+            digests = Chain(self.layout.chunk_tokens, none_hash()).extend(request.tokens)
+            answer = client.wait(client.fetch(digests), ANSWER_LIMIT_S)
+            assert isinstance(answer, Matched), "the store does not answer"
+            for number, offset in enumerate(answer.offsets):
+                self._check_chunk(pool, offset, tuple(request.tokens[: (number + 1) * self.layout.chunk_tokens]))
+            checked += len(answer.offsets)
+            client.release(answer.lease)
+        return checked
+
+    def _check_table(self, request: FakeRequest, group: int) -> None:
+        right = self.model.expected(group, tuple(request.tokens[: request.computed]))
+        cache, size = self.model.caches[group], self.shape.groups[group].block_tokens
+        seen = np.arange(self.model.first_seen(group, request.computed), request.computed)
+        blocks = np.array(request.tables[group])[seen // size]
+        assert (blocks != 0).all(), f"{request.name}: group {group} gave up a block that is still seen"
+        held = cache[..., blocks, seen % size]
+        assert (held == right[..., seen]).all(), f"{request.name}: a computed block of group {group} is wrong"
+
+    def _check_chunk(self, pool: npt.NDArray[np.uint8], offset: int, prefix: tuple[int, ...]) -> None:
+        tokens = self.layout.chunk_tokens
+        for rank, shard in enumerate(self.layout.shards):
+            base = offset + self.layout.shard_offset(rank)
+            for one in shard.ranges:
+                right = self.model.expected(one.group, prefix)[rank, one.layer, :, -tokens:]
+                raw = pool[base + one.offset : base + one.offset + one.nbytes]
+                held = raw.view(np.uint64).reshape(PARTS, tokens)
+                assert (held == right).all(), f"the pool's chunk that ends {prefix} is wrong on rank {rank}"
+                padding = pool[base + one.offset + one.nbytes : base + one.offset + one.padded_nbytes]
+                assert not padding.any(), "padding is not zero"
+
+    # ---- scheduling ----------------------------------------------------------------------------------------
+
+    def _schedule_running(self, counts: dict[FakeRequest, int]) -> bool:
+        """Gives running requests their tokens; False if one had to be preempted: then nothing is admitted."""
+        nobody_lost = True
+        for request in list(self.running):
+            if request not in self.running:
+                continue
+            count = min(self._budget(counts), len(request.tokens) - request.computed)
+            while count and not self._allocate(request, request.computed, request.computed + count):
+                nobody_lost = False
+                victim = self.running[-1]
+                counts.pop(victim, None)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if count and request in self.running:
+                self._name_blocks(request, request.computed + count)
+                counts[request] = count
+        return nobody_lost
+
+    def _schedule_waiting(self, counts: dict[FakeRequest, int]) -> None:
+        for request in list(self.waiting):
+            if request.phase is Phase.LOADING or not self._budget(counts):
+                continue
+            computed, external = request.computed, 0
+            if request.phase is Phase.WAITING:
+                computed, tables = self._local_hit(request.tokens)
+                found = self.planner.match(self._asked(request), computed)
+                if found is None:
+                    continue  # ask again in the next step
+                external, request.tables = found, tables
+                self.blocks.share(block_id for table in tables for block_id in table)
+            if not self._admit(request, computed, external, counts):
+                return
+
+    def _admit(self, request: FakeRequest, computed: int, external: int, counts: dict[FakeRequest, int]) -> bool:
+        """Allocates and tells the planner; False: there is no room and the request goes on waiting."""
+        start = computed + external
+        beside = bool(external) and self.asynchronous
+        count = 0 if beside else min(self._budget(counts), len(request.tokens) - start)
+        if not self._allocate(request, start, start + count):
+            if request.phase is Phase.WAITING:
+                self._free(request)
+            return False
+        self.planner.admitted(self._asked(request), external, lambda: request.tables)
+        self.external_tokens += external
+        request.computed = start
+        if beside:
+            request.phase = Phase.LOADING
+            return True
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.phase = Phase.RUNNING
+        counts[request] = count
+        self._name_blocks(request, start + count)
+        return True
+
+    def _allocate(self, request: FakeRequest, computed: int, upto: int) -> bool:
+        """Gives up what has left the windows and adds blocks for tokens up to `upto`; False: there is no room."""
+        wanted: list[tuple[int, bool]] = []
+        request.tables = request.tables or [[] for _ in self.shape.groups]
+        for number, group in enumerate(self.shape.groups):
+            table = request.tables[number]
+            gone = self.model.first_seen(number, computed) // group.block_tokens
+            self.blocks.give_back(table[:gone])
+            table[:gone] = [0] * len(table[:gone])
+            wanted += [(number, place >= gone) for place in range(len(table), -(-upto // group.block_tokens))]
+        need = sum(kept for _, kept in wanted)
+        if need > self.blocks.free_count:
+            return False
+        fresh = iter(self.blocks.take(need))
+        for number, kept in wanted:
+            request.tables[number].append(next(fresh) if kept else 0)
+        return True
+
+    def _local_hit(self, tokens: Sequence[int]) -> tuple[int, list[list[int]]]:
+        """The longest prefix, at most N - 1 tokens, whose blocks every group has, and its block tables."""
+        step = math.lcm(*(group.block_tokens for group in self.shape.groups))
+        for hit in range((len(tokens) - 1) // step * step, 0, -step):
+            tables = [self._cached_table(number, tuple(tokens[:hit])) for number in range(len(self.shape.groups))]
+            found = [table for table in tables if table is not None]
+            if len(found) == len(tables):
+                return hit, found
+        return 0, []
+
+    def _cached_table(self, number: int, prefix: tuple[int, ...]) -> list[int] | None:
+        size = self.shape.groups[number].block_tokens
+        gone = self.model.first_seen(number, len(prefix)) // size
+        names = [(number, prefix[: (place + 1) * size]) for place in range(gone, len(prefix) // size)]
+        if not all(name in self.blocks.cached for name in names):
+            return None
+        return [0] * gone + [self.blocks.cached[name] for name in names]
+
+    def _name_blocks(self, request: FakeRequest, upto: int) -> None:
+        """Enters full blocks into the prefix cache, also those that this very step is going to fill."""
+        tokens = tuple(request.tokens[:upto])
+        for number, group in enumerate(self.shape.groups):
+            for place, block_id in enumerate(request.tables[number][: upto // group.block_tokens]):
+                if block_id:
+                    self.blocks.name(block_id, (number, tokens[: (place + 1) * group.block_tokens]))
+
+    def _budget(self, counts: dict[FakeRequest, int]) -> int:
+        return self.shape.budget_tokens - sum(counts.values())
+
+    def _preempt(self, request: FakeRequest) -> None:
+        self.running.remove(request)
+        self.waiting.insert(0, request)
+        request.preemptions += 1
+        self._restart(request)
+
+    def _restart(self, request: FakeRequest) -> None:
+        self._free(request)
+        request.computed, request.phase = 0, Phase.WAITING
+
+    def _end(self, request: FakeRequest) -> None:
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._free(request)
+        request.phase = Phase.DONE
+        self.planner.ended(request.name)
+
+    def _free(self, request: FakeRequest) -> None:
+        for table in request.tables:
+            self.blocks.give_back(table)
+        request.tables = []
+
+    # ---- what a step brought -------------------------------------------------------------------------------
+
+    def _take_in(self, ran: list[FakeRequest]) -> None:
+        """Failed loads first, then new tokens and ends, then the planner's word on what is to be forgotten."""
+        failed: set[int] = set().union(*(worker.take_failed_blocks() for worker in self.workers))
+        loaded = [worker.take_loaded() for worker in self.workers]
+        report = Report()
+        for worker in self.workers:
+            report = report.merged(worker.take_report())
+        hurt: set[FakeRequest] = set()
+        if self.asynchronous:
+            self._loads_done(loaded)
+        else:
+            hurt = self._cut_back(failed)
+        for request in ran:
+            if request not in hurt:
+                self._sample(request)
+        forget = self.planner.step_done(report)
+        assert self.asynchronous or failed <= forget, f"blocks {failed - forget} failed and stay in the prefix cache"
+        self.blocks.forget(forget)
+
+    def _cut_back(self, failed: set[int]) -> set[FakeRequest]:
+        """Every request that uses a failed block goes on from there; what it computed since is worth nothing."""
+        hurt = set()
+        for request in self.running if failed else ():
+            table, size = request.tables[0], self.shape.groups[0].block_tokens
+            place = next((n for n, block_id in enumerate(table) if block_id in failed), None)
+            if place is not None and place * size < request.computed:
+                hurt.add(request)
+                request.computed = place * size
+                self.blocks.forget(set(table[place:]) - failed)
+                self.failed_loads += 1
+        return hurt
+
+    def _loads_done(self, loaded: list[dict[str, bool]]) -> None:
+        for name in sorted(set().union(*loaded)):
+            request = self.requests[name]
+            assert all(name in one for one in loaded), f"a rank has not said that {name} is loaded"
+            if not all(one[name] for one in loaded):
+                self.failed_loads += 1
+                self._restart(request)
+                continue
+            request.phase = Phase.LOADED
+            self._name_blocks(request, request.computed)
+            if request.computed == len(request.tokens):
+                request.computed -= 1  # the last token is computed for its logits
+
+    def _sample(self, request: FakeRequest) -> None:
+        if request.computed < len(request.tokens):
+            return
+        request.tokens.append(self.model.sample(request.computed, request.tables, self.shape.vocabulary))
+        if request.finished:
+            self._end(request)
+
+    # ---- what kvkeep is told -------------------------------------------------------------------------------
+
+    def _transfer(self, rank: int) -> ReferenceTransfer:
+        """A transfer over this rank's part of the model's caches; its tensors share their memory."""
+        groups = []
+        for number, group in enumerate(self.shape.groups):
+            arrays = self.model.caches[number][rank].view(np.int64)
+            caches = {f"group{number}.layer{n}": torch.from_numpy(array) for n, array in enumerate(arrays)}
+            groups.append(GroupCaches(caches, self.shape.num_blocks, group.block_tokens, group.window))
+        return ReferenceTransfer(groups, self.shape.chunk_tokens)
+
+    def _hello(self, resumes: int) -> Hello:
+        every = self.shape.verify_every
+        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, [os.getpid()], every, resumes)
+
+    def _asked(self, request: FakeRequest) -> Request:
+        return Request(
+            request.name, request.tokens, len(request.prompt), none_hash(), preempted=request.preemptions > 0
+        )

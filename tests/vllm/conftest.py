@@ -1,0 +1,232 @@
+"""Engine runs for the tests in this folder: each is one process, run once when a test first asks for its facts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkeep.wire.client import Joining
+from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.process import join_shared
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = Path(__file__).parent / "engines" / "run.py"
+LIMIT_S = 400
+
+
+@dataclass
+class Facts:
+    """What an engine run found out. `stats` is its store's own account, after the engine ended if the store is shared."""
+
+    facts: dict[str, Any]
+    folder: Path
+    log: str
+    stats: dict[str, Any]
+
+    def step(self, name: str) -> dict[str, Any]:
+        return self.facts["steps"][name]
+
+    def answers(self, name: str) -> list[dict[str, Any]]:
+        return self.step(name)["answers"]
+
+    def external(self, name: str) -> int:
+        """The tokens that vLLM says it got from its connector in this step."""
+        return self.step(name)["external"]
+
+    def figure(self, name: str) -> int:
+        """One of kvkeep's figures over the whole run."""
+        return int(self.facts["metrics"][f"kvkeep_{name}"])
+
+    def metric(self, name: str) -> int:
+        """One of vLLM's over the whole run."""
+        return int(self.facts["metrics"][f"vllm:{name}"])
+
+
+@dataclass
+class SharedStore:
+    """A store process of our own that outlives engines."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "store"
+
+    def stats(self) -> dict[str, Any]:
+        hello = Hello(VERSION, "tests/vllm", bytes(16), "", 1, [])
+        client = Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
+        answer = client.wait(client.stats(check=True), 10.0)
+        client.close()
+        assert isinstance(answer, Stats)
+        return {**answer.figures, "problem": answer.problem}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine: what is asked of it (a function of engines/scenarios.py), and how it is started.
+
+    `keep`: kvkeep's settings, None for a reference. `store`: the name of the shared store that it joins.
+    """
+
+    scenario: str
+    model: str = "tiny"
+    keep: dict[str, object] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    store: str = ""
+    shutdown: bool = True
+
+
+CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 512, "max_model_len": 1280, "block_size": 32}
+TIGHT: dict[str, Any] = {**CHUNKED, "num_gpu_blocks_override": 42}
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+NGRAM: dict[str, Any] = {
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+}
+BF16: dict[str, Any] = {"dtype": "bfloat16"}
+FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+TP2: dict[str, Any] = {"tensor_parallel_size": 2}
+TWO_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+JOBS = {
+    "tiny-plain": Job("answers"),
+    "tiny": Job("answers", keep={}),
+    "tight": Job("tight", keep={}, options=TIGHT),
+    "tight-plain": Job("tight", options=CHUNKED),
+    "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),
+    "speculation-plain": Job("speculation"),
+    "lora": Job("adapters", keep={}, options=LORA),
+    "lora-plain": Job("adapters", options=LORA),
+    "hybrid": Job("windows", "hybrid", keep={}),
+    "hybrid-plain": Job("windows", "hybrid"),
+    "smollm2": Job("text", "smollm2", keep={"pool_size": "256 MiB"}),
+    "smollm2-plain": Job("text", "smollm2"),
+    "bf16": Job("one_prompt", "tinyb", keep={}, options=BF16),
+    "bf16-plain": Job("one_prompt", "tinyb", options=BF16),
+    "fp8": Job("one_prompt", keep={}, options=FP8),
+    "fp8-plain": Job("one_prompt", options=FP8),
+    "processes": Job("one_prompt", keep={}, env=SEVERAL),
+    "processes-plain": Job("one_prompt"),
+    "parallel": Job("one_prompt", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}, store="parallel"),
+    "parallel-plain": Job("one_prompt", options=TP2, env={**SEVERAL, **TWO_THREADS}),
+    "small-pool": Job("small_pool", keep={"pool_size": "768 KiB"}, shutdown=False),
+    "small-pool-plain": Job("small_pool"),
+}
+"""Every engine of these tests but those whose weights are replaced; each `-plain` one is a reference."""
+KEPT = tuple(name for name in JOBS if not name.endswith("-plain"))
+
+
+@dataclass
+class Runs:
+    """Runs engines, one at a time, and remembers what they found."""
+
+    folder: Path
+    shared: Callable[[str], SharedStore]
+    done: dict[str, Facts] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> Facts:
+        """The facts of one of JOBS."""
+        if name not in self.done:
+            job = JOBS[name]
+            folder = ROOT / "demo" / "text.txt" if job.scenario == "text" else self.folder
+            if job.scenario == "adapters":
+                self._make_adapters()
+            self.run(name, job, ROOT / "build" / "models" / job.model, folder)
+        return self.done[name]
+
+    def pair(self, name: str) -> tuple[Facts, Facts]:
+        """A run with kvkeep and its reference."""
+        return self(name), self(f"{name}-plain")
+
+    def run(self, name: str, job: Job, model: Path, inputs: Path) -> Facts:
+        """Runs an engine to its end; its output is in the run's folder."""
+        folder = self.folder / name
+        folder.mkdir()
+        store = self.shared(job.store) if job.store else None
+        keep = job.keep if store is None or job.keep is None else {**job.keep, "store": f"unix:{store.path}"}
+        facts, log = folder / "facts.json", folder / "log"
+        parts = {"scenario": job.scenario, "model": str(model), "keep": keep, "options": job.options}
+        rest = {"folder": str(inputs), "facts": str(facts), "shutdown": job.shutdown}
+        (folder / "job.json").write_text(json.dumps({**parts, **rest}))
+        with log.open("w") as out:
+            subprocess.run(
+                [sys.executable, str(RUN), str(folder / "job.json")],
+                env={**os.environ, **environment(folder), **job.env},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT_S,
+                check=False,
+            )
+        said = log.read_text(errors="replace")
+        assert facts.exists(), f"the engine run {name} failed ({log}):\n{said[-4000:]}"
+        found = json.loads(facts.read_text())
+        stats = store.stats() if store is not None else found.get("store", {})
+        self.done[name] = Facts(found, folder, said, stats)
+        return self.done[name]
+
+    def _make_adapters(self) -> None:
+        for seed in (1, 2, 3):
+            make_models("lora", str(self.folder / f"lora-{seed}"), "--base", "tiny", "--seed", str(seed))
+
+
+def make_models(*arguments: str) -> None:
+    """scripts/models.py in a process of its own: it imports what this one should not."""
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "models.py"), *arguments], check=True, timeout=LIMIT_S)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One process, one thread, no network, nothing compiled; temporary files in the run's own folder."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles what makes logprobs on first use: 16 s
+        "TMPDIR": str(folder),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+
+
+@pytest.fixture(scope="session")
+def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SharedStore]]:
+    """Makes shared stores by name."""
+    stores: dict[str, SharedStore] = {}
+
+    def store(name: str) -> SharedStore:
+        if name not in stores:
+            folder = tmp_path_factory.mktemp(name)
+            folder.chmod(0o700)
+            command = [sys.executable, "-m", "kvkeep.wire", f"--socket={folder / 'store'}", f"--pool-nbytes={64 << 20}"]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            assert process.stderr is not None
+            assert "pool of" in process.stderr.readline()  # it listens by now
+            stores[name] = SharedStore(folder, process)
+        return stores[name]
+
+    yield store
+    for one in stores.values():
+        one.process.terminate()
+        one.process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str], SharedStore]) -> Runs:
+    """The session's engine runs."""
+    make_models("tiny", "tinyb", "hybrid", "smollm2")
+    return Runs(tmp_path_factory.mktemp("engines"), shared_stores)

@@ -1,0 +1,150 @@
+"""One real vLLM engine, with kvkeep or without, and the facts of what is asked of it.
+
+A step has a name; what it answered is in `facts["steps"][name]`. The same steps run on an engine without kvkeep are the
+reference. Knows nothing about what the facts ought to be.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
+
+PLENTY = "64 MiB"
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    """Token ids of single bytes: the same for the same seed, and a prefix of what a larger count gives."""
+    source = random.Random(seed)
+    return [source.randrange(256) for _ in range(count)]
+
+
+@dataclass
+class Engine:
+    """`keep`: kvkeep's settings; None is an engine without a connector."""
+
+    model: Path
+    keep: dict[str, object] | None
+    options: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=lambda: {"steps": {}})
+
+    def __post_init__(self) -> None:
+        options = {"dtype": "float32", "max_model_len": 4096, **self.options}
+        if self.keep is not None:
+            options["kv_transfer_config"] = {
+                "kv_connector": "KVKeepConnector",
+                "kv_connector_module_path": "kvkeep.engine.vllm",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"pool_size": PLENTY, **self.keep},
+            }
+        self.llm = LLM(model=str(self.model), enforce_eager=True, seed=0, disable_log_stats=False, **options)
+        self.core = self.llm.llm_engine.engine_core
+        self.facts["stores"] = store_processes(os.getpid())
+
+    def ask(self, name: str, *prompts: list[int], new_tokens: int = 8, salt: str = "", lora: Any = None) -> None:
+        """Answers the prompts, all at once, and enters tokens, logprobs and what was reused."""
+        before = self.metrics()
+        asked: list[Any] = [{"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})} for prompt in prompts]
+        outputs = self.llm.generate(asked, greedy(new_tokens), use_tqdm=False, lora_request=lora)
+        self._enter(name, outputs, before)
+
+    def reset(self) -> None:
+        """Empties vLLM's own prefix cache; kvkeep keeps what it has."""
+        assert self.llm.reset_prefix_cache()
+
+    def leave_it_to_kvkeep(self) -> None:
+        """Empties vLLM's own prefix cache where kvkeep is there: without it vLLM's own hit is the reference."""
+        if self.keep is not None:
+            self.reset()
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's counters and gauges, kvkeep's among them, by name, as they stand in /metrics."""
+        found: dict[str, float] = {}
+        for family in REGISTRY.collect():
+            if family.name.startswith(("vllm:", "kvkeep_")) and family.type in ("counter", "gauge"):
+                for sample in family.samples:
+                    if sample.name.endswith("_created"):
+                        continue
+                    name = sample.name.removesuffix("_total")
+                    found[name] = found.get(name, 0) + sample.value
+        return found
+
+    def finish(self, shutdown: bool) -> None:
+        """Enters the totals, asks a store that can be reached from here what it holds, and shuts the engine down."""
+        connector = self._connector()
+        self.facts["metrics"] = self.metrics()
+        if connector is not None and connector.planner is not None:
+            client = connector.planner._link.client
+            stats = client.wait(client.stats(check=True), 10.0)
+            self.facts["store"] = {**stats.figures, "problem": stats.problem}
+            self.facts["figures"] = connector.figures.snapshot()
+        self.facts["refusal"] = connector.refusal if connector is not None else ""
+        self.facts["policy"] = self.llm.llm_engine.vllm_config.kv_transfer_config and (
+            self.llm.llm_engine.vllm_config.kv_transfer_config.kv_load_failure_policy
+        )
+        if shutdown:
+            self.core.shutdown()
+
+    def _connector(self) -> Any:
+        """The scheduler's connector where the engine runs in this process."""
+        inner = getattr(self.core, "engine_core", None)
+        return inner.scheduler.connector if inner is not None else None
+
+    def _enter(self, name: str, outputs: list[Any], before: dict[str, float]) -> None:
+        after = self.metrics()
+        answers = [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [next(iter(one.values())).logprob for one in output.outputs[0].logprobs],
+                "cached": output.num_cached_tokens,
+                "end": output.outputs[0].finish_reason,
+            }
+            for output in outputs
+        ]
+        rise = {metric: int(value - before.get(metric, 0)) for metric, value in after.items()}
+        assert name not in self.facts["steps"], name
+        self.facts["steps"][name] = {
+            "answers": answers,
+            "external": rise["vllm:external_prefix_cache_hits"],
+            "local": rise["vllm:prefix_cache_hits"],
+            "rise": {metric: count for metric, count in rise.items() if count},
+        }
+
+
+def greedy(new_tokens: int) -> SamplingParams:
+    """Greedy, exactly this many tokens, with the chosen tokens' logprobs."""
+    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0)
+
+
+def store_processes(root: int) -> list[int]:
+    """The pids of the store processes below process `root`."""
+    found, parents = [], {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            parents[int(path.name)] = _parent(path)
+    for pid in parents:
+        ancestor = pid
+        while ancestor and ancestor != root:
+            ancestor = parents.get(ancestor, 0)
+        if ancestor and b"kvkeep.wire" in _command(pid):
+            found.append(pid)
+    return found
+
+
+def _parent(path: Path) -> int:
+    try:
+        return int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,151 @@
+"""What is asked of each engine: the same on one with kvkeep and on its reference.
+
+The names of the steps are what the tests ask for. Knows nothing about what the answers ought to be.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from engine import Engine, greedy, random_tokens
+from vllm.lora.request import LoRARequest
+
+SHARED_HEAD = random_tokens(512, 20)
+EDGES = (255, 256, 257, 1023, 1024, 1025)
+
+
+def answers(engine: Engine) -> None:
+    """Cold, warm, prefixes, extensions, the edges of chunks, two at once, salts, a reset of the cache."""
+    prompt = random_tokens(600, 1)
+    twice(engine, "whole", prompt)
+    engine.ask("prefix", prompt[:560])
+    engine.leave_it_to_kvkeep()
+    engine.ask("extension", prompt + random_tokens(60, 2))
+    engine.reset()
+    for count in EDGES:
+        twice(engine, f"{count}", random_tokens(count, count))
+        engine.reset()
+    twice(engine, "two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
+    engine.reset()
+    salts(engine)
+    engine.ask("before the reset", prompt)
+    engine.llm.reset_prefix_cache(reset_connector=True)
+    twice(engine, "after the reset", prompt)
+
+
+def salts(engine: Engine) -> None:
+    """One prompt under two salts and none."""
+    prompt = random_tokens(600, 40)
+    for name, salt in (("salt a", "a"), ("salt b", "b"), ("no salt", ""), ("salt a again", "a"), ("salt b again", "b")):
+        engine.ask(name, prompt, salt=salt)
+        engine.leave_it_to_kvkeep()
+    engine.reset()
+
+
+def twice(engine: Engine, name: str, *prompts: list[int], new_tokens: int = 8) -> None:
+    """Cold, then warm."""
+    engine.ask(f"{name} cold", *prompts, new_tokens=new_tokens)
+    engine.leave_it_to_kvkeep()
+    engine.ask(f"{name} warm", *prompts, new_tokens=new_tokens)
+    engine.leave_it_to_kvkeep()
+
+
+def one_prompt(engine: Engine) -> None:
+    """Cold, warm, and an extension: for engines that differ in how they are started."""
+    prompt = random_tokens(1050, 3)
+    twice(engine, "whole", prompt)
+    engine.ask("extension", prompt + random_tokens(90, 4))
+    engine.leave_it_to_kvkeep()
+    twice(engine, "two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
+
+
+def tight(engine: Engine) -> None:
+    """A batch of at most 512 tokens and few blocks: chunked prefill, an abort in its middle, preemption."""
+    twice(engine, "chunked", random_tokens(1050, 30))
+    engine.reset()
+    abort_in_mid_prefill(engine, random_tokens(1250, 31))
+    engine.leave_it_to_kvkeep()
+    engine.ask("after the abort", random_tokens(1250, 31))
+    engine.reset()
+    twice(engine, "crowd", *[random_tokens(265, 50 + number) for number in range(5)], new_tokens=150)
+    engine.reset()
+
+
+def abort_in_mid_prefill(engine: Engine, prompt: list[int]) -> None:
+    """Computes two steps of a prompt that needs three, and aborts it."""
+    inner = engine.llm.llm_engine
+    inner.add_request("to be aborted", {"prompt_token_ids": prompt}, greedy(4))
+    outputs = [inner.step(), inner.step()]
+    engine.facts["tokens before the abort"] = sum(len(one.outputs[0].token_ids) for step in outputs for one in step)
+    inner.abort_request(["to be aborted"], internal=False)
+    while inner.has_unfinished_requests():
+        inner.step()
+
+
+def adapters(engine: Engine, folder: Path) -> None:
+    """One prompt without an adapter and with two; then another adapter's files in the first one's folder."""
+    prompt = random_tokens(600, 60)
+    place = folder / f"adapter-{'kept' if engine.keep is not None else 'plain'}"
+    shutil.copytree(folder / "lora-1", place)
+    first, second = LoRARequest("first", 1, str(place)), LoRARequest("second", 2, str(folder / "lora-2"))
+    for again in ("", " again"):
+        for name, lora in (("none", None), ("first", first), ("second", second)):
+            engine.ask(f"{name}{again}", prompt, lora=lora)
+        engine.leave_it_to_kvkeep()
+    for file in (folder / "lora-3").iterdir():
+        shutil.copyfile(file, place / file.name)
+    engine.reset()
+    engine.ask("stale", prompt, lora=first)  # the files are new, what the engine holds is not
+    engine.reset()
+    engine.ask("replaced", prompt, lora=LoRARequest("first", 1, str(place), load_inplace=True))
+    engine.leave_it_to_kvkeep()
+    engine.ask("replaced again", prompt, lora=first)
+    engine.reset()
+
+
+def speculation(engine: Engine) -> None:
+    """A prompt that repeats itself, so that drafts are proposed; then a follow-up of what was generated."""
+    prompt = random_tokens(40, 70) * 16
+    engine.ask("drafted", prompt, new_tokens=200)
+    answer = engine.facts["steps"]["drafted"]["answers"][0]["tokens"]
+    engine.leave_it_to_kvkeep()
+    engine.ask("follow-up", prompt + answer, new_tokens=8)
+    engine.reset()
+
+
+def windows(engine: Engine) -> None:
+    """A model with sliding windows of 256 tokens, at the edges of chunks and with a longer answer."""
+    for count in (500, 512, 1023, 1024, 1030):
+        twice(engine, f"{count}", random_tokens(count, count))
+        engine.reset()
+    prompt = random_tokens(1300, 80)
+    twice(engine, "long answer", prompt, new_tokens=40)
+    engine.ask("prefix", prompt[:1030])
+    engine.leave_it_to_kvkeep()
+    engine.ask("extension", prompt + random_tokens(300, 81))
+    engine.reset()
+    twice(engine, "two at once", SHARED_HEAD + random_tokens(300, 82), SHARED_HEAD + random_tokens(290, 83))
+    engine.reset()
+
+
+def text(engine: Engine, source: Path) -> None:
+    """Questions about the beginning of a real text, through the model's chat template."""
+    tokenizer = engine.llm.get_tokenizer()
+    passage = source.read_text()[:4500]
+    for name, question in (("who", "Who is the main character?"), ("what", "What does she follow?")):
+        chat = [{"role": "user", "content": f"{passage}\n\n{question}"}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        engine.ask(f"{name} cold", prompt, new_tokens=16)
+        engine.leave_it_to_kvkeep()
+        engine.ask(f"{name} warm", prompt, new_tokens=16)
+        engine.leave_it_to_kvkeep()
+
+
+def small_pool(engine: Engine) -> None:
+    """A prompt of five chunks where the pool has room for three."""
+    twice(engine, "too large", random_tokens(1300, 90))
+    engine.ask("small", random_tokens(300, 91))
+    engine.leave_it_to_kvkeep()
+    engine.ask("too large again", random_tokens(1300, 90))
+    engine.reset()
