@@ -37,7 +37,8 @@ from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
 from kvkeep.telemetry import Figures
 from kvkeep.transfer import reference
-from kvkeep.transfer.reference import GroupCaches, ReferenceTransfer
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.messages import Committed, Granted
 from kvkeep.wire.process import StoreOptions
@@ -54,19 +55,29 @@ Measure = Callable[[], float]
 
 
 def lookup_rows() -> list[Row]:
-    """`Planner.match` of 8,192 tokens that are new to it, all 32 chunks present; beside a bare round trip."""
-    tokens = random.Random(1).choices(range(150_000), k=8192)
-    layer = LayerLayout("layer", (TOKEN_NBYTES * 128,))
-    layout = ChunkLayout((ShardLayout(CHUNK_TOKENS, (GroupLayout(128, 0, (layer,) * LAYERS),)),))
+    """What the scheduler waits for when it asks for 8,192 tokens, 32 chunks present; and their hashing at arrival."""
+    tokens = random.Random(1).choices(range(49_152), k=8192)
+    layout = ChunkLayout(
+        (ShardLayout(CHUNK_TOKENS, (GroupLayout(128, 0, (LayerLayout("layer", (4096,)),) * LAYERS),)),)
+    )
     link = Link(PrivateSource(StoreOptions(64 * layout.nbytes, log_level="error")), lambda _: hello(layout.nbytes), [])
     link.start(LIMIT_S)
     try:
         planner = Planner(link, layout, PlannerOptions(), Figures())
         fill(link, tokens)
-        ours, theirs = alternate(400, lookup(planner, tokens), round_trip(link))
+        ours, trips = alternate(400, lookup(planner, tokens), round_trip(link))
+        hashed, hashes = alternate(
+            100, arrival(tokens), lambda: seconds(lambda: sha256(bytes(3 * 8192)).digest()) * 1e3
+        )
     finally:
         link.close()
-    return [Case("lookup-8k", "ms", "a bare round trip", goal="<= 0.3 ms").row(ours, theirs)]
+    lookups = Case("lookup-8k", "ms", "a bare round trip", goal="<= 0.3 ms").row(ours, trips)
+    return [lookups, Case("arrival-8k", "ms", "SHA-256 of as many bytes").row(hashed, hashes)]
+
+
+def arrival(tokens: list[int]) -> Measure:
+    """What a request costs when it arrives: the digests of its chunks, from a list; milliseconds."""
+    return lambda: seconds(lambda: Chain(CHUNK_TOKENS, none_hash()).extend(tokens)) * 1e3
 
 
 def fill(link: Link, tokens: list[int]) -> None:
@@ -90,6 +101,7 @@ def lookup(planner: Planner, tokens: list[int]) -> Measure:
         nonlocal number
         number += 1
         request = Request(f"request {number}", list(tokens), len(tokens), none_hash())
+        planner.expect(request)
         start = time.perf_counter()
         while (claim := planner.match(request, 0)) is None:
             pass  # "ask again": on a busy machine the store is late

@@ -42,9 +42,7 @@ EXTRA_KEYS = st.none() | st.lists(
 ).map(tuple)
 
 
-def oracle(
-    tokens: Any, chunk_tokens: int, root: bytes, extra_keys: Any = lambda start, end: None
-) -> list[bytes]:
+def oracle(tokens: Any, chunk_tokens: int, root: bytes, extra_keys: Any = lambda start, end: None) -> list[bytes]:
     digests, parent = [], root
     for start in range(0, len(tokens) - chunk_tokens + 1, chunk_tokens):
         end = start + chunk_tokens
@@ -81,9 +79,7 @@ def test_encoder_is_cbor2s(value):
 
 
 def test_encoder_at_the_edges_of_every_width():
-    edges = [
-        edge + step for edge in (0, 24, 2**8, 2**16, 2**32, 2**64) for step in (-1, 0) if edge + step < 2**64
-    ]
+    edges = [edge + step for edge in (0, 24, 2**8, 2**16, 2**32, 2**64) for step in (-1, 0) if edge + step < 2**64]
     for value in edges:
         assert cbor.encode(value) == cbor2.dumps(value, canonical=True)
         assert cbor.encode(-1 - value) == cbor2.dumps(-1 - value, canonical=True)
@@ -116,9 +112,7 @@ def test_chain_is_cbor2s(tokens, chunk_tokens, root):
 @pytest.mark.parametrize("chunk_tokens", [16, 256, 13_200])
 def test_long_chain_over_several_batches(vocabulary, chunk_tokens):
     tokens = np.random.default_rng(vocabulary).integers(0, vocabulary, 70_000, dtype=np.uint32)
-    assert Chain(chunk_tokens, none_hash()).extend(tokens) == oracle(
-        tokens.tolist(), chunk_tokens, none_hash()
-    )
+    assert Chain(chunk_tokens, none_hash()).extend(tokens) == oracle(tokens.tolist(), chunk_tokens, none_hash())
 
 
 def test_one_chunk_longer_than_a_batch():

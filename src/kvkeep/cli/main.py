@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import kvkeep
 from kvkeep.cli.doctor import doctor
+from kvkeep.cli.serve import serve, stats
 from kvkeep.errors import KVKeepError
 
 
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(doctor)
+app.command()(serve)
+app.command()(stats)
 
 
 @app.command()

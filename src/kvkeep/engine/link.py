@@ -84,7 +84,6 @@ class Link:
     doors: Sequence[str]
     clock: Callable[[], float] = time.monotonic
     client: Client | None = None
-    losses: int = 0
     _silent_since_s: float | None = None
     _joining: Joining | None = None
     _retry_at_s: float = 0.0
@@ -169,7 +168,6 @@ class Link:
     def _lost(self, why: str) -> None:
         self._silent_since_s = None
         log.error("kvkeep: the store is lost (%s); the engine goes on without it", why)
-        self.losses += 1
         assert self.client is not None
         self.client.drop()
         self.client = None

@@ -82,6 +82,7 @@ class Planner:
         self._due: list[tuple[Record, Load]] = []
         self._failed: OrderedDict[bytes, None] = OrderedDict()
         self._asked_idle = 0
+        self._boot = b""
         self.figures = figures
         self._steps = Steps(len(layout.shards), figures)
         self._stores = Stores(self._shard, figures, options.patience_s)
@@ -94,6 +95,12 @@ class Planner:
         self._asked_idle += 1
         return self._steps.busy and self._asked_idle < MAX_EMPTY_STEPS
 
+    def expect(self, request: Request) -> None:
+        """A request has arrived: its tokens are hashed now, so that its lookup is one small message."""
+        record = self._record(request)
+        if record.keeps:
+            record.chain.extend(request.tokens)
+
     def match(self, request: Request, computed: int) -> int | None:
         """How many tokens beyond `computed` can be given, None for "ask again".
 
@@ -101,7 +108,7 @@ class Planner:
         covers only chunks that are in the pool under a held lease.
         """
         record = self._record(request)
-        client = self._link.live(idle=not self._steps.busy)
+        client = self._live()
         record.computed = computed
         if not record.keeps or client is None:
             record.why = record.why if not record.keeps else Miss.STORE_GONE
@@ -142,7 +149,7 @@ class Planner:
 
     def plan_step(self, scheduled: Sequence[Scheduled], tables: Callable[[str], Tables]) -> StepPlan:
         """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
-        client = self._link.live(idle=not self._steps.busy)
+        client = self._live()
         loads, self._due = self._due, []
         step = self._steps.begin()
         ops: list[LoadOp] = []
@@ -202,6 +209,19 @@ class Planner:
     def close(self) -> None:
         """Ends the session; the engine's workers have stopped."""
         self._link.close()
+
+    def _live(self) -> Client | None:
+        """The client if the store may be asked; whatever another start of the store had lent is forgotten first."""
+        client = self._link.live(idle=not self._steps.busy)
+        boot = self._link.client.welcome.boot if self._link.client is not None else b""
+        if boot != self._boot:
+            if self._boot:
+                self.figures.add("store_losses")
+            self._boot = boot
+            for record in self._records.values():
+                record.match = record.question = None
+                self._stores.forget(record)
+        return client
 
     def _record(self, request: Request) -> Record:
         record = self._records.get(request.name)

@@ -39,7 +39,8 @@ class Stores:
         numbers = [number for number in range(record.reserved_to, upto) if number not in present]
         record.reserved_to = max(record.reserved_to, upto)
         if numbers:
-            record.chain.extend(tokens)
+            if len(record.chain.digests) < upto:
+                record.chain.extend(tokens)
             record.wanted = numbers
             record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
 
@@ -77,6 +78,13 @@ class Stores:
             call = client.commit(lease, [one.chunk.place for one in ones], [one.sums for one in ones])
             self._commits.append(call)
         self._harvest(client)
+
+    def forget(self, record: Record) -> None:
+        """Drops what a store that is gone had reserved; its lease numbers mean nothing to another one."""
+        record.reservation = None
+        record.reserved_to = 0
+        record.write_leases.clear()
+        record.open.clear()
 
     def give_up(self, record: Record, client: Client) -> None:
         """Releases what the request reserved; what it did not commit is lost."""

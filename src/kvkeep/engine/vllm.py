@@ -49,6 +49,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.memory.room import read_limits
 from kvkeep.telemetry import Figures
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
 from kvkeep.wire.process import StoreOptions
@@ -145,7 +146,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self._info = RankInfo(rank, os.getpid(), "", None, {}, why)
             return
         tokens = facts.chunk_tokens(self.config.chunk_tokens, self._kv_cache_config)
-        transfer = ReferenceTransfer(facts.group_caches(kv_caches, self._kv_cache_config), tokens)
+        groups = facts.group_caches(kv_caches, self._kv_cache_config)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
+        transfer = ReferenceTransfer(groups, tokens) if on_cpu else StagedTransfer(groups, tokens)
         door = PoolDoor()
         self.worker = Worker(rank, transfer, door)
         found = facts.worker_facts(self._vllm_config, kv_caches)
@@ -236,6 +239,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
         self._requests[request.request_id] = request
         self._roots[request.request_id] = self._root(request)
+        if self.planner is not None:
+            self.planner.expect(self._request(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded; with several groups beside the steps, since vLLM takes failures only so."""

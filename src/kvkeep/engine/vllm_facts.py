@@ -34,7 +34,7 @@ from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
 from kvkeep.engine.plan import RankInfo
 from kvkeep.errors import LayoutMismatch
-from kvkeep.transfer.reference import GroupCaches
+from kvkeep.transfer.pages import GroupCaches
 
 log = logging.getLogger("kvkeep")
 

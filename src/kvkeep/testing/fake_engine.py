@@ -1,9 +1,9 @@
 """A paged engine in miniature: plays vLLM's part against a real Planner and real Workers, and checks every byte.
 
-It schedules as vLLM's V1 does: a token budget, chunked prefill, decode, preemption of the youngest, a prefix cache of its
-own that knows a synchronous load's blocks as soon as they are allocated, sliding windows that give blocks up, loads beside
-the steps where there are several groups. Torch is needed only because `ReferenceTransfer` takes tensors. Knows nothing
-about the store beyond the link that it hands to the planner.
+It schedules as vLLM's V1 does: a token budget, chunked prefill, decode, preemption of the youngest, a prefix cache of
+its own that knows a synchronous load's blocks as soon as they are allocated, sliding windows that give blocks up, loads
+beside the steps where there are several groups. Torch is needed only because `ReferenceTransfer` takes tensors. Knows
+nothing about the store beyond the link that it hands to the planner.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +24,10 @@ from kvkeep.engine.planner import Planner, PlannerOptions, Request
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures
 from kvkeep.testing.fake_blocks import FakeBlocks
-from kvkeep.testing.fake_model import PARTS, FakeModel, GroupShape
-from kvkeep.transfer.reference import GroupCaches, ReferenceTransfer
+from kvkeep.testing.fake_model import PARTS, FakeModel
+from kvkeep.testing.fake_request import EngineShape, FakeRequest, Phase
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Transfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello, Matched
@@ -37,53 +37,11 @@ ANSWER_LIMIT_S = 10.0
 NAMESPACE = b"fake engine's ns"
 
 
-@dataclass(frozen=True)
-class EngineShape:
-    """The engine's sizes: `budget_tokens` a step, `num_blocks` of all groups together, sampled tokens below `vocabulary`."""
-
-    groups: tuple[GroupShape, ...] = (GroupShape(4),)
-    ranks: int = 1
-    num_blocks: int = 64
-    chunk_tokens: int = 8
-    budget_tokens: int = 32
-    vocabulary: int = 8
-    verify_every: int = 0
-
-
-class Phase(Enum):
-    """Where the engine has a request."""
-
-    WAITING = "waiting"
-    LOADING = "loading"  # its blocks are being loaded beside the steps
-    LOADED = "loaded"  # they are, and it waits for its turn
-    RUNNING = "running"
-    DONE = "done"
-
-
-@dataclass(eq=False)
-class FakeRequest:
-    """A request: its prompt, how many tokens it shall generate, and what the scheduler knows of it."""
-
-    name: str
-    prompt: tuple[int, ...]
-    generate: int
-    tokens: list[int] = field(default_factory=list)
-    tables: list[list[int]] = field(default_factory=list)
-    computed: int = 0
-    phase: Phase = Phase.WAITING
-    preemptions: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether all its tokens are generated."""
-        return len(self.tokens) >= len(self.prompt) + self.generate
-
-
 Wrap = Callable[[int, Transfer], Transfer]
 
 
 class FakeEngine:
-    """An engine of `shape` over the store that `source` connects to; `wrap` may put a double around a rank's transfer."""
+    """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer."""
 
     def __init__(
         self, shape: EngineShape, source: Source, options: PlannerOptions | None = None, wrap: Wrap = lambda _, one: one
@@ -221,7 +179,6 @@ class FakeEngine:
             while count and not self._allocate(request, request.computed, request.computed + count):
                 nobody_lost = False
                 victim = self.running[-1]
-                counts.pop(victim, None)
                 self._preempt(victim)
                 if victim is request:
                     break

@@ -8,13 +8,17 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
+from kvkeep.wire.process import StoreOptions, join_shared, listen
 from kvkeep.wire.server import Server
 
 END_LIMIT_S = 10.0
@@ -22,7 +26,10 @@ END_LIMIT_S = 10.0
 
 @dataclass
 class RunningStore:
-    """One boot of a store: its parts, and the thread that owns them until the connection has ended."""
+    """One boot of a store: its parts, and the thread that owns them until its server's loop has ended.
+
+    Look into `store` only while the thread is idle.
+    """
 
     region: Region
     store: Store
@@ -40,8 +47,7 @@ class RunningStore:
 class ThreadSource:
     """A `Source` (see `kvkeep.engine.link`): each connection gets a store of its own, a new boot with a new pool.
 
-    `running` is the newest one; it may be looked into while its thread is idle. The client's goodbye or end of file
-    ends it, as with a private store.
+    The client's goodbye or end of file ends it, as with a private store.
     """
 
     pool_nbytes: int
@@ -57,18 +63,35 @@ class ThreadSource:
     def connect(self) -> socket.socket:
         """A socket to a new store."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        region = Region.create(self.pool_nbytes)
-        index = Index(FreeList(self.pool_nbytes), policy_by_name(self.policy))
-        store = Store(index, self.pool_nbytes, self.max_pinned_share)
-        server = Server(store, secrets.token_bytes(16), region.fd, private=theirs)
-        thread = threading.Thread(target=server.serve, daemon=True, name="kvkeep-test-store")
-        self.boots.append(RunningStore(region, store, server, thread))
-        thread.start()
+        options = StoreOptions(self.pool_nbytes, self.policy, self.max_pinned_share)
+        self.boots.append(_started(options, theirs, None))
         return ours
 
     def end(self, wait: bool) -> None:
         """Waits for every store whose client has gone; without `wait` nothing is done."""
-        if not wait:
-            return
-        for one in self.boots:
-            one.join()
+        if wait:
+            for one in self.boots:
+                one.join()
+
+
+@contextmanager
+def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
+    """A store that listens at `path` for any number of clients, as long as the context lasts."""
+    with listen(path) as listener:
+        running = _started(options, None, listener)
+        try:
+            yield running
+        finally:
+            running.server.stop = True
+            join_shared(str(path), END_LIMIT_S).close()  # the loop looks up when somebody comes
+            running.join()
+
+
+def _started(options: StoreOptions, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
+    region = Region.create(options.pool_nbytes)
+    index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
+    store = Store(index, options.pool_nbytes, options.max_pinned_share)
+    server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
+    thread = threading.Thread(target=server.serve, daemon=True, name="kvkeep-test-store")
+    thread.start()
+    return RunningStore(region, store, server, thread)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import xxhash
+
 from kvkeep.core.layout import ShardLayout
-from kvkeep.memory.pool import Lease
+from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0
+SUM_NBYTES = 16  # xxh3-128
 
 
 class Blocks(NamedTuple):
@@ -54,3 +57,11 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
             if unique:
                 assert (group, block_id) not in seen, f"block {block_id} of group {group} is named twice"
                 seen.add((group, block_id))
+
+
+def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:
+    """Whether every range has the sum that was taken when it was written."""
+    wanted = [sums[i : i + SUM_NBYTES] for i in range(0, len(sums), SUM_NBYTES)]
+    return len(wanted) == len(views) and all(
+        xxhash.xxh3_128_digest(view.data) == one for view, one in zip(views, wanted, strict=True)
+    )

@@ -26,6 +26,7 @@ log = logging.getLogger("kvkeep.store")
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_HOLDERS = 1024
+MAX_PID = 2**22  # the kernel's own limit
 _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
 
 
@@ -135,6 +136,8 @@ class Server:
             raise WireError(f"protocol version {hello.version} is not {m.VERSION}: use the same kvkeep on both sides")
         if peer.session is not None or len(hello.holders) > MAX_HOLDERS:
             raise WireError(f"a session says hello once and names at most {MAX_HOLDERS} processes")
+        if not all(0 < pid <= MAX_PID for pid in hello.holders):
+            raise WireError("a holder is no process id")
         old = self.store.lingering.get(hello.resumes)
         if old is not None and set(old.opening.holders) <= {peer.pid, *hello.holders}:
             self._bury(old)

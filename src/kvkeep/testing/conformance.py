@@ -1,0 +1,198 @@
+"""What every `Transfer` must do, as functions that a third party can call on its own: one case, one check, any device.
+
+Knows nothing about how a cache is arranged: a case reads and writes pages as bytes. Each check raises AssertionError
+with what is wrong; `CHECKS` are all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.memory.pool import Bytes, Lease
+from kvkeep.transfer.transfer import NULL_BLOCK, Blocks, Transfer
+
+SUM_NBYTES = 16
+GUARD_NBYTES = 4096
+
+
+@dataclass(frozen=True)
+class TransferCase:
+    """A transfer over a cache, and a way round it: `read(group, layer)` and `write(group, layer, pages)` copy all pages
+    of a layer as uint8 (num_blocks[group], page bytes), in the order of the engine's own bytes (K, then V).
+
+    Every group must have at least twice as many blocks as a chunk, the null block not counted.
+    """
+
+    transfer: Transfer
+    num_blocks: Sequence[int]
+    read: Callable[[int, int], Bytes]
+    write: Callable[[int, int, Bytes], None]
+
+
+Check = Callable[[TransferCase], None]
+
+
+def check_round_trip(case: TransferCase) -> None:
+    """What was gathered arrives byte for byte in other blocks; no other block and no byte beside the lease changes."""
+    before = _filled(case, seed=1)
+    memory, lease = _memory(case.transfer.shard)
+    sources, targets = _picks(case)
+    sums = case.transfer.gather(sources, lease, True)
+    assert _pages(case) == before, "a gather changed the cache"
+    assert not (memory[:GUARD_NBYTES] != 0xA5).any(), "a gather wrote before its lease"
+    assert not (memory[-GUARD_NBYTES:] != 0xA5).any(), "a gather wrote behind its lease"
+    kept = bytes(memory)
+    assert case.transfer.scatter(lease, targets, sums), "the sums of an untouched chunk do not hold"
+    assert bytes(memory) == kept, "a scatter changed the chunk"
+    assert _pages(case) == _moved(case, before, sources, targets), "a scatter brought other bytes, or touched others"
+
+
+def check_arrangement(case: TransferCase) -> None:
+    """A range is its pages in the order of the blocks, all K then all V, then zeros; the sums are xxh3-128 over all."""
+    before = _filled(case, seed=2)
+    shard = case.transfer.shard
+    _, lease = _memory(shard)
+    sources, _ = _picks(case)
+    sums = case.transfer.gather(sources, lease, True)
+    ids = {one.group: list(one.block_ids) for one in sources}
+    assert len(sums) == SUM_NBYTES * len(shard.ranges), "there is not one sum of 16 bytes a range"
+    for number, (one, view) in enumerate(zip(shard.ranges, lease.views(), strict=True)):
+        pages = np.frombuffer(before[one.group, one.layer], np.uint8).reshape(case.num_blocks[one.group], -1)
+        parts, start = [], 0
+        for nbytes in shard.groups[one.group].layers[one.layer].part_nbytes:
+            parts.append(pages[ids[one.group], start : start + nbytes].tobytes())
+            start += nbytes
+        assert bytes(view[: one.nbytes]) == b"".join(parts), f"range {number} is not the pages in their order"
+        assert not view[one.nbytes :].any(), f"the padding of range {number} is not zero"
+        sum_ = sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES]
+        assert sum_ == xxhash.xxh3_128_digest(view.tobytes()), f"the sum of range {number} is another"
+
+
+def check_pieces(case: TransferCase) -> None:
+    """A chunk that is gathered block by block equals one gathered at once, and can be scattered in part."""
+    before = _filled(case, seed=3)
+    whole, whole_lease = _memory(case.transfer.shard)
+    pieces, pieces_lease = _memory(case.transfer.shard)
+    sources, targets = _picks(case)
+    sums = case.transfer.gather(sources, whole_lease, True)
+    singles = [Blocks(g, first + n, (ids[n],)) for g, first, ids in sources for n in range(len(ids))]
+    for number, one in enumerate(singles):
+        last = number == len(singles) - 1
+        got = case.transfer.gather([one], pieces_lease, last)
+        assert got == (sums if last else b""), "sums are for the piece that seals, of all ranges"
+    assert bytes(whole) == bytes(pieces), "pieces make another chunk"
+    group, first, ids = targets[0]
+    part = [Blocks(group, first + 1, ids[1:])] if len(ids) > 1 else [targets[0]]
+    origin = [Blocks(group, part[0].first, sources[0].block_ids[-len(part[0].block_ids) :])]
+    assert case.transfer.scatter(whole_lease, part, b""), "a scatter without sums has nothing to fail on"
+    assert _pages(case) == _moved(case, before, origin, part), "a part of a chunk is scattered from its own place"
+
+
+def check_flipped_bits(case: TransferCase) -> None:
+    """One flipped bit anywhere in a range, its padding included, fails the scatter before it writes anything."""
+    _filled(case, seed=4)
+    _, lease = _memory(case.transfer.shard)
+    sources, targets = _picks(case)
+    sums = case.transfer.gather(sources, lease, True)
+    before = _pages(case)
+    for number, (one, view) in enumerate(zip(case.transfer.shard.ranges, lease.views(), strict=True)):
+        for place in {0, one.nbytes // 2, one.nbytes - 1, one.padded_nbytes - 1}:
+            bit = np.uint8(1 << (place + number) % 8)
+            view[place] ^= bit
+            assert not case.transfer.scatter(lease, targets, sums), f"byte {place} of range {number} is not under a sum"
+            view[place] ^= bit
+    assert not case.transfer.scatter(lease, targets, sums[:-1]), "sums that are cut short are taken for good ones"
+    assert _pages(case) == before, "a scatter that failed has written"
+    assert case.transfer.scatter(lease, targets, sums), "the bits are back and the sums do not hold"
+
+
+def check_wrong_blocks(case: TransferCase) -> None:
+    """A block that does not exist, the null block, a destination named twice or a place outside is an assertion."""
+    for group, count in enumerate(case.num_blocks):
+        places = case.transfer.shard.blocks(group)
+        for wrong in (
+            [Blocks(group, 0, (count,))],
+            [Blocks(group, 0, (-1,))],
+            [Blocks(group, 0, (NULL_BLOCK,))],
+            [Blocks(group, places, (1,))],
+            [Blocks(group, -1, (1,))],
+            [Blocks(group, 0, tuple(range(1, places + 2)))],
+        ):
+            assert _refuses(case.transfer, wrong, unique=False), f"{wrong} passes the check"
+        twice = [Blocks(group, 0, (1,)), Blocks(group, 0, (1,))]
+        assert _refuses(case.transfer, twice, unique=True), "a destination may be named twice"
+        assert not _refuses(case.transfer, twice, unique=False), "a source may be named twice and is refused"
+
+
+CHECKS: tuple[Check, ...] = (
+    check_round_trip,
+    check_arrangement,
+    check_pieces,
+    check_flipped_bits,
+    check_wrong_blocks,
+)
+
+
+def _refuses(transfer: Transfer, blocks: Sequence[Blocks], unique: bool) -> bool:
+    try:
+        transfer.check(blocks, unique)
+    except AssertionError:
+        return True
+    return False
+
+
+def _filled(case: TransferCase, seed: int) -> dict[tuple[int, int], bytes]:
+    """Random bytes in every page; all pages as they are now."""
+    random = np.random.default_rng(seed)
+    for group, layout in enumerate(case.transfer.shard.groups):
+        for layer, one in enumerate(layout.layers):
+            case.write(group, layer, random.integers(0, 256, (case.num_blocks[group], one.page_nbytes), np.uint8))
+    return _pages(case)
+
+
+def _pages(case: TransferCase) -> dict[tuple[int, int], bytes]:
+    groups = case.transfer.shard.groups
+    return {
+        (group, layer): case.read(group, layer).tobytes()
+        for group, layout in enumerate(groups)
+        for layer in range(len(layout.layers))
+    }
+
+
+def _memory(shard: ShardLayout) -> tuple[Bytes, Lease]:
+    """A chunk's shard between two guards, all of it 0xA5, and a lease on it."""
+    memory = np.full(shard.nbytes + 2 * GUARD_NBYTES, 0xA5, np.uint8)
+    return memory, Lease(memory[GUARD_NBYTES:-GUARD_NBYTES], shard)
+
+
+def _picks(case: TransferCase) -> tuple[list[Blocks], list[Blocks]]:
+    """A chunk's blocks in every group, scattered over the cache, and as many others; the last block is among them."""
+    random = np.random.default_rng(5)
+    sources, targets = [], []
+    for group, count in enumerate(case.num_blocks):
+        per_chunk = case.transfer.shard.blocks(group)
+        assert count > 2 * per_chunk, "the case has too few blocks"
+        ids = [count - 1, *(int(one) for one in random.permutation(np.arange(1, count - 1)))]
+        sources.append(Blocks(group, 0, tuple(ids[:per_chunk])))
+        targets.append(Blocks(group, 0, tuple(ids[per_chunk : 2 * per_chunk])))
+    return sources, targets
+
+
+def _moved(
+    case: TransferCase, before: dict[tuple[int, int], bytes], sources: Sequence[Blocks], targets: Sequence[Blocks]
+) -> dict[tuple[int, int], bytes]:
+    """The pages after `sources` were copied to `targets`, worked out independently."""
+    moved = {}
+    for (group, layer), raw in before.items():
+        pages = np.frombuffer(raw, np.uint8).reshape(case.num_blocks[group], -1).copy()
+        for source, target in zip(sources, targets, strict=True):
+            if source.group == group:
+                for old, new in zip(source.block_ids, target.block_ids, strict=True):
+                    pages[new] = pages[old]
+        moved[group, layer] = pages.tobytes()
+    return moved

@@ -1,0 +1,78 @@
+"""Gather and scatter of whole blocks for any device that torch knows: through a staging copy, on the current stream.
+
+Simple and right on a GPU rather than fast: one indexed copy and one transfer a layer. Knows nothing about keys, the
+store or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import xxhash
+
+from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.memory.pool import Bytes, Lease
+from kvkeep.transfer.pages import GroupCaches, group_rows, shard_of
+from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold
+
+
+class StagedTransfer:
+    """Copies for one rank over caches on one device.
+
+    Both verbs wait for the device where the pool's memory is concerned; what a scatter writes is in the order of the
+    current stream, so what is launched after it sees it. Raises LayoutMismatch, naming the layer, for a cache that has
+    no dense pages.
+    """
+
+    def __init__(self, groups: Sequence[GroupCaches], chunk_tokens: int) -> None:
+        self._num_blocks = [group.num_blocks for group in groups]
+        self._pages = [group_rows(group) for group in groups]
+        self._shard = shard_of(groups, self._pages, chunk_tokens)
+        self._device = next(iter(groups[0].caches.values())).device
+
+    @property
+    def shard(self) -> ShardLayout:
+        """As `Transfer.shard`."""
+        return self._shard
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`."""
+        check_blocks(self._shard, self._num_blocks, blocks, unique)
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+        """As `Transfer.gather`."""
+        indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
+        sums: list[bytes] = []
+        for one, view in zip(self._shard.ranges, lease.views(), strict=True):
+            for group, first, ids in indexes:
+                for pages, places in self._parts(one, view) if group == one.group else ():
+                    places[first : first + len(ids)].copy_(pages.index_select(0, ids))
+            if seal:
+                view[one.nbytes :] = 0
+                sums.append(xxhash.xxh3_128_digest(view.data))
+        return b"".join(sums)
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+        """As `Transfer.scatter`."""
+        views = lease.views()
+        if sums and not ranges_hold(views, sums):
+            return False
+        indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
+        for one, view in zip(self._shard.ranges, views, strict=True):
+            for group, first, ids in indexes:
+                for pages, places in self._parts(one, view) if group == one.group else ():
+                    # not asynchronous: the pool's memory may be lent to another as soon as this returns
+                    pages[ids] = places[first : first + len(ids)].to(self._device)
+        return True
+
+    def _ids(self, blocks: Blocks) -> torch.Tensor:
+        return torch.tensor(blocks.block_ids, dtype=torch.int64, device=self._device)
+
+    def _parts(self, one: Range, view: Bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count, start = self._shard.blocks(one.group), 0
+        memory = torch.from_numpy(view)
+        for pages in self._pages[one.group][one.layer]:
+            end = start + count * pages.shape[1]
+            yield pages, memory[start:end].view(count, pages.shape[1])
+            start = end

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.core.layout import (
+    ALIGN_NBYTES,
+    ChunkLayout,
+    GroupLayout,
+    LayerLayout,
+    ShardLayout,
+    chunk_tokens_for,
+    padded_nbytes,
+)
+
+BLOCK_SIZES = (1, 3, 16, 32, 64, 784)
+layers = st.lists(st.integers(1, 9000), min_size=1, max_size=2).map(lambda parts: LayerLayout("l", tuple(parts)))
+groups = st.builds(
+    GroupLayout,
+    block_tokens=st.sampled_from(BLOCK_SIZES),
+    window=st.sampled_from((0, 128)),
+    layers=st.lists(layers, min_size=1, max_size=4).map(tuple),
+)
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> ChunkLayout:
+    by_rank = draw(st.lists(st.lists(groups, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3))
+    sizes = [group.block_tokens for rank in by_rank for group in rank]
+    tokens = chunk_tokens_for(draw(st.integers(1, 2000)), sizes)
+    return ChunkLayout(tuple(ShardLayout(tokens, rank) for rank in by_rank))
+
+
+@settings(max_examples=150, deadline=None)
+@given(chunks())
+def test_ranges_fill_a_chunk_without_gap_or_overlap(chunk: ChunkLayout):
+    end = 0
+    for rank, shard in enumerate(chunk.shards):
+        assert chunk.shard_offset(rank) == end
+        wanted = [(g, n) for g, group in enumerate(shard.groups) for n in range(len(group.layers))]
+        assert [(one.group, one.layer) for one in shard.ranges] == wanted
+        inside = 0
+        for one in shard.ranges:
+            group = shard.groups[one.group]
+            assert one.offset == inside
+            assert one.offset % ALIGN_NBYTES == 0
+            assert shard.blocks(one.group) * group.block_tokens == shard.chunk_tokens
+            assert one.nbytes == sum(group.layers[one.layer].part_nbytes) * shard.blocks(one.group)
+            assert one.nbytes <= one.padded_nbytes < one.nbytes + ALIGN_NBYTES
+            inside += one.padded_nbytes
+        assert shard.nbytes == inside
+        assert shard.nbytes % ALIGN_NBYTES == 0
+        end += inside
+    assert chunk.nbytes == end
+    assert chunk.chunk_tokens == chunk.shards[0].chunk_tokens
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 5000), st.lists(st.sampled_from(BLOCK_SIZES), min_size=1, max_size=4))
+def test_a_chunk_is_the_smallest_common_multiple_that_is_large_enough(wanted: int, sizes: list[int]):
+    tokens = chunk_tokens_for(wanted, sizes)
+    assert tokens >= wanted
+    assert all(tokens % size == 0 for size in sizes)
+    step = math.lcm(*sizes)
+    assert not [n for n in range(step, tokens, step) if n >= wanted], "a smaller one would do"
+
+
+@pytest.mark.parametrize(("wanted", "sizes", "tokens"), [(256, [16], 256), (256, [16, 784], 784), (100, [16, 3], 144)])
+def test_known_chunk_sizes(wanted: int, sizes: list[int], tokens: int):
+    assert chunk_tokens_for(wanted, sizes) == tokens
+
+
+@pytest.mark.parametrize(("nbytes", "padded"), [(0, 0), (1, 4096), (4096, 4096), (4097, 8192)])
+def test_padding(nbytes: int, padded: int):
+    assert padded_nbytes(nbytes) == padded
+
+
+@pytest.mark.parametrize("block_tokens", [48, 0, -16, 128])
+def test_a_chunk_that_is_no_multiple_names_the_group(block_tokens: int):
+    one = LayerLayout("l", (8,))
+    with pytest.raises(ValueError, match=f"chunk_tokens 64 .* group 1's block size {block_tokens}"):
+        ShardLayout(64, (GroupLayout(16, 0, (one,)), GroupLayout(block_tokens, 0, (one,))))
