@@ -14,9 +14,7 @@ MIB, GIB = 1 << 20, 1 << 30
 REFERENCE = Path(__file__).parents[1] / "docs/reference/configuration.md"
 
 
-def load(
-    overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = ""
-) -> Config:
+def load(overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = "") -> Config:
     def read_text(path: str) -> str:
         assert path == "/etc/kvkeep.toml"
         return toml
@@ -25,9 +23,7 @@ def load(
     return load_config(file | (overrides or {}), environ or {}, read_text)
 
 
-def refusal(
-    overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = ""
-) -> str:
+def refusal(overrides: dict[str, object] | None = None, environ: dict[str, str] | None = None, toml: str = "") -> str:
     with pytest.raises(ConfigError) as caught:
         load(overrides, environ, toml)
     return str(caught.value)
@@ -189,9 +185,7 @@ def test_config_file_is_no_setting_of_a_file() -> None:
 
 
 def test_a_table_is_refused_with_what_is_right() -> None:
-    assert refusal(toml="[pool]\nsize = 1").startswith(
-        "/etc/kvkeep.toml: [pool] is a table; there are no tables"
-    )
+    assert refusal(toml="[pool]\nsize = 1").startswith("/etc/kvkeep.toml: [pool] is a table; there are no tables")
 
 
 def test_a_file_that_cannot_be_read_is_named() -> None:
@@ -286,7 +280,5 @@ def test_the_reference_names_every_setting_and_its_default() -> None:
         for line in REFERENCE.read_text(encoding="utf-8").splitlines()
         if line.startswith("| `") and len(cells := line.split("|")) > 3
     }
-    written = {
-        name: msgspec.json.encode(value).decode() for name, value in msgspec.structs.asdict(Config()).items()
-    }
+    written = {name: msgspec.json.encode(value).decode() for name, value in msgspec.structs.asdict(Config()).items()}
     assert rows == written

@@ -96,9 +96,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"kvkeep {kvkeep.__version__}\n")
 
 
-@pytest.mark.parametrize(
-    ("version", "right"), [((3, 10), False), ((3, 11), True), ((3, 13), True), ((3, 14), False)]
-)
+@pytest.mark.parametrize(("version", "right"), [((3, 10), False), ((3, 11), True), ((3, 13), True), ((3, 14), False)])
 def test_python_versions(version: tuple[int, int], right: bool) -> None:
     check = check_python(version)
     assert bool(check.cure) is not right

@@ -86,9 +86,7 @@ def test_the_descriptor_is_not_inherited_over_exec() -> None:
         (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE, PAGE, None, "cannot be mapped"),
     ],
 )
-def test_a_wrong_descriptor_is_refused_and_closed(
-    seals: int, nbytes: int, expected: int | None, reason: str
-) -> None:
+def test_a_wrong_descriptor_is_refused_and_closed(seals: int, nbytes: int, expected: int | None, reason: str) -> None:
     fd = make_memfd(nbytes, seals)
     with pytest.raises(WireError, match=reason):
         Region.attach(fd, expected)

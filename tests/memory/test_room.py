@@ -100,9 +100,7 @@ def test_version_1_binds_on_the_whole_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "inside"), [("/docker/abc", "/docker/abc"), ("/docker/abc", "/elsewhere"), ("/../../x", "/")]
 )
-def test_the_mount_itself_binds_where_the_own_path_is_the_hosts(
-    tmp_path: Path, own: str, inside: str
-) -> None:
+def test_the_mount_itself_binds_where_the_own_path_is_the_hosts(tmp_path: Path, own: str, inside: str) -> None:
     mount = V1_MOUNT.replace(" / ", f" {inside} ")
     machine(tmp_path, own=f"4:memory:{own}\n", mounts=mount)
     group_v1(tmp_path / "sys/fs/cgroup/memory", GIB, 2 * GIB)

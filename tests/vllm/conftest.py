@@ -18,18 +18,29 @@ from kvkeep.wire.messages import VERSION, Hello, Stats
 from kvkeep.wire.process import join_shared
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "build" / "models"
 RUN = Path(__file__).parent / "engines" / "run.py"
 LIMIT_S = 400
 
 
 @dataclass
 class Facts:
-    """What an engine run found out. `stats` is its store's own account, after the engine ended if the store is shared."""
+    """What an engine run found out. `stats`: its store's own account, after the engine ended if the store is shared."""
 
     facts: dict[str, Any]
     folder: Path
-    log: str
+    job: Job
     stats: dict[str, Any]
+
+    @property
+    def private(self) -> bool:
+        """Whether the engine started its own store."""
+        return not self.job.store
+
+    @property
+    def shutdown(self) -> bool:
+        """Whether the engine was shut down; if not its process just ended."""
+        return self.job.shutdown
 
     def step(self, name: str) -> dict[str, Any]:
         return self.facts["steps"][name]
@@ -74,7 +85,8 @@ class SharedStore:
 class Job:
     """One engine: what is asked of it (a function of engines/scenarios.py), and how it is started.
 
-    `keep`: kvkeep's settings, None for a reference. `store`: the name of the shared store that it joins.
+    `keep`: kvkeep's settings, None for a reference. `store`: the name of the shared store that it joins. `cpu_flag`:
+    what vLLM needs of the CPU for this; the tests are skipped on one without it.
     """
 
     scenario: str
@@ -84,8 +96,11 @@ class Job:
     env: dict[str, str] = field(default_factory=dict)
     store: str = ""
     shutdown: bool = True
+    cpu_flag: str = ""
 
 
+PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0}
+"""For every kept run: a busy machine must not make kvkeep leave a slow store alone, for then it reuses nothing."""
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 512, "max_model_len": 1280, "block_size": 32}
 TIGHT: dict[str, Any] = {**CHUNKED, "num_gpu_blocks_override": 42}
 LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
@@ -98,7 +113,7 @@ NGRAM: dict[str, Any] = {
     }
 }
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
-FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+FP8: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}  # the CPU build has no FP8 beside float32
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 TWO_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -118,17 +133,18 @@ JOBS = {
     "smollm2-plain": Job("text", "smollm2"),
     "bf16": Job("one_prompt", "tinyb", keep={}, options=BF16),
     "bf16-plain": Job("one_prompt", "tinyb", options=BF16),
-    "fp8": Job("one_prompt", keep={}, options=FP8),
-    "fp8-plain": Job("one_prompt", options=FP8),
+    "fp8": Job("one_prompt", "tinyb", keep={}, options=FP8, cpu_flag="avx512f"),
+    "fp8-plain": Job("one_prompt", "tinyb", options=FP8, cpu_flag="avx512f"),
     "processes": Job("one_prompt", keep={}, env=SEVERAL),
-    "processes-plain": Job("one_prompt"),
+    "processes-plain": Job("one_prompt", env=SEVERAL),
     "parallel": Job("one_prompt", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}, store="parallel"),
     "parallel-plain": Job("one_prompt", options=TP2, env={**SEVERAL, **TWO_THREADS}),
     "small-pool": Job("small_pool", keep={"pool_size": "768 KiB"}, shutdown=False),
     "small-pool-plain": Job("small_pool"),
 }
 """Every engine of these tests but those whose weights are replaced; each `-plain` one is a reference."""
-KEPT = tuple(name for name in JOBS if not name.endswith("-plain"))
+HAS_FP8 = "avx512f" in Path("/proc/cpuinfo").read_text()  # what vLLM's CPU build asks for
+KEPT = tuple(name for name in JOBS if not name.endswith("-plain") and (HAS_FP8 or name != "fp8"))
 
 
 @dataclass
@@ -143,25 +159,30 @@ class Runs:
         """The facts of one of JOBS."""
         if name not in self.done:
             job = JOBS[name]
-            folder = ROOT / "demo" / "text.txt" if job.scenario == "text" else self.folder
+            if job.options is FP8 and not HAS_FP8:
+                pytest.skip("this processor has no AVX-512, which FP8 KV needs in vLLM's CPU build")
+            if job.cpu_flag not in Path("/proc/cpuinfo").read_text():
+                pytest.skip(f"vLLM runs the engine {name} only on a CPU with {job.cpu_flag}")
             if job.scenario == "adapters":
                 self._make_adapters()
-            self.run(name, job, ROOT / "build" / "models" / job.model, folder)
+            self.run(name, job, MODELS / job.model)
         return self.done[name]
 
     def pair(self, name: str) -> tuple[Facts, Facts]:
         """A run with kvkeep and its reference."""
         return self(name), self(f"{name}-plain")
 
-    def run(self, name: str, job: Job, model: Path, inputs: Path) -> Facts:
+    def run(self, name: str, job: Job, model: Path) -> Facts:
         """Runs an engine to its end; its output is in the run's folder."""
         folder = self.folder / name
         folder.mkdir()
         store = self.shared(job.store) if job.store else None
-        keep = job.keep if store is None or job.keep is None else {**job.keep, "store": f"unix:{store.path}"}
+        keep = None if job.keep is None else {**PATIENT, **job.keep}
+        if keep is not None and store is not None:
+            keep["store"] = f"unix:{store.path}"
         facts, log = folder / "facts.json", folder / "log"
         parts = {"scenario": job.scenario, "model": str(model), "keep": keep, "options": job.options}
-        rest = {"folder": str(inputs), "facts": str(facts), "shutdown": job.shutdown}
+        rest = {"folder": str(self.folder), "facts": str(facts), "shutdown": job.shutdown}
         (folder / "job.json").write_text(json.dumps({**parts, **rest}))
         with log.open("w") as out:
             subprocess.run(
@@ -172,15 +193,16 @@ class Runs:
                 timeout=LIMIT_S,
                 check=False,
             )
-        said = log.read_text(errors="replace")
-        assert facts.exists(), f"the engine run {name} failed ({log}):\n{said[-4000:]}"
+        assert facts.exists(), f"the engine run {name} failed ({log}):\n{log.read_text(errors='replace')[-4000:]}"
         found = json.loads(facts.read_text())
         stats = store.stats() if store is not None else found.get("store", {})
-        self.done[name] = Facts(found, folder, said, stats)
+        self.done[name] = Facts(found, folder, job, stats)
         return self.done[name]
 
     def _make_adapters(self) -> None:
         for seed in (1, 2, 3):
+            if (self.folder / f"lora-{seed}").exists():
+                continue
             make_models("lora", str(self.folder / f"lora-{seed}"), "--base", "tiny", "--seed", str(seed))
 
 
@@ -199,7 +221,8 @@ def environment(folder: Path) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles what makes logprobs on first use: 16 s
         "TMPDIR": str(folder),
-        "XDG_CACHE_HOME": str(folder / "cache"),
+        "XDG_CACHE_HOME": str(folder.parent / "cache"),
+        "VLLM_CACHE_ROOT": str(ROOT / "build" / "vllm-cache"),  # what it found out of a model's class takes 12 s
     }
 
 
@@ -230,3 +253,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str]
     """The session's engine runs."""
     make_models("tiny", "tinyb", "hybrid", "smollm2")
     return Runs(tmp_path_factory.mktemp("engines"), shared_stores)
+
+
+@pytest.fixture(scope="session")
+def job() -> type[Job]:
+    """For engines that a test starts in its own way."""
+    return Job
+
+
+@pytest.fixture(scope="session")
+def model_folder(runs: Runs) -> Callable[[str], Path]:
+    """The folder of a model that exists."""
+    return lambda name: MODELS / name
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`kept` is each engine run with kvkeep in turn."""
+    if "kept" in metafunc.fixturenames:
+        metafunc.parametrize("kept", KEPT, indirect=True)
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest, runs: Runs) -> Facts:
+    """The facts of the engine run of this name."""
+    return runs(request.param)

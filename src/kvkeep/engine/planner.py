@@ -50,15 +50,15 @@ class Request(NamedTuple):
 class PlannerOptions:
     """How the planner decides.
 
-    A request waits at most `deadline_s` for its lookup, one call at most `patience_s`. `whole_claims`: the engine loads
-    beside its steps and may be given all N tokens; else at most N - 1.
+    A request waits at most `deadline_s` for its lookup, one call at most `patience_s`. `beside_steps`: the engine waits
+    for a load beside its steps and enters nothing of it into its own prefix cache before it is done.
     """
 
     deadline_s: float = 0.5
     patience_s: float = 0.005
     store_generated: bool = False
     min_hit_tokens: int = 0
-    whole_claims: bool = False
+    beside_steps: bool = False
     bypass: bool = False
 
 
@@ -283,8 +283,8 @@ class Planner:
         if not aligned(self._shard, record.computed):
             return 0, Miss.UNALIGNED
         hit = (match.first + len(match.offsets)) * tokens
-        limit = len(request.tokens) - (0 if self._options.whole_claims else 1)
-        claim = min(hit, limit) - record.computed
+        # never all of them: the engine computes the last token, and its window reaches one token further back
+        claim = min(hit, len(request.tokens) - 1) - record.computed
         if claim < max(1, self._options.min_hit_tokens):
             return 0, Miss.SMALL
         return claim, Miss.PARTLY_STORED if hit < len(request.tokens) // tokens * tokens else None
@@ -304,7 +304,7 @@ class Planner:
         digests = record.chain.digests[first : first + len(ops)]
         ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
         # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
-        blocks = () if self._options.whole_claims else tables[0][span[0] // self._shard.groups[0].block_tokens :]
+        blocks = () if self._options.beside_steps else tables[0][span[0] // self._shard.groups[0].block_tokens :]
         self._due.append((record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks))))
         self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
 

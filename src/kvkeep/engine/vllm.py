@@ -215,7 +215,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            whole_claims=self._groups > 1,
+            beside_steps=self._groups > 1,
         )
         self.planner = Planner(link, layout, options, self.figures)
 

@@ -61,7 +61,7 @@ class FakeEngine:
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
-        options = options or PlannerOptions(whole_claims=self.asynchronous)
+        options = options or PlannerOptions(beside_steps=self.asynchronous)
         self.planner = Planner(self.link, self.layout, options, Figures())
 
     # ---- what a test does ----------------------------------------------------------------------------------

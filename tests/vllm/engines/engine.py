@@ -49,7 +49,8 @@ class Engine:
     def ask(self, name: str, *prompts: list[int], new_tokens: int = 8, salt: str = "", lora: Any = None) -> None:
         """Answers the prompts, all at once, and enters tokens, logprobs and what was reused."""
         before = self.metrics()
-        asked: list[Any] = [{"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})} for prompt in prompts]
+        more = {"cache_salt": salt} if salt else {}
+        asked: list[Any] = [{"prompt_token_ids": prompt, **more} for prompt in prompts]
         outputs = self.llm.generate(asked, greedy(new_tokens), use_tqdm=False, lora_request=lora)
         self._enter(name, outputs, before)
 
@@ -83,6 +84,7 @@ class Engine:
             stats = client.wait(client.stats(check=True), 10.0)
             self.facts["store"] = {**stats.figures, "problem": stats.problem}
             self.facts["figures"] = connector.figures.snapshot()
+        self.facts["in one process"] = connector is not None
         self.facts["refusal"] = connector.refusal if connector is not None else ""
         self.facts["policy"] = self.llm.llm_engine.vllm_config.kv_transfer_config and (
             self.llm.llm_engine.vllm_config.kv_transfer_config.kv_load_failure_policy

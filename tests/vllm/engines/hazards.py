@@ -20,11 +20,11 @@ os.environ.update(
 )
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if sys.argv[3] == "2" else "0"
 
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from kvkeep.core.key import Chain, none_hash  # noqa: E402
-from kvkeep.testing.doubles import FaultyTransfer  # noqa: E402
+from kvkeep.core.key import Chain, none_hash
+from kvkeep.testing.doubles import FaultyTransfer
 
 BLOCK = 32
 

@@ -1,7 +1,7 @@
 """Runs one engine from beginning to end and writes its facts: `python run.py JOB.json`.
 
-A job: {"scenario", "model", "keep" (kvkeep's settings, null: no kvkeep), "options" (vLLM's), "folder" (its inputs),
-"facts" (the file to write)}. The process ends without cleaning up where "shutdown" is false.
+A job: {"scenario", "model", "keep" (kvkeep's settings, null: no kvkeep), "options" (vLLM's), "folder" (where the
+adapters are), "facts" (the file to write)}. The process ends without cleaning up where "shutdown" is false.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from pathlib import Path
 import scenarios
 from engine import Engine
 
-WITH_FOLDER = {"adapters", "text"}
-
 
 def main(job: dict) -> None:
     """Asks everything that the scenario asks."""
     engine = Engine(Path(job["model"]), job["keep"], job["options"])
-    scenario = getattr(scenarios, job["scenario"])
-    more = (Path(job["folder"]),) if job["scenario"] in WITH_FOLDER else ()
-    scenario(engine, *more)
+    if job["scenario"] == "adapters":
+        scenarios.adapters(engine, Path(job["folder"]))
+    else:
+        getattr(scenarios, job["scenario"])(engine)
     engine.finish(shutdown=job["shutdown"])
     Path(job["facts"]).write_text(json.dumps(engine.facts))
     if not job["shutdown"]:

@@ -12,6 +12,7 @@ from engine import Engine, greedy, random_tokens
 from vllm.lora.request import LoRARequest
 
 SHARED_HEAD = random_tokens(512, 20)
+TEXT = Path(__file__).resolve().parents[3] / "demo" / "text.txt"
 EDGES = (255, 256, 257, 1023, 1024, 1025)
 
 
@@ -129,10 +130,10 @@ def windows(engine: Engine) -> None:
     engine.reset()
 
 
-def text(engine: Engine, source: Path) -> None:
+def text(engine: Engine) -> None:
     """Questions about the beginning of a real text, through the model's chat template."""
     tokenizer = engine.llm.get_tokenizer()
-    passage = source.read_text()[:4500]
+    passage = TEXT.read_text()[:4300]
     for name, question in (("who", "Who is the main character?"), ("what", "What does she follow?")):
         chat = [{"role": "user", "content": f"{passage}\n\n{question}"}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

@@ -1,0 +1,249 @@
+"""The planner, the workers and a real store under an engine that checks every byte after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.core.layout import padded_nbytes
+from kvkeep.engine.planner import PlannerOptions
+from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_model import GroupShape
+from kvkeep.testing.fake_request import EngineShape, Phase
+from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.transfer.transfer import Transfer
+from kvkeep.wire.messages import Stats
+
+CHUNK = 8
+FULL = (GroupShape(4),)
+WINDOWED = (GroupShape(4), GroupShape(4, window=6))
+TWO_SIZES = (GroupShape(8), GroupShape(2, window=6, layers=2))
+GROUPS = {"full": FULL, "windowed": WINDOWED, "two sizes": TWO_SIZES}
+
+
+@dataclass
+class Bench:
+    """One engine over one store; `faults` has the double round each rank's transfer."""
+
+    shape: EngineShape
+    chunks: int = 64
+    options: PlannerOptions | None = None
+    failing: dict[int, set[int]] = field(default_factory=dict)
+    faults: list[FaultyTransfer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        layers = sum(group.layers for group in self.shape.groups)
+        self.source = ThreadSource(self.chunks * layers * self.shape.ranks * padded_nbytes(1))
+        self.engine = FakeEngine(self.shape, self.source, self.options, self.wrap)
+
+    def wrap(self, rank: int, inner: Transfer) -> Transfer:
+        self.faults.append(FaultyTransfer(inner, self.failing.get(rank, set())))
+        return self.faults[-1]
+
+    def figure(self, name: str) -> int:
+        return self.engine.planner.figures.count(name)
+
+    def stored(self) -> int:
+        """How many chunks the store can give out now."""
+        return self.stats()["chunks"]
+
+    def forget_locally(self) -> None:
+        """The engine's own prefix cache is empty: only the store can help."""
+        self.engine.blocks.forget(list(self.engine.blocks.cached.values()))
+
+    def end(self) -> int:
+        """Everything is over: nothing is held, the index adds up, the pool holds no wrong byte; chunks checked."""
+        assert self.engine.blocks.idle()
+        checked = self.engine.check_pool(self.source.running.region.array)
+        now = self.stats()
+        assert now["pinned_nbytes"] == now["writing_nbytes"] == now["dead_nbytes"] == 0
+        return checked
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+        self.source.end(wait=True)
+
+    def stats(self) -> dict[str, int]:
+        """The store's own figures, after it has proved that its index adds up."""
+        client = self.engine.link.client
+        assert client is not None
+        answer = client.wait(client.stats(check=True), 10.0)
+        assert isinstance(answer, Stats)
+        assert answer.problem == ""
+        return answer.figures
+
+
+def shape(groups: str, **sizes: int) -> EngineShape:
+    return EngineShape(groups=GROUPS[groups], chunk_tokens=CHUNK, **sizes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_a_prompt_comes_back(groups: str, ranks: int) -> None:
+    with Bench(shape(groups, ranks=ranks, budget_tokens=12)) as bench:
+        prompt = list(range(29))
+        bench.engine.add("first", prompt, 4)
+        bench.engine.run()
+        assert bench.stored() == 3
+        bench.forget_locally()
+        again = bench.engine.add("again", prompt, 4)
+        bench.engine.run()
+        assert again.tokens == bench.engine.requests["first"].tokens
+        assert bench.engine.external_tokens == 24 == bench.figure("delivered_tokens")
+        assert bench.end() == 3 + 3
+
+
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_a_whole_prompt_is_loaded_beside_the_steps_and_all_but_one_within_them(groups: str) -> None:
+    with Bench(shape(groups)) as bench:
+        for name in ("first", "again"):
+            bench.engine.add(name, list(range(32)), 2)
+            bench.engine.run()
+            bench.forget_locally()
+        assert bench.engine.external_tokens == 31
+        bench.end()
+
+
+def test_a_whole_claim_leaves_the_window_of_the_last_token_whole() -> None:
+    with Bench(EngineShape(groups=(GroupShape(4), GroupShape(4, window=5)), chunk_tokens=CHUNK)) as bench:
+        for name in ("first", "again"):
+            bench.engine.add(name, list(range(32)), 2)
+            bench.engine.run()
+            bench.forget_locally()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_a_load_that_fails_on_one_rank_is_computed_again_and_never_asked_again(groups: str, rank: int) -> None:
+    with Bench(shape(groups, ranks=2), failing={rank: {1}}) as bench:
+        prompt = list(range(29))
+        for name in ("first", "fails", "again"):
+            bench.engine.add(name, prompt, 4)
+            bench.engine.run()
+            bench.forget_locally()
+        assert [fault.failures for fault in bench.faults] == [int(n == rank) for n in range(2)]
+        assert bench.engine.failed_loads == 1
+        assert bench.figure("failed_tokens") == 16
+        assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
+        retried = 8 if bench.engine.asynchronous else 0  # vLLM starts such a request over
+        assert bench.engine.external_tokens == 24 + retried + 8, "the chunk that failed was offered again"
+        bench.end()
+
+
+def test_nothing_of_a_tainted_step_becomes_readable() -> None:
+    with Bench(shape("full", budget_tokens=64), failing={0: {0}}) as bench:
+        bench.engine.add("first", list(range(8)), 1)
+        bench.engine.run()
+        bench.forget_locally()
+        fails = bench.engine.add("fails", [*range(8), *range(50, 74)], 3)
+        assert bench.stored() == 1
+        bench.engine.step()  # loads chunk 0, which fails, and fills chunks 1..3 on top of it
+        assert bench.stored() == 0, "the chunk that failed is not given out either"
+        assert bench.figure("dropped_chunks") == 3
+        bench.engine.run()
+        assert bench.stored() == 3, "they are filled again by the step that computes them again"
+        assert fails.phase is Phase.DONE
+        bench.end()
+
+
+def test_two_requests_of_one_step_with_one_prompt_store_it_once() -> None:
+    with Bench(shape("full", budget_tokens=64)) as bench:
+        for name in ("one", "two"):
+            bench.engine.add(name, list(range(17)), 2)
+        bench.engine.run()
+        assert bench.stored() == 2
+        bench.end()
+
+
+def test_a_pool_that_is_full_of_pinned_chunks_stores_nothing_and_harms_nobody() -> None:
+    with Bench(shape("full", budget_tokens=64), chunks=2) as bench:
+        bench.engine.add("long", list(range(40)), 2)
+        bench.engine.run()
+        assert bench.stored() == 2
+        assert bench.figure("skipped_full_chunks") == 3
+        bench.end()
+
+
+def test_generated_tokens_are_stored_when_it_is_wished() -> None:
+    with Bench(shape("full"), options=PlannerOptions(store_generated=True)) as bench:
+        bench.engine.add("talks", list(range(5)), 20)
+        bench.engine.run()
+        assert bench.stored() == (5 + 20 - 1) // CHUNK
+        bench.end()
+
+
+def test_the_check_can_fail() -> None:
+    with Bench(shape("full", budget_tokens=8)) as bench:
+        request = bench.engine.add("first", list(range(24)), 2)
+        bench.engine.step()
+        bench.engine.model.caches[0][0, 0, 0, request.tables[0][0], 0] += 1
+        with pytest.raises(AssertionError, match="is wrong"):
+            bench.engine.step()
+
+
+# ---- anything, in any order ------------------------------------------------------------------------------------
+
+PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 30), st.integers(1, 6))
+EVENTS = st.lists(st.sampled_from(["step", "step", "step", "add", "add", "preempt", "abort", "forget"]), max_size=40)
+
+
+def prompt_of(stem: int, branch: int, length: int) -> Sequence[int]:
+    """Prompts with one stem share their first 12 tokens; the branch says what follows."""
+    return [*(stem * 100 + n for n in range(12)), *(branch * 1000 + n for n in range(length))][: 12 + length]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.sampled_from(list(GROUPS)),
+    ranks=st.integers(1, 2),
+    budget=st.integers(3, 40),
+    chunks=st.integers(3, 30),
+    verify_every=st.integers(0, 2),
+    generated=st.booleans(),
+    prompts=st.lists(PROMPTS, min_size=1, max_size=10),
+    events=EVENTS,
+    failing=st.dictionaries(st.integers(0, 1), st.sets(st.integers(0, 12), max_size=6), max_size=2),
+    data=st.data(),
+)
+def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
+    groups: str,
+    ranks: int,
+    budget: int,
+    chunks: int,
+    verify_every: int,
+    generated: bool,
+    prompts: list[tuple[int, int, int, int]],
+    events: list[str],
+    failing: dict[int, set[int]],
+    data: st.DataObject,
+) -> None:
+    sizes = shape(groups, ranks=ranks, budget_tokens=budget, num_blocks=60, verify_every=verify_every)
+    # an answer is always waited for: what is drawn decides what happens, not the machine's speed
+    options = PlannerOptions(beside_steps=groups != "full", store_generated=generated, patience_s=10.0)
+    with Bench(sizes, chunks, options, failing) as bench:
+        engine = bench.engine
+        for event in events:
+            if event == "add" and prompts:
+                stem, branch, length, generate = prompts.pop()
+                engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
+            elif event == "abort" and engine.requests:
+                engine.abort(data.draw(st.sampled_from(sorted(engine.requests))))
+            elif event == "preempt":
+                engine.preempt()
+            elif event == "forget":
+                bench.forget_locally()
+            elif event == "step":
+                engine.step()
+        for stem, branch, length, generate in prompts:
+            engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
+        engine.run()
+        assert engine.planner.figures.count("dropped_chunks") == 0 or any(fault.failures for fault in bench.faults)
+        bench.end()

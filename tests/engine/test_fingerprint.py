@@ -1,0 +1,182 @@
+"""Fingerprints of weight files and of adapters: content decides, never a name or a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, Adapters, default_memory, fingerprint, signatures
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "a.safetensors").write_bytes(b"weights a")
+    (made / "b.bin").write_bytes(b"weights b")
+    (made / "readme.md").write_text("no weights")
+    return made
+
+
+def of(folder: Path, memory: Path | None = None) -> str | None:
+    return fingerprint(folder, WEIGHT_SUFFIXES, memory)
+
+
+def test_it_is_the_hash_of_names_sizes_and_contents(folder: Path) -> None:
+    digest = hashlib.sha256()
+    for name, content in (("a.safetensors", b"weights a"), ("b.bin", b"weights b")):
+        digest.update(json.dumps([name, len(content), hashlib.sha256(content).hexdigest()]).encode())
+    assert of(folder) == digest.hexdigest()
+
+
+def test_content_and_name_count_and_times_do_not(folder: Path) -> None:
+    before = of(folder)
+    os.utime(folder / "a.safetensors", (1, 1))
+    (folder / "readme.md").write_text("other")
+    assert of(folder) == before
+    (folder / "a.safetensors").write_bytes(b"weights A")
+    changed = of(folder)
+    assert changed != before
+    (folder / "b.bin").rename(folder / "c.bin")
+    assert of(folder) not in {before, changed}
+
+
+@pytest.mark.parametrize("suffixes", [(".gguf",), ()])
+def test_no_weights_have_no_fingerprint(folder: Path, suffixes: tuple[str, ...]) -> None:
+    assert fingerprint(folder, suffixes, None) is None
+    assert fingerprint(folder / "nowhere", WEIGHT_SUFFIXES, None) is None
+    assert signatures(folder / "nowhere", WEIGHT_SUFFIXES) == ()
+
+
+def test_a_file_that_cannot_be_read_has_no_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert of(folder) is None
+
+
+def test_a_digest_is_remembered_until_the_file_changes(folder: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "cache" / "fingerprints.json"
+    first = of(folder, memory)
+    known = json.loads(memory.read_text())
+    assert len(known) == 2
+    memory.write_text(json.dumps(dict.fromkeys(known, "0" * 64)))
+    remembered = of(folder, memory)
+    assert remembered != first, "the memory is not used"
+    (folder / "a.safetensors").write_bytes(b"weights a")
+    os.utime(folder / "a.safetensors", ns=(5, 5))
+    assert of(folder, memory) not in {first, remembered}, "only the file that changed is read again"
+    assert len(json.loads(memory.read_text())) == 3
+    memory.unlink()
+    assert of(folder, memory) == first
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"a": 1}', '{"a": "short"}', '{"a": null, "b": ["x"]}', "\udcff\x00"]
+)
+def test_a_memory_that_is_damaged_is_ignored(folder: Path, tmp_path: Path, content: str) -> None:
+    memory = tmp_path / "fingerprints.json"
+    memory.write_text(content, errors="surrogateescape")
+    assert of(folder, memory) == of(folder)
+
+
+def test_a_remembered_value_that_is_no_digest_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "fingerprints.json"
+    first = of(folder, memory)
+    known = json.loads(memory.read_text())
+    memory.write_text(json.dumps(dict(zip(known, ["x" * 64, 7], strict=True))))
+    assert of(folder, memory) == first
+
+
+def test_a_memory_that_cannot_be_written_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert of(folder, tmp_path / "file" / "fingerprints.json") == of(folder)
+
+
+def test_the_memory_is_the_user_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_memory() == tmp_path / "kvkeep" / "fingerprints.json"
+
+
+def test_a_blob_of_a_hub_is_named_by_its_content_and_not_read(tmp_path: Path) -> None:
+    content = b"large weights"
+    name = hashlib.sha256(content).hexdigest()
+    blobs, snapshot, plain = tmp_path / "blobs", tmp_path / "snapshots" / "main", tmp_path / "plain"
+    for one in (blobs, snapshot, plain):
+        one.mkdir(parents=True)
+    (blobs / name).write_bytes(content)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{name}")
+    (plain / "model.safetensors").write_bytes(content)
+    assert of(snapshot) == of(plain)
+    (blobs / name).chmod(0o600)
+    (blobs / name).write_bytes(b"damage, same!")  # its name is believed: that is what is not read
+    assert of(snapshot) == of(plain)
+
+
+@pytest.mark.parametrize(("place", "name"), [("blobs", "a" * 40), ("blobs", "A" * 64), ("other", "a" * 64)])
+def test_a_link_to_anything_else_is_read(tmp_path: Path, place: str, name: str) -> None:
+    target, folder, plain = tmp_path / place / name, tmp_path / "linked", tmp_path / "plain"
+    for one in (target.parent, folder, plain):
+        one.mkdir()
+    target.write_bytes(b"content")
+    (folder / "model.bin").symlink_to(target)
+    (plain / "model.bin").write_bytes(b"content")
+    assert of(folder) == of(plain)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    made = tmp_path / "adapter"
+    made.mkdir()
+    (made / "adapter_model.safetensors").write_bytes(b"first")
+    (made / "adapter_config.json").write_text("{}")
+    return made
+
+
+def test_an_adapter_keeps_its_content(adapter: Path) -> None:
+    adapters = Adapters(None)
+    first = adapters.fingerprint(1, str(adapter), reload=False)
+    assert first is not None
+    assert adapters.fingerprint(1, str(adapter), reload=False) == first
+    assert adapters.fingerprint(1, str(adapter), reload=True) == first
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_was_replaced_in_place_is_in_doubt_until_it_is_reloaded(adapter: Path, name: str) -> None:
+    adapters = Adapters(None)
+    first = adapters.fingerprint(1, str(adapter), reload=False)
+    (adapter / "new").write_bytes(b"other")
+    os.replace(adapter / "new", adapter / name)
+    assert adapters.fingerprint(1, str(adapter), reload=False) is None
+    assert adapters.fingerprint(1, str(adapter), reload=False) is None, "the doubt does not wear off"
+    second = adapters.fingerprint(1, str(adapter), reload=True)
+    assert second not in {None, first}
+    assert adapters.fingerprint(1, str(adapter), reload=False) == second
+
+
+def test_a_file_that_is_added_puts_an_adapter_in_doubt(adapter: Path) -> None:
+    adapters = Adapters(None)
+    assert adapters.fingerprint(1, str(adapter), reload=False) is not None
+    (adapter / "more.bin").write_bytes(b"")
+    assert adapters.fingerprint(1, str(adapter), reload=False) is None
+
+
+def test_another_number_is_another_load(adapter: Path) -> None:
+    adapters = Adapters(None)
+    first = adapters.fingerprint(1, str(adapter), reload=False)
+    (adapter / "adapter_model.safetensors").write_bytes(b"second")
+    second = adapters.fingerprint(2, str(adapter), reload=False)
+    assert second not in {None, first}
+    assert adapters.fingerprint(1, str(adapter), reload=False) is None
+
+
+def test_an_adapter_that_is_not_there_has_no_content(tmp_path: Path) -> None:
+    assert Adapters(None).fingerprint(1, str(tmp_path / "nowhere"), reload=False) is None

@@ -1,0 +1,182 @@
+"""A real engine with kvkeep answers as one without it, and reuses what it should.
+
+float32: the tokens are those of the run without kvkeep; so are the logprobs, to the bit wherever both runs computed the
+same number of the prompt's tokens. Where they did not, a cold run and vLLM's own prefix hit differ from each other by a
+few units in the last place as well.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+
+LAST_PLACES = 1e-5  # float32, a logprob near -5: 1.4e-6 was seen with 2 layers, 6.3e-6 with SmolLM2's 30
+
+
+def check_same(runs, name, *steps, exact=True):
+    """Each step's answers are the reference's; `exact`: to the bit where equally much was reused."""
+    keep, plain = runs.pair(name)
+    for step in steps:
+        for ours, theirs in zip(keep.answers(step), plain.answers(step), strict=True):
+            assert ours["tokens"] == theirs["tokens"], step
+            if exact and ours["cached"] == theirs["cached"]:
+                assert ours["logprobs"] == theirs["logprobs"], step
+            else:
+                assert ours["logprobs"] == pytest.approx(theirs["logprobs"], rel=0, abs=LAST_PLACES), step
+
+
+def test_a_cold_prompt_reuses_nothing_and_answers_the_same(runs):
+    assert runs("tiny").external("whole cold") == 0
+    check_same(runs, "tiny", "whole cold")
+
+
+def test_a_warm_prompt_reuses_its_whole_chunks(runs):
+    assert runs("tiny").external("whole warm") == 512
+    assert runs("tiny-plain").answers("whole warm")[0]["cached"] == 512  # so the logprobs are compared to the bit
+    check_same(runs, "tiny", "whole warm")
+
+
+def test_a_prefix_of_a_stored_prompt_is_reused(runs):
+    assert runs("tiny").external("prefix") == 512
+    check_same(runs, "tiny", "prefix")
+
+
+def test_a_prompt_that_extends_a_stored_one_reuses_it(runs):
+    assert runs("tiny").external("extension") == 512
+    check_same(runs, "tiny", "extension")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reused"), [(255, 0), (256, 255), (257, 256), (1023, 768), (1024, 1023), (1025, 1024)]
+)
+def test_at_the_edges_of_chunks_all_but_one_token_is_reused_at_most(runs, tokens, reused):
+    keep = runs("tiny")
+    assert (keep.external(f"{tokens} cold"), keep.external(f"{tokens} warm")) == (0, reused)
+    check_same(runs, "tiny", f"{tokens} cold", f"{tokens} warm")
+
+
+def test_two_requests_at_once_share_a_prefix(runs):
+    step = runs("tiny").step("two at once warm")
+    assert (step["external"], step["local"]) == (512, 512)  # one loads it, the other finds it in the engine
+    check_same(runs, "tiny", "two at once cold", "two at once warm")
+
+
+def test_salts_are_never_shared_and_each_finds_its_own(runs):
+    keep = runs("tiny")
+    assert [keep.external(step) for step in ("salt a", "salt b", "no salt")] == [0, 0, 0]
+    assert [keep.external(step) for step in ("salt a again", "salt b again")] == [512, 512]
+    check_same(runs, "tiny", "salt a", "salt b", "no salt", "salt a again", "salt b again")
+
+
+def test_after_reset_cache_nothing_stored_before_is_reused(runs):
+    keep = runs("tiny")
+    steps = ("before the reset", "after the reset cold", "after the reset warm")
+    assert [keep.external(step) for step in steps] == [512, 0, 512]
+    assert keep.figure("resets") == 1
+    check_same(runs, "tiny", *steps)
+
+
+def test_chunked_prefill_is_stored_and_given_back(runs):
+    assert [runs("tight").external(f"chunked {step}") for step in ("cold", "warm")] == [0, 1024]
+    check_same(runs, "tight", "chunked cold", "chunked warm")
+
+
+def test_a_request_aborted_in_mid_prefill_leaves_what_it_completed(runs):
+    keep = runs("tight")
+    assert keep.facts["tokens before the abort"] == 0  # it was still reading its prompt
+    assert keep.external("after the abort") == 1024
+    check_same(runs, "tight", "after the abort")
+
+
+def test_preempted_requests_answer_the_same_and_load_again(runs):
+    keep = runs("tight")
+    assert keep.metric("num_preemptions") > 0
+    assert runs("tight-plain").metric("num_preemptions") == 0
+    assert keep.figure("claimed_after_preemption_tokens") > 0
+    assert [keep.external(f"crowd {step}") for step in ("cold", "warm")] == [0, 5 * 256]
+    check_same(runs, "tight", "crowd cold", "crowd warm", exact=False)
+
+
+def test_rejected_drafts_are_neither_stored_nor_seen(runs):
+    keep = runs("speculation")
+    drafted, accepted = keep.metric("spec_decode_num_draft_tokens"), keep.metric("spec_decode_num_accepted_tokens")
+    assert drafted - accepted >= 50, "these drafts are mostly right: they test nothing"
+    check_same(runs, "speculation", "drafted", "follow-up", exact=False)
+
+
+def test_generated_tokens_are_reused_if_they_are_stored(runs):
+    prompt, generated = 640, 200
+    stored = (prompt + generated - 1) // 256 * 256  # the last token's KV is never computed
+    assert runs("speculation").external("follow-up") == stored > prompt
+
+
+def test_adapters_are_never_shared_and_each_finds_its_own(runs):
+    keep = runs("lora")
+    assert [keep.external(step) for step in ("none", "first", "second")] == [0, 0, 0]
+    assert [keep.external(f"{step} again") for step in ("none", "first", "second")] == [512, 512, 512]
+    answers = {tuple(keep.answers(step)[0]["tokens"]) for step in ("none", "first", "second")}
+    assert len(answers) == 3, "the adapters change nothing: they test nothing"
+    check_same(runs, "lora", *(f"{step}{again}" for step in ("none", "first", "second") for again in ("", " again")))
+
+
+def test_an_adapter_replaced_at_the_same_path_finds_nothing_of_the_old_one(runs):
+    keep = runs("lora")
+    assert [keep.external(step) for step in ("stale", "replaced", "replaced again")] == [0, 0, 512]
+    assert keep.answers("replaced")[0]["tokens"] != keep.answers("first")[0]["tokens"]
+    assert keep.figure("miss_adapter") == 1  # the files are new and the engine has not loaded them: not kept
+    check_same(runs, "lora", "stale", "replaced", "replaced again")
+
+
+@pytest.mark.parametrize(("tokens", "reused"), [(500, 256), (512, 512), (1023, 768), (1024, 1024), (1030, 1024)])
+def test_a_model_with_sliding_windows_reuses_all_its_groups(runs, tokens, reused):
+    keep = runs("hybrid")  # several groups are loaded beside the steps: all tokens may be claimed, vLLM repeats one
+    assert (keep.external(f"{tokens} cold"), keep.external(f"{tokens} warm")) == (0, reused)
+    check_same(runs, "hybrid", f"{tokens} cold", f"{tokens} warm")
+
+
+def test_a_model_with_sliding_windows_at_length(runs):
+    keep = runs("hybrid")
+    assert [keep.external(step) for step in ("long answer warm", "prefix", "extension")] == [1280, 1024, 1280]
+    steps = ("long answer cold", "long answer warm", "prefix", "extension", "two at once cold", "two at once warm")
+    check_same(runs, "hybrid", *steps)
+
+
+def test_a_real_model_answers_a_real_text_the_same(runs):
+    keep, plain = runs.pair("smollm2")
+    steps = ("who cold", "who warm", "what cold", "what warm")
+    assert [keep.external(step) for step in steps] == [0, 1024, 1024, 1024]
+    assert [plain.answers(step)[0]["cached"] for step in steps] == [0, 1024, 1024, 1024]  # compared to the bit
+    check_same(runs, "smollm2", *steps)
+
+
+@pytest.mark.parametrize("name", ["processes", "parallel"])
+def test_other_ways_to_run_an_engine(runs, name):
+    keep = runs(name)
+    steps = ("whole cold", "whole warm", "extension", "two at once cold", "two at once warm")
+    assert [keep.external(step) for step in steps] == [0, 1024, 1024, 0, 512]
+    # its reference runs in one process, where the matrix products are not the same to the bit
+    check_same(runs, name, *steps, exact=name != "processes")
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_below_float32_a_hit_equals_vllms_own_with_the_same_recompute(runs, name):
+    keep, plain = runs.pair(name)
+    for step in ("whole warm", "extension", "two at once warm"):
+        ours, theirs = keep.answers(step), plain.answers(step)
+        assert [one["cached"] for one in ours] == [one["cached"] for one in theirs]
+        assert min(one["cached"] for one in ours) >= 512
+        for part in ("tokens", "logprobs"):
+            assert [one[part] for one in ours] == [one[part] for one in theirs]
+
+
+def test_a_prompt_larger_than_the_pool_runs_and_stores_what_fits(runs):
+    keep = runs("small-pool")
+    chunk_nbytes = 256 << 10
+    assert keep.stats["pool_nbytes"] // chunk_nbytes == 3
+    steps = ("too large cold", "too large warm", "small", "too large again")
+    assert [keep.external(step) for step in steps] == [0, 256, 0, 256]  # one request may pin half the pool: one chunk
+    assert keep.figure("stored_chunks") == 4  # the first three, then the small prompt's
+    assert keep.stats["evictions"] == 1  # only for the small prompt, which fits
+    assert keep.figure("skipped_full_chunks") == 2 + 2 + 3
+    check_same(runs, "small-pool", *steps)

@@ -1,0 +1,40 @@
+"""A kind of model that kvkeep does not know is refused by name; the engine runs without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+
+MAKER = Path(__file__).parent / "engines" / "make_lfm2.py"
+
+
+@pytest.fixture(scope="module")
+def pair(runs, job, model_folder, tmp_path_factory):
+    """An engine with short convolutions beside attention, with kvkeep and without."""
+    folder = tmp_path_factory.mktemp("lfm2")
+    subprocess.run([sys.executable, str(MAKER), str(folder), str(model_folder("tiny"))], check=True, timeout=200)
+    return (
+        runs.run("refused", job("one_prompt", keep={}), folder),
+        runs.run("refused-plain", job("one_prompt"), folder),
+    )
+
+
+def test_a_group_of_an_unknown_kind_is_named(pair):
+    assert "is a kind of cache that is not supported" in pair[0].facts["refusal"]
+    assert "Mamba" in pair[0].facts["refusal"]
+
+
+def test_nothing_is_kept_of_it_and_no_store_is_started(pair):
+    assert pair[0].facts["stores"] == []
+    assert pair[0].metric("external_prefix_cache_hits") == 0
+
+
+def test_the_engine_answers_as_if_kvkeep_was_not_there(pair):
+    for step in ("whole cold", "extension", "two at once cold"):
+        for ours, theirs in zip(pair[0].answers(step), pair[1].answers(step), strict=True):
+            assert ours["tokens"] == theirs["tokens"]

@@ -1,0 +1,57 @@
+"""A shared store outlives its engines, and tells apart models whose weights differ at the same path."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+
+
+@pytest.fixture(scope="module")
+def replaced(runs, job, model_folder, tmp_path_factory):
+    """One folder's engines: with its first weights, with others, with the first again; and the others' reference."""
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    shutil.copytree(model_folder("tiny"), folder)
+    weights = folder / "model.safetensors"
+    first = weights.read_bytes()
+    found = {"first": runs.run("weights-first", job("one_prompt", keep={}, store="weights"), folder)}
+    others = {name: tensor * 1.25 for name, tensor in load_file(weights).items()}
+    save_file(others, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == len(first)
+    found["others"] = runs.run("weights-others", job("one_prompt", keep={}, store="weights"), folder)
+    found["plain"] = runs.run("weights-others-plain", job("one_prompt"), folder)
+    weights.write_bytes(first)
+    found["first plain"] = runs.run("weights-first-plain", job("one_prompt"), folder)
+    found["again"] = runs.run("weights-again", job("one_prompt", keep={}, store="weights"), folder)
+    return found
+
+
+STEPS = ("whole cold", "whole warm", "extension", "two at once cold", "two at once warm")
+
+
+def test_replaced_weights_find_nothing_of_the_old_ones(replaced):
+    assert replaced["first"].answers("whole cold")[0]["tokens"] != replaced["others"].answers("whole cold")[0]["tokens"]
+    assert [replaced["others"].external(step) for step in STEPS] == [0, 1024, 1024, 0, 512]
+    for step in STEPS:
+        assert replaced["others"].answers(step) == replaced["plain"].answers(step)
+
+
+def test_a_new_engine_finds_what_an_older_one_with_the_same_weights_stored(replaced):
+    again, reference = replaced["again"], replaced["first plain"]
+    assert [again.external(step) for step in STEPS] == [1024, 1024, 1024, 512, 512]
+    for step in STEPS:
+        theirs = reference.answers(step)
+        assert [one["tokens"] for one in again.answers(step)] == [one["tokens"] for one in theirs]
+    assert again.answers("whole cold") == reference.answers("whole warm")  # the same recompute: to the bit
+
+
+@pytest.mark.parametrize("name", ["first", "others", "again"])
+def test_each_engine_leaves_the_shared_store_as_it_should_be(replaced, name):
+    facts = replaced[name]
+    assert facts.figure("claimed_first_tokens") == facts.metric("external_prefix_cache_hits")
+    assert facts.stats["problem"] == ""
+    held = ("pinned_nbytes", "writing_nbytes", "dead_nbytes", "quarantined_nbytes")
+    assert [facts.stats[one] for one in held] == [0, 0, 0, 0]
