@@ -293,6 +293,16 @@ def test_a_holder_that_no_process_can_be_is_refused(
     assert figures(other)["sessions"] == 1
 
 
+def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptors(pid: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", no_descriptors)
+    store = new_store()
+    served_alone(store, hello(), m.Reserve(1, b"".join(digests(1))))
+    assert store.figures()["quarantined_nbytes"] == CHUNK
+
+
 # ---- a store that does wrong -----------------------------------------------------------------------------------
 
 

@@ -177,7 +177,7 @@ def decoded_by_store(payload: bytes) -> ToStore:
     """The message in `payload`; WireError if it is none that a client may send."""
     try:
         message: ToStore = _to_store.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a message: {error}") from error
     return message
 
@@ -186,7 +186,7 @@ def decoded_by_client(payload: bytes) -> FromStore:
     """The message in `payload`; WireError if it is none that a store sends."""
     try:
         message: FromStore = _from_store.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a message: {error}") from error
     return message
 

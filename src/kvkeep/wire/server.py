@@ -26,6 +26,7 @@ log = logging.getLogger("kvkeep.store")
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_HOLDERS = 1024
+UNWATCHED = -1
 MAX_PID = 2**22  # the kernel's own limit
 _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
 
@@ -237,8 +238,11 @@ class Server:
         for one in {pid, *session.opening.holders}:
             try:
                 pidfd = os.pidfd_open(one)
-            except OSError:
+            except ProcessLookupError:
                 continue  # it is gone already
+            except OSError:
+                watched.add(UNWATCHED)  # doubt is no death: the memory stays where it is
+                continue
             watched.add(pidfd)
             self._selector.register(pidfd, selectors.EVENT_READ, self._death(session, pidfd))
         if not watched:
@@ -247,6 +251,8 @@ class Server:
     def _death(self, session: Session, pidfd: int) -> Callable[[], None]:
         def died() -> None:
             watched = self._graves.get(session.number, set())
+            if pidfd not in watched:
+                return  # the session was resumed in the same turn
             watched.discard(pidfd)
             self._selector.unregister(pidfd)
             os.close(pidfd)
@@ -256,7 +262,7 @@ class Server:
         return died
 
     def _bury(self, session: Session) -> None:
-        for pidfd in self._graves.pop(session.number, set()):
+        for pidfd in self._graves.pop(session.number, set()) - {UNWATCHED}:
             self._selector.unregister(pidfd)
             os.close(pidfd)
         self.store.close(session)
