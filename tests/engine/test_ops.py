@@ -55,6 +55,22 @@ def test_the_match_may_begin_before_the_load() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("span", "blocks"),
+    [
+        ((0, 512), [(0, (0, 16)), (1, (0, 16))]),
+        ((272, 512), [(1, (1, 16))]),  # block 16, tokens 256 to 271, is the engine's own and is not written
+        ((0, 511), [(0, (0, 16)), (1, (0, 16))]),  # the last block comes whole, the engine computes its last token
+    ],
+)
+def test_a_prompt_of_two_chunks_and_a_rest(span: tuple[int, int], blocks: list[tuple[int, tuple[int, int]]]) -> None:
+    ops = load_ops(shard((16, 0), chunk_tokens=256), "r", match(2), span, [table(700, 16, base=100)])
+    assert blocks_of(ops) == [
+        (1000 + chunk, (Blocks(0, first, tuple(100 + chunk * 16 + place for place in range(first, end))),))
+        for chunk, (first, end) in blocks
+    ]
+
+
 @pytest.mark.parametrize("end", [29, 30, 31, 32])
 def test_the_last_block_is_copied_whole(end: int) -> None:
     ops = load_ops(shard((4, 0)), "r", match(2), (0, end), [table(32, 4)])

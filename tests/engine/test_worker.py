@@ -1,0 +1,192 @@
+"""The rank's half alone: pools come through its door, plans come from the test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone
+from kvkeep.engine.worker import Worker
+from kvkeep.memory.region import Region
+from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.transfer import Blocks
+from kvkeep.wire.handoff import PoolDoor, send_pool
+
+NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 16, 4, 8
+FIRST, SECOND = b"boot number one.", b"boot number two."
+POOL_NBYTES = 16 * 4096
+
+
+class Rank:
+    """One worker over a cache of int64, one a token, and what a planner would do to it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.cache = torch.zeros((NUM_BLOCKS, BLOCK_TOKENS), dtype=torch.int64)
+        groups = [GroupCaches({"layer": self.cache}, NUM_BLOCKS, BLOCK_TOKENS, 0)]
+        self.faults = FaultyTransfer(ReferenceTransfer(groups, CHUNK_TOKENS))
+        self.door = PoolDoor()
+        self.worker = Worker(rank, self.faults, self.door)
+        self.pools: list[Region] = []
+
+    def hand(self, boot: bytes) -> Region:
+        """A new pool at the door."""
+        self.pools.append(Region.create(POOL_NBYTES))
+        send_pool(self.door.path, self.pools[-1].fd, boot, 5.0)
+        return self.pools[-1]
+
+    def load(self, *ops: LoadOp, boot: bytes = FIRST, step: int = 1) -> Report:
+        self.worker.start_loads(StepPlan(step, boot, (0, 4096), loads=ops))
+        return self.worker.take_report()
+
+    def store(self, *ops: StoreOp, boot: bytes = FIRST, step: int = 1) -> Report:
+        self.worker.start_stores(StepPlan(step, boot, (0, 4096), stores=ops))
+        return self.worker.take_report()
+
+    def close(self) -> None:
+        self.worker.close()
+        for pool in self.pools:
+            pool.close()
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request: pytest.FixtureRequest) -> Iterator[Rank]:
+    made = Rank(request.param)
+    yield made
+    made.close()
+
+
+def gather(offset: int, *block_ids: int, seal: bool = True) -> StoreOp:
+    return StoreOp(offset, (Blocks(0, 0, block_ids),), seal)
+
+
+def scatter(offset: int, *block_ids: int, request: str = "r", boot: bytes = FIRST, sums: bytes = b"") -> LoadOp:
+    return LoadOp(boot, request, 0, offset, (Blocks(0, 0, block_ids),), (sums, sums) if sums else ())
+
+
+def test_what_is_stored_comes_back_from_this_rank_s_part_of_the_chunk(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    rank.cache[3], rank.cache[5] = 33, 55
+    [stored] = rank.store(gather(8192, 3, 5)).stores
+    assert (stored.step, stored.rank) == (1, rank.rank)
+    assert len(stored.sums[0]) == 16
+    here = pool.array[8192 + 4096 * rank.rank :][:64].view(np.int64)
+    assert here.tolist() == [33] * 4 + [55] * 4
+    assert np.count_nonzero(pool.array) == 8, "it wrote elsewhere as well"
+    report = rank.load(scatter(8192, 10, 11, sums=stored.sums[0]), step=2)
+    assert report == Report([LoadsDone(2, rank.rank, ())], [])
+    assert rank.cache[10:12].tolist() == [[33] * 4, [55] * 4]
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {"r": True})
+
+
+def test_everything_is_told_once(rank: Rank) -> None:
+    rank.load(scatter(0, 1, 2))
+    assert not rank.worker.take_report()
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {"r": False})
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
+
+
+def test_a_plan_without_copies_needs_no_report(rank: Rank) -> None:
+    assert not rank.load()
+    assert not rank.store()
+
+
+def test_only_a_seal_is_summed(rank: Rank) -> None:
+    rank.hand(FIRST)
+    report = rank.store(gather(0, 1, seal=False), gather(8192, 1, 2))
+    assert [len(report.stores[0].sums[place]) for place in (0, 1)] == [0, 16]
+
+
+@pytest.mark.parametrize("pools", [(), (SECOND,), (FIRST, SECOND)], ids=["no pool", "another", "a newer one"])
+def test_without_the_plan_s_pool_loads_fail_and_stores_are_missing(rank: Rank, pools: tuple[bytes, ...]) -> None:
+    regions = [rank.hand(boot) for boot in pools]
+    rank.cache[:] = 7
+    assert rank.load(scatter(0, 1, 2), scatter(8192, 3)) == Report([LoadsDone(1, rank.rank, (0, 1))], [])
+    assert rank.store(gather(0, 4, 5)) == Report([], [StoresDone(1, rank.rank, {})])
+    assert rank.worker.take_failed_blocks() == {1, 2, 3}
+    assert (rank.cache == 7).all()
+    assert not any(region.array.any() for region in regions)
+
+
+def test_a_pool_that_comes_late_serves_the_next_plan(rank: Rank) -> None:
+    assert rank.store(gather(0, 1, 2)).stores[0].sums == {}
+    rank.hand(FIRST)
+    assert set(rank.store(gather(0, 1, 2)).stores[0].sums) == {0}
+
+
+def test_a_load_names_its_own_boot_whatever_the_plan_stores_in(rank: Rank) -> None:
+    rank.hand(SECOND)
+    plan = (scatter(0, 1, 2, request="old"), scatter(0, 3, 4, request="new", boot=SECOND))
+    assert rank.load(*plan, boot=SECOND).loads == [LoadsDone(1, rank.rank, (0,))]
+    assert rank.worker.take_loaded() == {"old": False, "new": True}
+    assert rank.worker.take_failed_blocks() == {1, 2}
+
+
+def test_the_pool_of_an_earlier_boot_is_not_touched_again(rank: Rank) -> None:
+    old = rank.hand(FIRST)
+    rank.cache[1] = 1
+    rank.store(gather(0, 1, 2))
+    before = bytes(old.array)
+    new = rank.hand(SECOND)
+    rank.cache[1] = 9
+    assert set(rank.store(gather(0, 1, 2), boot=SECOND).stores[0].sums) == {0}
+    assert rank.store(gather(0, 1, 2), boot=FIRST).stores[0].sums == {}
+    assert bytes(old.array) == before
+    assert new.array.any()
+
+
+def test_a_request_is_loaded_only_if_every_chunk_was(rank: Rank) -> None:
+    rank.hand(FIRST)
+    rank.faults.failing_calls = {1}
+    ops = (scatter(0, 1, 2), scatter(8192, 3, 4), scatter(0, 5, 6), scatter(0, 7, request="other"))
+    assert rank.load(*ops).loads == [LoadsDone(1, rank.rank, (1,))]
+    assert rank.worker.take_loaded() == {"r": False, "other": True}
+    assert rank.worker.take_failed_blocks() == {3, 4}
+
+
+def test_a_chunk_that_changed_after_it_was_written_fails_and_is_not_copied(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    rank.cache[1] = 5
+    sums = rank.store(gather(0, 1, 2)).stores[0].sums[0]
+    pool.array[4096 * rank.rank] ^= 1
+    assert rank.load(scatter(0, 3, 4, sums=sums)).loads == [LoadsDone(1, rank.rank, (0,))]
+    assert not rank.cache[3:5].any()
+
+
+@pytest.mark.parametrize("block_id", [0, NUM_BLOCKS])
+def test_a_plan_is_checked_before_anything_is_copied(rank: Rank, block_id: int) -> None:
+    pool = rank.hand(FIRST)
+    pool.array[:] = 1
+    with pytest.raises(AssertionError):
+        rank.load(scatter(0, 1, 2), scatter(0, block_id))
+    with pytest.raises(AssertionError):
+        rank.load(scatter(0, 1), scatter(0, 1))
+    with pytest.raises(AssertionError):
+        rank.store(gather(0, 1), gather(8192, block_id))
+    assert not rank.cache.any()
+    assert (pool.array == 1).all()
+
+
+def test_a_descriptor_that_is_no_pool_is_no_pool(rank: Rank, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(POOL_NBYTES))
+    fd = os.open(tmp_path / "file", os.O_RDWR)
+    send_pool(rank.door.path, fd, FIRST, 5.0)
+    os.close(fd)
+    assert rank.load(scatter(0, 1)).loads == [LoadsDone(1, rank.rank, (0,))]
+    rank.hand(FIRST)
+    assert rank.load(scatter(0, 1)).loads == [LoadsDone(1, rank.rank, ())]
+
+
+def test_a_closed_worker_has_no_door_and_may_be_closed_twice(rank: Rank) -> None:
+    rank.hand(FIRST)
+    rank.store(gather(0, 1, 2))
+    for _ in range(2):
+        rank.worker.close()
+    assert not Path(rank.door.path).parent.exists()
