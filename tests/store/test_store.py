@@ -66,6 +66,14 @@ def test_a_miss_has_no_lease():
     assert not session.leases
 
 
+@pytest.mark.parametrize("nbytes", [NBYTES * 2, NBYTES // 2])
+def test_a_chunk_of_another_size_under_the_same_key_is_a_miss(nbytes: int):
+    store = make(16)
+    write(store, opened(store), [0, 1])
+    assert store.fetch(opened(store, nbytes=nbytes), DIGESTS) == Fetched(0, [], {})
+    assert at_rest(store)
+
+
 def test_reserved_chunks_are_no_hit_before_their_commit():
     store = make()
     one, other = opened(store), opened(store)

@@ -46,6 +46,8 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is not supported"
+    if parallel.pipeline_parallel_size > 1:
+        return "pipeline parallelism is not supported: with several steps under way a failed load may leave garbage"
     if getattr(parallel, "nnodes", 1) > 1:
         return "an engine that spans several hosts is not supported"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Index, Outcome
 from kvkeep.core.key import key_of
+from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
@@ -61,6 +62,10 @@ class Store:
         nbytes = session.opening.chunk_nbytes
         room = int(self.pool_nbytes * self.max_pinned_share) - session.pinned_nbytes
         entries = self.index.pin_prefix(self._keys(session, digests[: max(0, room // nbytes)]))
+        taken = padded_nbytes(nbytes)  # what a chunk of this session takes in the pool
+        fitting = next((place for place, one in enumerate(entries) if one.nbytes != taken), len(entries))
+        self.index.unpin(entries[fitting:])  # a chunk of another size under the same key is not what was asked for
+        del entries[fitting:]
         if not entries:
             return Fetched(0, [], {})
         lease = self._next()
