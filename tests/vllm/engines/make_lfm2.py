@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
+
+VLLM_ASKS_FOR = {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 256}
+"""Fields of LFM2's published configurations that transformers does not write."""
 
 
 def main(folder: Path, like: Path) -> None:
@@ -31,6 +35,8 @@ def main(folder: Path, like: Path) -> None:
     )
     torch.manual_seed(0)
     Lfm2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **VLLM_ASKS_FOR}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(like / name, folder / name)
 
