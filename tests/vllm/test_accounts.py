@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+pytestmark = pytest.mark.vllm
 
 
 def test_claims_equal_vllms_external_hits(kept):

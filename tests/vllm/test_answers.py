@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+pytestmark = pytest.mark.vllm
 
 LAST_PLACES = 1e-5  # float32, a logprob near -5: 1.4e-6 was seen with 2 layers, 6.3e-6 with SmolLM2's 30
 

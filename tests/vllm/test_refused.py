@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+pytestmark = pytest.mark.vllm
 
 MAKER = Path(__file__).parent / "engines" / "make_lfm2.py"
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-pytestmark = [pytest.mark.vllm, pytest.mark.engines]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
