@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -154,6 +155,23 @@ def test_a_killed_store_is_noticed_at_the_next_look_and_found_again_after_a_paus
     assert second.welcome.boot != first.welcome.boot
     assert second.welcome.pid != first.welcome.pid
     assert isinstance(second.wait(second.stats(check=True), LIMIT_S), Stats)
+
+
+def test_a_reset_between_our_hello_and_its_welcome_counts(thread_line: Line) -> None:
+    client = thread_line.started()
+    client.lose("on purpose")
+    assert thread_line.link.live(idle=True) is None
+    thread_line.clock.advance(FIRST_PAUSE_S + 0.1)
+    assert thread_line.link.live(idle=True) is None, "the hello is out"
+    fresh = b"r" * 16
+    thread_line.link.hello = lambda resumes: msgspec.structs.replace(hello(resumes), namespace=fresh)
+    thread_line.source.until_it_speaks()
+    client = thread_line.link.live(idle=True)
+    assert client is not None
+    assert isinstance(client.wait(client.stats(), LIMIT_S), Stats)  # all that was sent before has been read
+    assert isinstance(thread_line.source.inner, ThreadSource)
+    (session,) = thread_line.source.inner.running.store.sessions.values()
+    assert session.namespace == fresh, "the weights of before the reset would be found"
 
 
 def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success(thread_line: Line) -> None:
@@ -380,7 +398,6 @@ def quiet_end(make: Callable[[Link], None]) -> tuple[Link, socket.socket]:
     return link, ours
 
 
-@pytest.mark.xfail(strict=True, reason="a connection that was given up before its welcome stays open")
 @pytest.mark.parametrize("how", ["no welcome", "closed"])
 def test_a_connection_without_a_welcome_is_closed_when_it_is_given_up(how: str) -> None:
     def give_up(link: Link) -> None:
@@ -396,7 +413,6 @@ def test_a_connection_without_a_welcome_is_closed_when_it_is_given_up(how: str) 
         assert ours.fileno() < 0
 
 
-@pytest.mark.xfail(strict=True, reason="a welcome whose pool no worker takes leaves its client open")
 def test_a_client_whose_pool_cannot_be_handed_over_is_dropped(thread_line: Line) -> None:
     thread_line.doors.append("/nowhere/at/all")
     with pytest.raises(KVKeepError, match="did not take the pool"):

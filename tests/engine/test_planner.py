@@ -500,7 +500,6 @@ def test_a_chunk_whose_load_failed_is_never_offered_again(bench: Bench) -> None:
     assert bench.misses()["failed_before"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the reason says that the pool has only the beginning")
 def test_the_reason_of_a_hit_that_ends_at_a_failed_chunk(bench: Bench) -> None:
     bench.keep(range(512))
     request = asking("r", range(600))
@@ -524,7 +523,6 @@ def test_ended_before_it_was_admitted(bench: Bench) -> None:
     bench.planner.ended("r")
 
 
-@pytest.mark.xfail(strict=True, reason="the load goes out with the next plan, into blocks that may be somebody else's")
 def test_ended_before_its_load_was_planned(bench: Bench) -> None:
     bench.keep(range(512))
     request = asking("r", range(600))

@@ -187,7 +187,6 @@ def test_waiting_requests_of_one_session_pin_no_more_than_their_share(share: flo
     assert len(store.fetch(session, DIGESTS[:4]).offsets) == runs[0]
 
 
-@pytest.mark.xfail(strict=True, reason="the share is reckoned with chunk_nbytes, pinned are whole extents of 4 KiB")
 def test_the_share_counts_what_chunks_take():
     store = make(chunks=4, max_pinned_share=0.5)
     session = opened(store, nbytes=NBYTES // 2 + 1)  # an extent takes NBYTES

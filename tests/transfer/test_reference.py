@@ -236,7 +236,6 @@ def test_a_lease_that_ended_is_not_used():
         transfer.scatter(lease, [Blocks(0, 0, (1,))], b"")
 
 
-@pytest.mark.xfail(strict=True, reason="np.take makes the whole cache contiguous first when its pages have gaps")
 def test_a_gather_does_not_copy_the_cache_it_reads_from():
     blocks, page = 2000, 1024
     whole = torch.zeros((blocks, 2, page), dtype=torch.uint8)

@@ -64,6 +64,12 @@ def test_an_end_between_failure_and_recompute_leaves_no_garbage(
     assert facts[how]["p"] == reference["p"]
 
 
+def test_what_another_request_built_on_a_failed_load_is_not_reused(
+    facts: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    assert facts["built_on"]["long"] == reference["long"]
+
+
 def test_a_block_that_the_engine_computed_is_never_written(facts: dict[str, Any], reference: dict[str, Any]) -> None:
     partial = facts["partial"]
     assert partial["claimed"] == 480
@@ -73,7 +79,7 @@ def test_a_block_that_the_engine_computed_is_never_written(facts: dict[str, Any]
     assert partial["x"] == reference["x"]
 
 
-@pytest.mark.parametrize("part", ["failed_load", "abort", "preempt", "partial"])
+@pytest.mark.parametrize("part", ["failed_load", "abort", "preempt", "built_on", "partial"])
 def test_nothing_stays_pinned(facts: dict[str, Any], part: str) -> None:
     stats = facts[part]["stats"]
     assert stats["problem"] == ""

@@ -38,3 +38,7 @@ def test_the_engine_answers_as_if_kvkeep_was_not_there(pair):
     for step in ("whole cold", "extension", "two at once cold"):
         for ours, theirs in zip(pair[0].answers(step), pair[1].answers(step), strict=True):
             assert ours["tokens"] == theirs["tokens"]
+
+
+def test_every_request_has_its_reason_in_the_metrics(pair):
+    assert pair[0].figure("miss_refused") == sum(len(step["answers"]) for step in pair[0].facts["steps"].values())

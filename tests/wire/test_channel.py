@@ -291,7 +291,6 @@ def test_a_boot_without_a_pool_is_none(door: PoolDoor):
         assert door.take() is None
 
 
-@pytest.mark.xfail(strict=True, reason="a look between connect and send turns the sender away: its pool is lost")
 def test_a_sender_that_is_slow_is_not_turned_away(door: PoolDoor):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, Region.create(CHUNK) as region:
         sock.connect(door.path)

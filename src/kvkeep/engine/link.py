@@ -92,9 +92,12 @@ class Link:
 
     def start(self, limit_s: float) -> None:
         """Starts or joins the store and waits for its welcome; raises KVKeepError if that fails."""
-        joining = Joining(self.source.connect(), self.hello(0))
-        client = joining.wait(limit_s, self.clock)
-        self._welcomed(client)
+        try:
+            joining = Joining(self.source.connect(), self.hello(0))
+            self._welcomed(joining.wait(limit_s, self.clock))
+        except KVKeepError:
+            self.source.end(wait=True)
+            raise
 
     def live(self, idle: bool) -> Client | None:
         """The client if the store may be asked. While it may not, each call looks on; `idle`: no step is under way."""
@@ -133,7 +136,13 @@ class Link:
         if self.client is not None:
             self.client.close()
             self.client = None
+        self._give_up_joining()
         self.source.end(wait=True)
+
+    def _give_up_joining(self) -> None:
+        if self._joining is not None:
+            self._joining.close()
+            self._joining = None
 
     def _try(self) -> None:
         try:
@@ -156,8 +165,14 @@ class Link:
         self._joining = None
         self._pause_s = FIRST_PAUSE_S
         self._last_session = client.welcome.session
-        for door in self.doors:
-            send_pool(door, client.pool_fd, client.welcome.boot, CONNECT_LIMIT_S)
+        now = self.hello(0)
+        client.rename(now.namespace, now.identity)  # a reset may have come between our hello and its welcome
+        try:
+            for door in self.doors:
+                send_pool(door, client.pool_fd, client.welcome.boot, CONNECT_LIMIT_S)
+        except StoreGone:
+            client.drop()
+            raise
         self.client = client
         log.info(
             "kvkeep: store process %d, pool of %.2f GiB",
@@ -174,7 +189,7 @@ class Link:
         self._wait_longer(why)
 
     def _wait_longer(self, why: str) -> None:
-        self._joining = None
+        self._give_up_joining()
         self.source.end(wait=False)
         self._retry_at_s = self.clock() + self._pause_s
         log.warning("kvkeep: no store (%s); trying again in %.0f s", why, self._pause_s)

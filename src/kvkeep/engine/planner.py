@@ -142,6 +142,7 @@ class Planner:
             self.figures.miss(record.why)
             record.why = None
         record.move(State.ADMITTED)
+        self._stores.resumed(record)
         if client is not None and record.keeps:
             present = range(0) if match is None else range(match.first, match.first + match.hits)
             tokens = request.tokens if self._options.store_generated else request.tokens[: record.prompt_tokens]
@@ -189,6 +190,7 @@ class Planner:
             return
         self._drop_match(record)
         self._drop_question(record, self._link.client)
+        self._drop_due(record)
         record.move(State.ENDED)
         self._settle(record)
 
@@ -242,6 +244,9 @@ class Planner:
             if not digests:
                 return Match(boot, first, 0, (), {}, 0, short)
             self._drop_question(record, client)
+            # the answer cannot reach beyond a chunk that was not asked for
+            record.short = short if short is Miss.FAILED_BEFORE else None
+            record.asked_chunks = len(digests)
             record.move(State.ASKED)
             record.question, record.asked_first, record.asked_at_s = (
                 client.fetch(digests),
@@ -253,7 +258,8 @@ class Planner:
             record.question = None
             self.figures.add("lookups")
             self.figures.add("lookup_tokens", len(request.tokens))
-            why = None if answer.offsets else Miss.NOT_STORED
+            why = record.short if len(answer.offsets) == record.asked_chunks else None
+            why = why if answer.offsets else Miss.NOT_STORED
             return Match(boot, first, answer.lease, tuple(answer.offsets), answer.sums, len(answer.offsets), why)
         if record.question.failed:
             record.question = None
@@ -287,7 +293,7 @@ class Planner:
         claim = min(hit, len(request.tokens) - 1) - record.computed
         if claim < max(1, self._options.min_hit_tokens):
             return 0, Miss.SMALL
-        return claim, Miss.PARTLY_STORED if hit < len(request.tokens) // tokens * tokens else None
+        return claim, (match.why or Miss.PARTLY_STORED) if hit < len(request.tokens) // tokens * tokens else None
 
     def _empty_match(self, record: Record, client: Client) -> None:
         """Remembers that there is nothing to give, without holding anything."""
@@ -332,6 +338,14 @@ class Planner:
         match, record.match = record.match, None
         if client is not None and match is not None and match.boot == client.welcome.boot:
             client.release(match.lease)
+
+    def _drop_due(self, record: Record) -> None:
+        """Takes back loads that no plan carries yet: the request's blocks are not its own any more."""
+        client = self._link.client
+        for one, load in self._due:
+            if one is record and client is not None and load.boot == client.welcome.boot:
+                client.release(load.lease)
+        self._due = [(one, load) for one, load in self._due if one is not record]
 
     def _drop_question(self, record: Record, client: Client | None) -> None:
         question, record.question = record.question, None

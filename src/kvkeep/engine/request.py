@@ -70,7 +70,8 @@ class Record:
     """Everything about one request.
 
     `keeps`: it may be looked up at all; `stores`: its chunks may be stored. `steps` counts the ops under way that name
-    it. `why` is the reason of the miss that is counted at its admission. `boot` is that of its write leases' store.
+    it. `why` is the reason of the miss that is counted at its admission; `short` says why its lookup was cut to
+    `asked_chunks`. `boot` is that of its write leases' store.
     """
 
     request: str
@@ -80,6 +81,8 @@ class Record:
     keeps: bool = True
     stores: bool = True
     why: Miss | None = None
+    short: Miss | None = None
+    asked_chunks: int = 0
     computed: int = 0
     question: Call | None = None
     asked_first: int = 0

@@ -31,8 +31,6 @@ class Stores:
 
     def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
         """Asks for room for the whole chunks of `tokens` that are not `present` and were not asked for before."""
-        for chunk in record.open.values():
-            rewind(chunk)  # a resumed request gets new blocks
         if not record.stores or record.reservation is not None:
             return
         upto = len(tokens) // self._shard.chunk_tokens
@@ -43,6 +41,11 @@ class Stores:
                 record.chain.extend(tokens)
             record.wanted = numbers
             record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
+
+    def resumed(self, record: Record) -> None:
+        """The request has new blocks: its open chunks are filled from their start again."""
+        for chunk in record.open.values():
+            rewind(chunk)
 
     def ops(
         self,

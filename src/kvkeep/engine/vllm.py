@@ -47,7 +47,7 @@ from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepSta
 from kvkeep.engine.worker import Worker
 from kvkeep.errors import ConfigError
 from kvkeep.memory.room import read_limits
-from kvkeep.telemetry import Figures
+from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.wire.handoff import PoolDoor
@@ -253,6 +253,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The request has its blocks, `num_external_tokens` of them to be loaded."""
         if self.planner is not None:
             self.planner.admitted(self._request(request), num_external_tokens, blocks.get_block_ids)
+        else:
+            self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan."""
@@ -296,7 +298,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """The planner's figures since the last step; workers have none of their own."""
-        if self.planner is None:
+        if self.role is not KVConnectorRole.SCHEDULER:
             return None
         return self._differences.since_last(self.figures.snapshot())
 

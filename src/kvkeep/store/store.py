@@ -59,10 +59,9 @@ class Store:
 
     def fetch(self, session: Session, digests: Sequence[bytes]) -> Fetched:
         """Pins the longest run of present chunks from the first digest on, within the session's share of the pool."""
-        nbytes = session.opening.chunk_nbytes
+        taken = padded_nbytes(session.opening.chunk_nbytes)  # what a chunk of this session takes in the pool
         room = int(self.pool_nbytes * self.max_pinned_share) - session.pinned_nbytes
-        entries = self.index.pin_prefix(self._keys(session, digests[: max(0, room // nbytes)]))
-        taken = padded_nbytes(nbytes)  # what a chunk of this session takes in the pool
+        entries = self.index.pin_prefix(self._keys(session, digests[: max(0, room // taken)]))
         fitting = next((place for place, one in enumerate(entries) if one.nbytes != taken), len(entries))
         self.index.unpin(entries[fitting:])  # a chunk of another size under the same key is not what was asked for
         del entries[fitting:]

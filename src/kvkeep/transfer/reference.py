@@ -45,8 +45,12 @@ class ReferenceTransfer:
         for one, view in zip(self._shard.ranges, lease.views(), strict=True):
             for first, ids in by_group.get(one.group, ()):
                 for pages, places in self._parts(one, view):
-                    # the ids were checked with the plan; 'clip' is the mode that needs no buffer
-                    np.take(pages, ids, axis=0, out=places[first : first + len(ids)], mode="clip")
+                    out = places[first : first + len(ids)]
+                    if pages.flags.c_contiguous:
+                        # the ids were checked with the plan; 'clip' is the mode that needs no buffer
+                        np.take(pages, ids, axis=0, out=out, mode="clip")
+                    else:
+                        out[:] = pages[ids]  # take would first copy the whole cache to close its gaps
             if seal:
                 view[one.nbytes :] = 0
                 sums.append(xxhash.xxh3_128_digest(view.data))

@@ -216,7 +216,7 @@ class Joining:
         try:
             self._sock.send(framed(m.encoded(hello)))  # the first bytes of a socket: its buffer takes them all
         except OSError as error:
-            raise StoreGone(f"the store did not take our hello: {error}") from error
+            raise self._given_up(StoreGone(f"the store did not take our hello: {error}")) from error
 
     def poll(self) -> Client | None:
         """The client once the welcome is here, else None; StoreGone or WireError if it will never come."""
@@ -250,9 +250,13 @@ class Joining:
                 return client
         raise self._given_up(StoreGone(f"the store did not welcome us within {limit_s} s"))
 
-    def _given_up(self, error: WireError) -> WireError:
+    def close(self) -> None:
+        """Gives the connection up; idempotent."""
         self._sock.close()
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+
+    def _given_up(self, error: WireError) -> WireError:
+        self.close()
         return error

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from kvkeep.errors import StoreGone
 
 BOOT_NBYTES = 16
+MAX_SENDERS = 16
 
 
 class HandedPool(NamedTuple):
@@ -38,31 +39,49 @@ class PoolDoor:
         self._listener.bind(self.path)
         self._listener.listen(4)
         self._listener.setblocking(False)
+        self._senders: list[socket.socket] = []
 
     def take(self) -> HandedPool | None:
         """The newest pool that has been handed over since the last look, or None. Returns at once."""
+        self._welcome_senders()
         newest: HandedPool | None = None
-        while True:
+        waiting = []
+        for sock in self._senders:
             try:
-                sock, _ = self._listener.accept()
-            except OSError:  # nobody is there, or the door is closed
-                return newest
-            with sock:
                 handed = self._received(sock)
+            except BlockingIOError:
+                waiting.append(sock)  # it is connected and has not sent yet
+                continue
+            sock.close()
             if handed is not None:
                 if newest is not None:
                     os.close(newest.fd)
                 newest = handed
+        self._senders = waiting
+        return newest
+
+    def _welcome_senders(self) -> None:
+        while len(self._senders) < MAX_SENDERS:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # nobody is there, or the door is closed
+                return
+            sock.setblocking(False)
+            self._senders.append(sock)
 
     def close(self) -> None:
         """Closes the door and removes its folder; idempotent."""
         self._listener.close()
+        for sock in self._senders:
+            sock.close()
+        self._senders.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _received(self, sock: socket.socket) -> HandedPool | None:
-        sock.setblocking(False)
         try:
             boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 1)
+        except BlockingIOError:
+            raise
         except OSError:
             return None
         if len(boot) == BOOT_NBYTES and len(fds) == 1:

@@ -74,7 +74,11 @@ class Server:
 
     def _welcome_client(self) -> None:
         assert self.listener is not None
-        sock, _ = self.listener.accept()
+        try:
+            sock, _ = self.listener.accept()
+        except OSError as error:  # the client is gone again, or descriptors are short: the others are served on
+            log.warning("a client could not be taken: %s", error)
+            return
         if len(self._peers) >= MAX_CLIENTS:
             sock.close()
             return
@@ -140,7 +144,7 @@ class Server:
         if not all(0 < pid <= MAX_PID for pid in hello.holders):
             raise WireError("a holder is no process id")
         old = self.store.lingering.get(hello.resumes)
-        if old is not None and set(old.opening.holders) <= {peer.pid, *hello.holders}:
+        if old is not None and old.opening.holders and set(old.opening.holders) <= {peer.pid, *hello.holders}:
             self._bury(old)
         opening = Opening(
             hello.name,

@@ -36,6 +36,7 @@ def prompt(seed: int, count: int) -> list[int]:
 
 P = prompt(1, 600)
 Q = [*P[:512], *prompt(2, 60)]  # the same two chunks, another end
+LONG = [*P[:512], *prompt(2, 700)]  # the same two chunks, and much that is computed from them
 R = prompt(3, 300)
 X = [*P[:BLOCK], *prompt(4, 9)]  # the same first block
 
@@ -169,6 +170,18 @@ def ended_before_recompute(run: Run, how: str) -> dict[str, object]:
     return {"q": q, "p": run.ask(P), "stats": run.stats()}
 
 
+def built_on_a_failed_load(run: Run) -> dict[str, object]:
+    """Another request of the step has read the blocks that failed; what it computed from them must not stay either."""
+    run.restore()
+    run.arm([0, 1])
+    name, sharing = run.add(P), run.add(LONG, answer=24)
+    run.step()
+    run.engine.abort_request([run.internal(name), run.internal(sharing)], internal=True)
+    run.step()
+    run.ask([*P[:512], *prompt(9, 40)])  # computes the shared blocks anew, so that their chain is whole again
+    return {"long": run.ask(LONG, answer=24), "stats": run.stats()}
+
+
 def partial_load(run: Run) -> dict[str, object]:
     """vLLM holds one block of a prompt, another request reads it, and kvkeep loads the rest of two chunks."""
     run.restore()
@@ -207,11 +220,20 @@ def partial_load(run: Run) -> dict[str, object]:
 def main() -> None:
     model, kind, ranks = sys.argv[1], sys.argv[2], int(sys.argv[3])
     run = Run(model, kind == "kvkeep", ranks)
-    facts: dict[str, object] = {"cold": {"p": run.ask(P), "q": run.ask(Q), "r": run.ask(R), "x": run.ask(X, answer=40)}}
+    facts: dict[str, object] = {
+        "cold": {
+            "p": run.ask(P),
+            "q": run.ask(Q),
+            "r": run.ask(R),
+            "x": run.ask(X, answer=40),
+            "long": run.ask(LONG, answer=24),
+        }
+    }
     if kind == "kvkeep":
         facts["failed_load"] = failed_load(run)
         facts["abort"] = ended_before_recompute(run, "abort")
         facts["preempt"] = ended_before_recompute(run, "preempt")
+        facts["built_on"] = built_on_a_failed_load(run)
         facts["partial"] = partial_load(run)
         metrics = {one.name: one.value for one in run.llm.get_metrics() if one.name.startswith("vllm:external_prefix")}
         facts["metrics"] = metrics
