@@ -1,0 +1,71 @@
+"""What a tier is: a place below the pool that keeps chunks by key. The caller brings all memory.
+
+Interfaces only. Knows nothing about the index, sessions, engines, or what kind of place it is.
+
+Batches in, one answer a chunk, and a partial answer is an answer. A tier that as a whole does not work raises a
+TierError; a chunk that is absent, torn, foreign or of another shape is None, never an error. A chunk's payload is its
+ranges one after the other, each padded to ALIGN_NBYTES (`core.layout`); its sums are 16 bytes (xxh3-128) a range, taken
+over the padded range by whoever gathered it and carried unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Read(NamedTuple):
+    """One chunk to read: `into` takes its ranges of `sizes` (padded bytes each), all of them, in order."""
+
+    key: bytes
+    sizes: Sequence[int]
+    into: Bytes
+
+
+class Write(NamedTuple):
+    """One chunk to keep: `payload` is all its ranges of `sizes` in order, `sums` theirs."""
+
+    key: bytes
+    sizes: Sequence[int]
+    payload: Bytes
+    sums: bytes
+
+
+class Stored(Enum):
+    """What became of a write."""
+
+    STORED = "stored"
+    PRESENT = "present"  # a good record of this key is there already and was kept
+    REFUSED = "refused"  # no room within the limit, or an error of this chunk alone
+
+
+class Tier(Protocol):
+    """Five verbs and the end. Memory given to a verb is not touched after it returned, raised or was cancelled.
+
+    `clear` forgets every chunk of a namespace (None: of all); what was being written or read when it began is not
+    found afterwards either, also not after a crash.
+    """
+
+    async def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys are here as far as is known; promises nothing."""
+
+    async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
+        """Fills each read's memory, verified; a chunk's sums, or None if it is not here or was bad (then it is gone)."""
+
+    async def store(self, writes: Sequence[Write]) -> list[Stored]:
+        """Keeps chunks; readable once this returns."""
+
+    async def delete(self, keys: Sequence[bytes]) -> None:
+        """Forgets chunks; absent ones are no error."""
+
+    async def clear(self, namespace: bytes | None) -> None:
+        """Forgets a namespace, or everything, durably."""
+
+    async def aclose(self) -> None:
+        """Ends the tier: nothing touches lent memory any more, and it is not waited for a device that hangs."""
