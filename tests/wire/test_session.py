@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -274,7 +275,7 @@ def served_alone(store: Store, *sent: m.ToStore) -> None:
     with Region.create(ROOM * CHUNK) as region, ours:
         ours.sendall(b"".join(framed(m.encoded(one)) for one in sent))
         ours.shutdown(socket.SHUT_WR)
-        Server(store, bytes(16), region.fd, private=theirs).serve()
+        asyncio.run(Server(store, bytes(16), region.fd, private=theirs).serve())
 
 
 def new_store() -> Store:

@@ -1,4 +1,4 @@
-"""The store's end of the channel: one loop over sockets, one reader of frames a client, answers in order.
+"""The store's end of the channel: one event loop over sockets, one reader of frames a client.
 
 Any bytes from any client are a typed error for that client and nothing for the others; a client that does not read is
 disconnected once its unsent answers are over a bound. Knows nothing about pools or keys beyond handing them on.
@@ -6,11 +6,12 @@ disconnected once its unsent answers are over a bound. Knows nothing about pools
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import selectors
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,32 +46,51 @@ class Peer:
 
 @dataclass
 class Server:
-    """Serves `store` until `stop` is set, or until the private client's end of file when there is no listener."""
+    """Serves `store` until `stop` is called, or until the private client's end of file when there is no listener.
+
+    The event loop's thread owns it and the store; only `stop` may be called from another.
+    """
 
     store: Store
     boot: bytes
     pool_fd: int
     private: socket.socket | None = None
     listener: socket.socket | None = None
-    stop: bool = False
-    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _peers: dict[int, Peer] = field(default_factory=dict)
     _graves: dict[int, set[int]] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _wake: Callable[[], object] = lambda: None
 
-    def serve(self) -> None:
-        """Runs the loop; returns when it is told to stop or its only client is gone."""
+    async def serve(self) -> None:
+        """Runs until it is told to stop or its only client is gone."""
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self._wake = lambda: self._loop.call_soon_threadsafe(self._over.set)
         if self.private is not None:
             self._accept(self.private)
         if self.listener is not None:
             self.listener.setblocking(False)
-            self._selector.register(self.listener, selectors.EVENT_READ, self._welcome_client)
-        while not self.stop and (self.listener is not None or self._peers):
-            for key, _ in self._selector.select(timeout=1.0):
-                ready: Callable[[], None] = key.data
-                ready()
-        for peer in list(self._peers.values()):
+            self._loop.add_reader(self.listener, self._welcome_client)
+        if not self._stopping.is_set() and (self.listener is not None or self._peers):
+            await self._over.wait()
+        self._close()
+
+    def stop(self) -> None:
+        """Ends `serve`; also from another thread, and before it has begun."""
+        self._stopping.set()
+        self._wake()
+
+    def _close(self) -> None:
+        self._wake = lambda: None
+        if self.listener is not None:
+            self._loop.remove_reader(self.listener)
+        for peer in self._peers.values():
+            self._unwatch(peer)
             peer.sock.close()
-        self._selector.close()
+        for grave in self._graves.values():
+            for pidfd in grave - {UNWATCHED}:
+                self._loop.remove_reader(pidfd)
+                os.close(pidfd)
 
     def _welcome_client(self) -> None:
         assert self.listener is not None
@@ -94,7 +114,7 @@ class Server:
         sock.setblocking(False)
         peer = Peer(sock, pid)
         self._peers[sock.fileno()] = peer
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._turn(peer))
+        self._loop.add_reader(sock, self._turn, peer)
 
     def _turn(self, peer: Peer) -> None:
         """Reads what one client sent and answers it; an error ends that client only."""
@@ -213,22 +233,31 @@ class Server:
             raise WireError(f"its socket failed: {error}") from error
         if peer.writing != bool(peer.unsent):
             peer.writing = bool(peer.unsent)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.writing else 0)
-            self._selector.modify(peer.sock, events, lambda: self._turn(peer))
+            if peer.writing:
+                self._loop.add_writer(peer.sock, self._turn, peer)
+            else:
+                self._loop.remove_writer(peer.sock)
 
     def _refuse(self, peer: Peer, error: WireError) -> None:
         try:
-            peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
+            if not peer.unsent:  # else it would be taken for the rest of an answer that is half sent
+                peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
         except OSError as failure:
             log.debug("the refusal could not be sent: %s", failure)
         self._drop(peer, str(error))
 
+    def _unwatch(self, peer: Peer) -> None:
+        self._loop.remove_reader(peer.sock)
+        self._loop.remove_writer(peer.sock)
+
     def _drop(self, peer: Peer, why: str) -> None:
         """Ends a client; memory that its processes may still touch is kept until they are gone."""
         log.info("client (pid %d) ended: %s", peer.pid, why)
-        self._selector.unregister(peer.sock)
+        self._unwatch(peer)
         del self._peers[peer.sock.fileno()]
         peer.sock.close()
+        if self.listener is None and not self._peers:
+            self._over.set()
         if peer.session is None:
             return
         session, peer.session = peer.session, None
@@ -248,25 +277,20 @@ class Server:
                 watched.add(UNWATCHED)  # doubt is no death: the memory stays where it is
                 continue
             watched.add(pidfd)
-            self._selector.register(pidfd, selectors.EVENT_READ, self._death(session, pidfd))
+            self._loop.add_reader(pidfd, self._died, session, pidfd)
         if not watched:
             self._bury(session)
 
-    def _death(self, session: Session, pidfd: int) -> Callable[[], None]:
-        def died() -> None:
-            watched = self._graves.get(session.number, set())
-            if pidfd not in watched:
-                return  # the session was resumed in the same turn
-            watched.discard(pidfd)
-            self._selector.unregister(pidfd)
-            os.close(pidfd)
-            if not watched:
-                self._bury(session)
-
-        return died
+    def _died(self, session: Session, pidfd: int) -> None:
+        watched = self._graves[session.number]  # a session that was resumed in the same turn is not called any more
+        watched.discard(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        if not watched:
+            self._bury(session)
 
     def _bury(self, session: Session) -> None:
         for pidfd in self._graves.pop(session.number, set()) - {UNWATCHED}:
-            self._selector.unregister(pidfd)
+            self._loop.remove_reader(pidfd)
             os.close(pidfd)
         self.store.close(session)
