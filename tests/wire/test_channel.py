@@ -22,6 +22,7 @@ from kvkeep.core.policy import lru
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.testing.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -219,7 +220,9 @@ def turn(loop: asyncio.AbstractEventLoop) -> None:
 def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
     with contextlib.ExitStack() as ends:
         region = ends.enter_context(Region.create(ROOM * CHUNK))
-        server = Server(Store(Index(FreeList(ROOM * CHUNK), lru()), ROOM * CHUNK), bytes(16), region.fd)
+        server = Server(
+            TierWalk(Store(Index(FreeList(ROOM * CHUNK), lru()), ROOM * CHUNK), region.array), bytes(16), region.fd
+        )
         loop = ends.enter_context(contextlib.closing(asyncio.new_event_loop()))
         server._loop, server._over = loop, asyncio.Event()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]

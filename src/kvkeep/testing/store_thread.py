@@ -19,6 +19,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.wire.process import StoreOptions, listen
 from kvkeep.wire.server import Server
 
@@ -91,7 +92,7 @@ def _started(options: StoreOptions, private: socket.socket | None, listener: soc
     region = Region.create(options.pool_nbytes)
     index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
     store = Store(index, options.pool_nbytes, options.max_pinned_share)
-    server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
+    server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()
     return RunningStore(region, store, server, thread)

@@ -26,6 +26,7 @@ from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import check_room
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.wire.server import Server
 
 log = logging.getLogger("kvkeep.store")
@@ -141,7 +142,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         store = Store(index, options.pool_nbytes, options.max_pinned_share)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
-        server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
+        server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
         populating.start()

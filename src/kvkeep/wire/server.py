@@ -7,18 +7,21 @@ disconnected once its unsent answers are over a bound. Knows nothing about pools
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Outcome
 from kvkeep.errors import WireError
+from kvkeep.store.fetch import Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import FrameReader, framed
 
@@ -27,6 +30,7 @@ log = logging.getLogger("kvkeep.store")
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_HOLDERS = 1024
+MAX_DEADLINE_S = 3600.0
 UNWATCHED = -1
 MAX_PID = 2**22  # the kernel's own limit
 _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
@@ -51,7 +55,7 @@ class Server:
     The event loop's thread owns it and the store; only `stop` may be called from another.
     """
 
-    store: Store
+    walk: TierWalk
     boot: bytes
     pool_fd: int
     private: socket.socket | None = None
@@ -60,6 +64,12 @@ class Server:
     _graves: dict[int, set[int]] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], object] = lambda: None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def store(self) -> Store:
+        """The pool's own store."""
+        return self.walk.store
 
     async def serve(self) -> None:
         """Runs until it is told to stop or its only client is gone."""
@@ -148,13 +158,38 @@ class Server:
         if session is None:
             raise WireError("the first message must be a hello")
         if isinstance(message, m.Bye):
+            self.walk.promotions.forget(session)
             self.store.close(session)
             peer.session = None
             self._drop(peer, "it said goodbye")
-            return
-        answer = self._asked(session, message)
-        if answer is not None:
-            self._send(peer, answer)
+        elif isinstance(message, m.Fetch):
+            self._fetch(peer, session, message)
+        elif isinstance(message, m.Clear):
+            count = self.store.clear(session, message.everything)
+            self._go(self._clear(peer, session, m.Cleared(message.call, count), message.everything))
+        else:
+            answer = self._asked(session, message)
+            if answer is not None:
+                self._send(peer, answer)
+
+    def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
+        def answer(found: Found) -> None:
+            why = found.why.value if found.why is not None else ""
+            try:
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why))
+            except WireError as error:
+                self._refuse(peer, error)
+
+        deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
+        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
+
+    async def _clear(self, peer: Peer, session: Session, answer: m.Cleared, everything: bool) -> None:
+        await self.walk.clear(None if everything else session.namespace)
+        if peer.session is session:
+            try:
+                self._send(peer, answer)
+            except WireError as error:
+                self._refuse(peer, error)
 
     def _hello(self, peer: Peer, hello: m.Hello) -> None:
         if hello.version != m.VERSION:
@@ -173,6 +208,7 @@ class Server:
             hello.chunk_nbytes,
             tuple(hello.holders),
             hello.verify_every,
+            tuple(hello.sizes),
         )
         peer.session = self.store.open(opening)
         welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
@@ -186,28 +222,29 @@ class Server:
         """The answer to a message of an open session, None where it has none."""
         store = self.store
         match message:
-            case m.Fetch():
-                fetched = store.fetch(session, m.split_digests(message.digests))
-                return m.Matched(message.call, *fetched)
             case m.Reserve():
                 lease, places = store.reserve(session, m.split_digests(message.digests))
                 offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
                 return m.Granted(message.call, lease, offsets)
             case m.Commit():
+                entries = store.written(session, message.lease, message.places)
                 done = store.commit(session, message.lease, message.places, message.sums)
+                self.walk.committed(session, list(itertools.compress(entries, done)))
                 stats = store.index.stats()
                 used = stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes
                 return m.Committed(message.call, done, used, stats.pinned_nbytes)
             case m.Release():
                 store.release(session, message.lease)
             case m.Discard():
-                store.discard(session, m.split_digests(message.digests))
+                digests = m.split_digests(message.digests)
+                store.discard(session, digests)
+                self._go(self.walk.discard(session, digests))
             case m.Rename():
                 store.rename(session, message.namespace)
-            case m.Clear():
-                return m.Cleared(message.call, store.clear(session, message.everything))
             case m.AskStats():
-                return m.Stats(message.call, store.figures(), self._problem() if message.check else "")
+                return m.Stats(
+                    message.call, store.figures() | self.walk.figures(), self._problem() if message.check else ""
+                )
         return None
 
     def _problem(self) -> str:
@@ -246,6 +283,11 @@ class Server:
             log.debug("the refusal could not be sent: %s", failure)
         self._drop(peer, str(error))
 
+    def _go(self, steps: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _unwatch(self, peer: Peer) -> None:
         self._loop.remove_reader(peer.sock)
         self._loop.remove_writer(peer.sock)
@@ -261,6 +303,7 @@ class Server:
         if peer.session is None:
             return
         session, peer.session = peer.session, None
+        self.walk.promotions.forget(session)
         self.store.linger(session)
         self._await_deaths(session, peer.pid)
 
