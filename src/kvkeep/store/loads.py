@@ -51,6 +51,8 @@ class Loads:
     memory: Bytes
     done: Callable[[Coming, bytes | None], None]
     breaker: Breaker = field(default_factory=Breaker)
+    slice_nbytes: int = SLICE_NBYTES
+    most_nbytes: int = UNDER_WAY_NBYTES
     under_way_nbytes: int = 0
     quarantined_nbytes: int = 0
     _turns: deque[tuple[deque[list[Coming]], float]] = field(default_factory=deque)
@@ -72,7 +74,7 @@ class Loads:
         for chunk in chunks:
             if not slices or chunk.entry.nbytes > room:
                 slices.append([])
-                room = SLICE_NBYTES
+                room = self.slice_nbytes
             slices[-1].append(chunk)
             room -= chunk.entry.nbytes
         if slices:
@@ -90,7 +92,7 @@ class Loads:
             self.done(chunk, None)
 
     def _start(self) -> None:
-        while self._turns and (not self.under_way_nbytes or self.under_way_nbytes < UNDER_WAY_NBYTES):
+        while self._turns and self.under_way_nbytes < self.most_nbytes:
             slices, limit_s = self._turns.popleft()
             piece = slices.popleft()
             if slices:
