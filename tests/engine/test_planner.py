@@ -66,9 +66,9 @@ class Bench:
         assert client is not None
         fetch, wait = client.fetch, client.wait
 
-        def fetching(digests: Sequence[bytes]) -> Any:
+        def fetching(digests: Sequence[bytes], deadline_s: float) -> Any:
             self.asked.append(len(digests))
-            return fetch(digests)
+            return fetch(digests, deadline_s)
 
         def waiting(call: Any, limit_s: float) -> Any:
             self.waits.append(limit_s)
