@@ -81,6 +81,8 @@ def test_the_mappings_file_is_stronger_than_the_environments() -> None:
         ("pool_size", "512 MiB", "512 MiB"),
         ("store", "unix:/run/kvkeep/socket", "unix:/run/kvkeep/socket"),
         ("log_level", "debug", "debug"),
+        ("disk_path", "/a:/b", "/a:/b"),
+        ("disk_size", "1 TiB", "1 TiB"),
     ],
 )
 def test_variables_are_text_that_is_read(name: str, text: str, value: object) -> None:
@@ -118,6 +120,14 @@ WRONG: list[tuple[str, object]] = [
     ("min_hit_tokens", -1),
     ("log_level", "loud"),
     ("pool_size", 0),
+    ("disk_size", "auto"),
+    ("disk_size", 0),
+    ("disk_min_free", "some"),
+    ("disk_path", "relative"),
+    ("disk_path", "/a:b"),
+    ("disk_path", "/a\0b"),
+    ("disk_path", None),
+    ("disk_durability", "all"),
     ("pool_size", -1),
     ("pool_size", 1.5),
     ("pool_size", True),

@@ -37,6 +37,8 @@ _UNITS: Final = {
 _AUTO_LARGEST_NBYTES: Final = 4 << 30
 _AUTO_SMALLEST_NBYTES: Final = 64 << 20
 _SIZE_RIGHT: Final = '"auto", a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'
+_DISK_RIGHT: Final = 'a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'
+_SIZES: Final = ("pool_size", "disk_size", "disk_min_free")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(description='"private", or "unix:" and the absolute path (<= 107 bytes) of a store\'s socket'),
     ] = "private"
+    disk_path: Annotated[
+        str, Meta(description='"" for no disk tier, or absolute paths of directories with ":" between them')
+    ] = ""
+    disk_size: Annotated[int | str, Meta(description=_DISK_RIGHT)] = "16 GiB"
+    disk_min_free: Annotated[int | str, Meta(description=_DISK_RIGHT)] = "1 GiB"
+    disk_durability: Annotated[Literal["none", "group", "every"], Meta(description='"none", "group" or "every"')] = (
+        "none"
+    )
     store_generated: Annotated[bool, Meta(description="true or false")] = False
     verify_pool: Annotated[Literal["off", "sampled", "always"], Meta(description='"off", "sampled" or "always"')] = (
         "sampled"
@@ -71,6 +81,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """The shared store's socket; None for a private store."""
         return self.store.removeprefix(_UNIX) if self.store.startswith(_UNIX) else None
 
+    @property
+    def disk_directories(self) -> tuple[str, ...]:
+        """The directories of the disk tier; empty for none."""
+        return tuple(path for path in self.disk_path.split(":") if path)
+
     def pool_nbytes(self, available_nbytes: int) -> int:
         """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
         if self.pool_size == "auto":
@@ -87,22 +102,22 @@ def auto_pool_nbytes(available_nbytes: int) -> int:
     return max(_AUTO_SMALLEST_NBYTES, min(_AUTO_LARGEST_NBYTES, quarter))
 
 
-def parse_size(size: int | str, path: str) -> int:
+def parse_size(size: int | str, path: str, right: str = _SIZE_RIGHT) -> int:
     """Read a number of bytes, or a number with a unit (KiB ... TiB by 1024, KB ... TB by 1000).
 
-    Raises ConfigError that names `path`; "auto" is not a size.
+    Raises ConfigError that names `path` and what is `right`; "auto" is not a size.
     """
     if isinstance(size, int):
         nbytes = size
     else:
         match = _SIZE.fullmatch(size.strip())
         if match is None or (match[2] is None and "." in match[1]):
-            raise _wrong(path, size, _SIZE_RIGHT)
+            raise _wrong(path, size, right)
         whole, _, fraction = match[1].partition(".")
         unit = 1 if match[2] is None else _UNITS[match[2].lower()]
         nbytes = int(whole + fraction) * unit // 10 ** len(fraction)  # exact, where a float would round
     if not 0 < nbytes < 1 << 63:
-        raise _wrong(path, size, _SIZE_RIGHT)
+        raise _wrong(path, size, right)
     return nbytes
 
 
@@ -179,8 +194,10 @@ def _checked(name: str, value: object, path: str, *, from_text: bool = False) ->
         raise _wrong(path, value, right) from error
     if from_text and type(checked) is int and not str(value).isdecimal():
         raise _wrong(path, value, right)  # msgspec reads "1.0" as an int
-    if name == "pool_size" and checked != "auto":
-        parse_size(checked, path)
+    if name in _SIZES and (name, checked) != ("pool_size", "auto"):
+        parse_size(checked, path, right)
+    if name == "disk_path" and not all(one.startswith("/") and "\0" not in one for one in checked.split(":") if one):
+        raise _wrong(path, value, right)
     if name == "store" and not _is_store(checked):
         raise _wrong(path, value, right)
     return checked

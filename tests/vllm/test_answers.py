@@ -105,6 +105,14 @@ def test_rejected_drafts_are_neither_stored_nor_seen(runs):
     check_same(runs, "speculation", "drafted", "follow-up", exact=False)
 
 
+def test_drafts_that_are_all_rejected_leave_nothing(runs):
+    rise = runs("speculation").facts["steps"]["rejected"]["rise"]
+    drafted = rise["vllm:spec_decode_num_draft_tokens"]
+    assert (drafted >= 40, rise.get("vllm:spec_decode_num_accepted_tokens", 0)) == (True, 0), "not all were rejected"
+    assert runs("speculation").external("after rejected") == 3 * 512
+    check_same(runs, "speculation", "rejected", "after rejected", exact=False)
+
+
 def test_generated_tokens_are_reused_if_they_are_stored(runs):
     prompt, generated = 640, 200
     stored = (prompt + generated - 1) // 256 * 256  # the last token's KV is never computed

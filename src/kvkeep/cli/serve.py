@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvkeep.config import parse_size
+from kvkeep.config import load_config
 from kvkeep.errors import StoreGone
+from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.process import StoreOptions, join_shared, run
+from kvkeep.wire.process import join_shared, run, store_options
 
 ANSWER_LIMIT_S = 5.0
 Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket; its folder must be 0700.")]
@@ -22,14 +24,20 @@ Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket;
 
 def serve(
     socket: Socket,
-    pool_size: Annotated[str, typer.Option(help='Host memory for the pool, as "4 GiB".')] = "4 GiB",
-    policy: Annotated[str, typer.Option(help="lru, lfu, fifo or mru")] = "lru",
-    max_pinned_share: Annotated[float, typer.Option(min=0.01, max=1.0, help="What waiting requests may pin.")] = 0.5,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; the options below are stronger.")] = None,
+    pool_size: Annotated[str | None, typer.Option(help='Host memory for the pool, as "4 GiB".')] = None,
+    policy: Annotated[str | None, typer.Option(help="lru, lfu, fifo or mru")] = None,
+    disk_path: Annotated[str | None, typer.Option(help="Directories of the disk tier, with : between them.")] = None,
+    disk_size: Annotated[str | None, typer.Option(help='What its files may take, as "100 GiB".')] = None,
 ) -> None:
     """Runs a store that any number of engines share, until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="kvkeep store %(process)d %(levelname)s %(message)s")
-    options = StoreOptions(parse_size(pool_size, "--pool-size"), policy, max_pinned_share)
-    run(options, None, socket.absolute())
+    said = {"pool_size": pool_size, "policy": policy, "disk_path": disk_path, "disk_size": disk_size}
+    overrides = {name: value for name, value in said.items() if value is not None}
+    if config is not None:
+        overrides["config_file"] = str(config)
+    settings = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"))
+    logging.basicConfig(level=settings.log_level.upper(), format="kvkeep store %(process)d %(levelname)s %(message)s")
+    run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
 
 
 def stats(socket: Socket) -> None:

@@ -14,18 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.config import Config
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.errors import ConfigError, KVKeepError, StoreGone
+from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.handoff import send_pool
 from kvkeep.wire.messages import Hello
-from kvkeep.wire.process import Child, StoreOptions, join_shared, start_private
+from kvkeep.wire.process import DRAIN_S, Child, StoreOptions, join_shared, start_private, store_options
 
 log = logging.getLogger("kvkeep")
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 CONNECT_LIMIT_S = 1.0
-END_LIMIT_S = 2.0
+END_LIMIT_S = DRAIN_S + 2.0
 SILENCE_LIMIT_S = 30.0
 
 
@@ -73,6 +76,19 @@ class SharedSource:
 
     def end(self, wait: bool) -> None:
         """The shared store outlives us."""
+
+
+def source_of(config: Config, layout: ChunkLayout) -> PrivateSource | SharedSource:
+    """The store that the settings name, for chunks of this layout; ConfigError if its pool could hold none of them."""
+    if config.socket_path is not None:
+        return SharedSource(config.socket_path)
+    nbytes = config.pool_nbytes(read_limits().available_nbytes)
+    if nbytes < layout.nbytes:
+        raise ConfigError(
+            f"pool_size: {nbytes} bytes hold no chunk of this model ({layout.nbytes} bytes for "
+            f"{layout.chunk_tokens} tokens); set it to at least {2 * layout.nbytes}"
+        )
+    return PrivateSource(store_options(config, nbytes))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Entry
@@ -34,16 +34,18 @@ class TierWalk:
     memory: Bytes
     lines: list[Loads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)
+    _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.promotions = Promotions(self.store, self.lines, self._promoted)
 
-    def add(self, name: str, tier: Tier) -> None:
-        """Takes in a tier below all others."""
+    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
+        """Takes in a tier below all others; `figures` tells its own numbers."""
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
         options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes)
         line = Loads(name, tier, self.memory, self.promotions.settle)
         self.lines.append(line)
+        self._told.append(figures)
         self.flushes.append(Flush(self.store.index, line, options))
 
     def committed(self, session: Session, entries: Sequence[Entry | None]) -> None:
@@ -76,8 +78,8 @@ class TierWalk:
     def figures(self) -> dict[str, int]:
         """What happened below the pool, by tier."""
         figures = dict(self.promotions.figures)
-        for line, flush in zip(self.lines, self.flushes, strict=True):
-            counts = {f"flush_{name}": count for name, count in flush.figures.items()}
+        for line, flush, told in zip(self.lines, self.flushes, self._told, strict=True):
+            counts = dict(told()) | {f"flush_{name}": count for name, count in flush.figures.items()}
             counts |= {"flush_waiting": flush.waiting, "failures": line.breaker.failures}
             counts |= {"under_way_nbytes": line.under_way_nbytes, "quarantined_nbytes": line.quarantined_nbytes}
             figures |= {f"{line.name}_{name}": count for name, count in counts.items()}

@@ -7,7 +7,10 @@ import logging
 import sys
 from pathlib import Path
 
+import msgspec
+
 from kvkeep.errors import KVKeepError
+from kvkeep.tiers.holding import DiskOptions
 from kvkeep.wire.process import StoreOptions, run
 
 
@@ -21,19 +24,27 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--max-pinned-share", type=float, default=0.5)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--disk", type=_disk, help="the disk tier's options as JSON")
     asked = parser.parse_args(arguments)
     logging.basicConfig(
         level=asked.log_level.upper(),
         format="kvkeep store %(process)d %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    options = StoreOptions(asked.pool_nbytes, asked.policy, asked.max_pinned_share, asked.log_level)
+    options = StoreOptions(asked.pool_nbytes, asked.policy, asked.max_pinned_share, asked.log_level, asked.disk)
     try:
         run(options, asked.fd, asked.socket)
     except KVKeepError as error:
         logging.getLogger("kvkeep.store").error("%s", error)
         return 2
     return 0
+
+
+def _disk(text: str) -> DiskOptions:
+    try:
+        return msgspec.json.decode(text, type=DiskOptions)
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

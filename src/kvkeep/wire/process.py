@@ -19,6 +19,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
@@ -27,22 +30,26 @@ from kvkeep.memory.region import Region
 from kvkeep.memory.room import check_room
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
+from kvkeep.tiers.holding import DiskOptions
+from kvkeep.tiers.open import disk_options, open_tiers
 from kvkeep.wire.server import Server
 
 log = logging.getLogger("kvkeep.store")
 
 POPULATE_PIECE_NBYTES = 16 << 20
 END_LIMIT_S = 5.0
+DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What a store process needs to know: the pool's size, the eviction policy, what waiting requests may pin of it."""
+    """What a store process needs to know: the pool's size, its eviction policy, what of it may be pinned, its tiers."""
 
     pool_nbytes: int
     policy: str = "lru"
     max_pinned_share: float = 0.5
     log_level: str = "info"
+    disk: DiskOptions | None = None
 
     def arguments(self) -> list[str]:
         """The command line that `kvkeep.wire.__main__` reads."""
@@ -51,7 +58,13 @@ class StoreOptions:
             f"--policy={self.policy}",
             f"--max-pinned-share={self.max_pinned_share}",
             f"--log-level={self.log_level}",
+            *([f"--disk={msgspec.json.encode(self.disk).decode()}"] if self.disk is not None else []),
         ]
+
+
+def store_options(config: Config, pool_nbytes: int) -> StoreOptions:
+    """What the settings say of a store with a pool of this size."""
+    return StoreOptions(pool_nbytes, config.policy, config.max_pinned_share, config.log_level, disk_options(config))
 
 
 @dataclass
@@ -148,7 +161,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         populating.start()
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
         try:
-            asyncio.run(_served(server))
+            asyncio.run(_served(server, options))
         finally:
             closing.set()
             if path is not None:
@@ -156,11 +169,17 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-async def _served(server: Server) -> None:
-    """Serves until the end; SIGTERM and SIGINT are the end too."""
+async def _served(server: Server, options: StoreOptions) -> None:
+    """Serves until the end, which SIGTERM and SIGINT are too; then writes what waits, within a limit."""
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        loop.add_signal_handler(number, server.stop)
+    opening = loop.create_task(open_tiers(options.disk, server.walk.add))
     await server.serve()
+    opening.cancel()
+    left = await server.walk.aclose(DRAIN_S)
+    if left:
+        log.warning("%d chunks were not written within %.0f s and are only lost from this start's pool", left, DRAIN_S)
 
 
 def _populate(region: Region, store: Store, closing: threading.Event) -> None:

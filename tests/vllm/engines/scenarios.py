@@ -5,6 +5,7 @@ The names of the steps are what the tests ask for. Knows nothing about what the 
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vllm.lora.request import LoRARequest
 
 SHARED_HEAD = random_tokens(512, 20)
 TEXT = Path(__file__).resolve().parents[3] / "demo" / "text.txt"
+ALWAYS_WRONG = (1, 3, 4)  # seeds, found by trying
 EDGES = (255, 256, 257, 1023, 1024, 1025)
 
 
@@ -106,13 +108,26 @@ def adapters(engine: Engine, folder: Path) -> None:
 
 
 def speculation(engine: Engine) -> None:
-    """A prompt that repeats itself, so that drafts are proposed; then a follow-up of what was generated."""
+    """Drafts that are all wrong, across the edge of a chunk; then a prompt that repeats itself; follow-ups of both."""
+    wrong = [always_wrong(seed) for seed in ALWAYS_WRONG]
+    engine.ask("rejected", *wrong, new_tokens=12)
+    answers = [one["tokens"] for one in engine.facts["steps"]["rejected"]["answers"]]
+    engine.leave_it_to_kvkeep()
+    engine.ask("after rejected", *[prompt + answer for prompt, answer in zip(wrong, answers, strict=True)])
+    engine.reset()
     prompt = random_tokens(40, 70) * 16
     engine.ask("drafted", prompt, new_tokens=200)
     answer = engine.facts["steps"]["drafted"]["answers"][0]["tokens"]
     engine.leave_it_to_kvkeep()
     engine.ask("follow-up", prompt + answer, new_tokens=8)
     engine.reset()
+
+
+def always_wrong(seed: int) -> list[int]:
+    """508 tokens in which every byte has a successor to propose, and it is never the tiny model's choice."""
+    order = list(range(256))
+    random.Random(seed).shuffle(order)
+    return (order * 2)[:508]
 
 
 def windows(engine: Engine) -> None:
