@@ -123,11 +123,11 @@ class PosixDescriptors:
 
     def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """As `Descriptors.readv`."""
-        return os.preadv(fd, buffers, offset)
+        return os.preadv(fd, [one.data for one in buffers], offset)
 
     def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """As `Descriptors.writev`."""
-        return os.pwritev(fd, buffers, offset)
+        return os.pwritev(fd, [one.data for one in buffers], offset)
 
     def sync(self, fd: int) -> None:
         """As `Descriptors.sync`."""
@@ -147,7 +147,11 @@ class PosixNames:
         if code not in _NOT_HERE:
             raise OSError(code, os.strerror(code), path)
         os.link(temporary, path)
-        os.unlink(temporary)
+        try:
+            os.unlink(temporary)
+        except OSError:
+            os.unlink(path)
+            raise
 
     def replace(self, temporary: str, path: str) -> None:
         """As `Names.replace`."""
@@ -173,7 +177,9 @@ class PosixNames:
         with os.scandir(path) as entries:
             for entry in entries:
                 try:
-                    yield Name(entry.name, entry.is_dir(follow_symlinks=False), _stat(entry.stat(follow_symlinks=False)))
+                    yield Name(
+                        entry.name, entry.is_dir(follow_symlinks=False), _stat(entry.stat(follow_symlinks=False))
+                    )
                 except FileNotFoundError:
                     continue
 
@@ -215,9 +221,12 @@ def write_durably(files: Files, temporary: str, path: str, octets: bytes) -> Non
     try:
         write_all(files.data, fd, [np.frombuffer(octets, np.uint8)])
         files.data.sync(fd)
+        files.names.replace(temporary, path)
+    except OSError:
+        _unlink_quietly(files, temporary)
+        raise
     finally:
         files.data.close(fd)
-    files.names.replace(temporary, path)
     sync_directory(files, os.path.dirname(path))
 
 

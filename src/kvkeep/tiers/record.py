@@ -69,7 +69,7 @@ def encode_header(header: Header, out: Bytes) -> None:
     namespace, digest = header.key[:NAMESPACE_NBYTES], header.key[NAMESPACE_NBYTES:]
     fixed = (_MAGIC, VERSION, pages, count, header.codec, 0, header.epoch, namespace, digest)
     out[:] = 0
-    _FIXED.pack_into(out, 0, *fixed)
+    _FIXED.pack_into(out.data, 0, *fixed)
     table = out[_FIXED.size : _FIXED.size + count * _RANGE.itemsize].view(_RANGE)
     table["nbytes"] = header.sizes
     table["sum"] = np.frombuffer(header.sums, "V16")
@@ -80,7 +80,7 @@ def announced_header_nbytes(start: Bytes) -> int:
     """How long the header is whose first bytes `start` are, unverified; CorruptChunk if they cannot begin one."""
     if start.nbytes < _FIXED.size:
         raise CorruptChunk(f"torn: {start.nbytes} bytes hold no header")
-    magic, version, pages, count, *_ = _FIXED.unpack_from(start, 0)
+    magic, version, pages, count, *_ = _FIXED.unpack_from(start.data)
     if magic != _MAGIC:
         raise CorruptChunk("no record: it begins with other bytes")
     if version != VERSION:
@@ -101,7 +101,7 @@ def decode_header(octets: Bytes) -> Header:
     octets = octets[:nbytes]
     if _sum(octets[:-SUM_NBYTES]) != octets[-SUM_NBYTES:].tobytes():
         raise CorruptChunk("the header's checksum does not hold")
-    _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(octets, 0)
+    _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(octets.data)
     end = _FIXED.size + count * _RANGE.itemsize
     table = octets[_FIXED.size : end].view(_RANGE)
     sizes = table["nbytes"]
@@ -123,4 +123,4 @@ def first_bad_range(payload: Bytes, sizes: Sequence[int], sums: bytes) -> int | 
 
 
 def _sum(octets: Bytes) -> bytes:
-    return xxhash.xxh3_128_digest(octets)
+    return xxhash.xxh3_128_digest(octets.data)
