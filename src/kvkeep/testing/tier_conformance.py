@@ -157,13 +157,16 @@ async def check_cancel(tier: Tier) -> None:
     writes = [write_of(key(number)) for number in range(8)]
     await tier.store(writes)
     pairs = [memory_for(one.key) for one in writes]
-    load = asyncio.create_task(tier.load([read for read, _ in pairs]))
     again = [write_of(key(number), seed=1) for number in range(8, 16)]
-    store = asyncio.create_task(tier.store(again))
+    tasks = [
+        asyncio.create_task(_ignored(tier.load([read for read, _ in pairs]))),
+        asyncio.create_task(_ignored(tier.store(again))),
+    ]
     await asyncio.sleep(0)
-    load.cancel()
-    store.cancel()
-    await asyncio.wait([load, store])
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
     for _, memory in pairs:
         memory[:] = UNTOUCHED
     for one in again:
@@ -194,6 +197,10 @@ async def check_end(tier: Tier) -> None:
         except TierUnavailable:
             continue
         raise AssertionError(f"verb {number} works after the end")
+
+
+async def _ignored(call: Awaitable[object]) -> None:
+    await call
 
 
 CHECKS: tuple[Check, ...] = (

@@ -107,6 +107,12 @@ def forget_order(shelf: Shelf) -> None:
     sync_directory(shelf.files, shelf.root)
 
 
+def is_empty(shelf: Shelf) -> bool:
+    """Whether an earlier boot can have left nothing that takes room."""
+    names = [one.name for one in shelf.files.names.scan(shelf.root) if one.is_directory]
+    return names == ["new"] and not list(shelf.files.names.scan(f"{shelf.root}/new"))
+
+
 def find_records(shelf: Shelf, order: Sequence[bytes]) -> list[Found]:
     """Every record by name and size, the first to be evicted first; temporary files of earlier boots are removed.
 

@@ -28,7 +28,7 @@ B = TypeVar("B")
 class DiskFigures(msgspec.Struct, frozen=True):
     """The tier as it is now: sizes in bytes, counts since the start; `scan_s` < 0: not everything was looked through.
 
-    `stalled` are files that could not be removed; `degraded` says why the device was last found failing, "" if it works.
+    `stalled` are files that could not be removed; `degraded` says how the device was last found failing, or "".
     """
 
     used_nbytes: int
@@ -85,6 +85,10 @@ class DiskTier:
         """As `Tier.aclose`."""
         self._closed = True
         await _all([drive.aclose() for drive in self.drives])
+
+    async def looked_through(self) -> None:
+        """Returns when everything that was there at the start is known; until then little or nothing is stored."""
+        await _all([drive.looked_through() for drive in self.drives])
 
     def figures(self) -> DiskFigures:
         """The tier as it is now."""

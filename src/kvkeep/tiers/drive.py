@@ -22,6 +22,7 @@ from kvkeep.tiers.boot import (
     Found,
     Order,
     find_records,
+    is_empty,
     lock_directory,
     read_epochs,
     read_order,
@@ -49,6 +50,7 @@ class Started(NamedTuple):
     shelf: Shelf
     epochs: Epochs
     order: Order | None
+    is_empty: bool
 
 
 @dataclass(eq=False)
@@ -119,6 +121,11 @@ class Drive:
                 log.warning("%s: the order of use is lost: %s", holding.shelf.root, job.done.exception())
         holding.threads.close()
         os.close(self.started.lock_fd)
+
+    async def looked_through(self) -> None:
+        """Returns when what an earlier boot left is known, or cannot be."""
+        if self._scan.task is not None:
+            await asyncio.wait([self._scan.task])
 
     # ---- what an earlier boot left
 
@@ -226,8 +233,8 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
         raise
     assert started is not None, "the first job was not taken"
     limit_nbytes = options.limit_nbytes // len(options.directories)
-    bound = started.order.used_nbytes if started.order else limit_nbytes
-    ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound)
+    bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
+    ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
     holding = Holding(options, started.shelf, threads, ledger, started.epochs)
     closed.append(holding)
     now_s = asyncio.get_running_loop().time
@@ -240,7 +247,7 @@ def _start(shelf: Shelf, direct: bool, now_ns: int) -> Started:
     lock_fd = lock_directory(shelf.files, shelf.root)
     try:
         shelf = shelf._replace(direct=direct and takes_direct(shelf.files, shelf.state_path))
-        return Started(lock_fd, shelf, read_epochs(shelf, now_ns), read_order(shelf))
+        return Started(lock_fd, shelf, read_epochs(shelf, now_ns), read_order(shelf), is_empty(shelf))
     except OSError:
         os.close(lock_fd)
         raise

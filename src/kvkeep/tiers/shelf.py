@@ -1,8 +1,8 @@
 """Records as files of one directory: what the I/O threads do. Any thread may call anything at any time.
 
 DIR/<namespace>/<first byte of the digest>/<digest>, all in hex; what is being written is in DIR/new. Knows nothing
-about limits, order, or who asks. An error of one record is that record's answer; only what concerns the whole directory is
-raised, as an OSError.
+about limits, order, or who asks. An error of one record is that record's answer; only what concerns the whole directory
+is raised, as an OSError.
 """
 
 from __future__ import annotations
