@@ -1,0 +1,314 @@
+"""A file system that fails when it is told to: errors, short transfers, calls that hang, a kill, a power cut.
+
+Stands between the disk tier and the real files. Knows nothing about records.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.tiers.directio import Files, Inode, Name, Stat, posix_files
+from kvkeep.tiers.tier import Bytes
+
+
+@dataclass(eq=False)
+class FaultyDisk:
+    """Both protocols of `directio` over real files; `files` is what a tier takes. Calls are numbered and run one by one.
+
+    `fault(call, path)` gives the error number that this call fails with, 0: none. `short` makes every transfer stop at
+    so many bytes (a multiple of 4 KiB where it is direct). From call `kill_at` on nothing has any effect, and what is
+    written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`. `after` runs after each.
+    """
+
+    real: Files = field(default_factory=posix_files)
+    fault: Callable[[str, str], int] = lambda _call, _path: 0
+    short: int = 0
+    kill_at: int = 1 << 60
+    hanging: frozenset[str] = frozenset()
+    wake: threading.Event = field(default_factory=threading.Event)
+    after: Callable[[], None] = lambda: None
+    calls: int = 0
+    paths: dict[int, str] = field(default_factory=dict)  # of open descriptors
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def files(self) -> Files:
+        """What a tier takes."""
+        return Files(self, self)
+
+    # ---- descriptors
+
+    def open(self, path: str, create: bool, direct: bool) -> int:
+        """As `Descriptors.open`."""
+        with self._call("create" if create else "open", path):
+            fd = self.real.data.open(path, create, direct)
+            self.paths[fd] = path
+        return fd
+
+    def close(self, fd: int) -> None:
+        """As `Descriptors.close`; never fails."""
+        with self._lock:
+            self.paths.pop(fd, None)
+            self.real.data.close(fd)
+            self.after()
+
+    def stat(self, file: int | str) -> Stat:
+        """As `Descriptors.stat`."""
+        with self._call("stat", self._path(file)):
+            return self.real.data.stat(file)
+
+    def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """As `Descriptors.readv`."""
+        with self._call("readv", self._path(fd)):
+            return self.real.data.readv(fd, self._cut(buffers), offset)
+
+    def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """As `Descriptors.writev`; the call that is killed writes half of its bytes."""
+        if self.calls + 1 == self.kill_at and offset == 0:
+            half = sum(one.nbytes for one in buffers) // 2 // ALIGN_NBYTES * ALIGN_NBYTES
+            if half:
+                self.real.data.writev(fd, _first(buffers, half), offset)
+        with self._call("writev", self._path(fd)):
+            return self.real.data.writev(fd, self._cut(buffers), offset)
+
+    def sync(self, fd: int) -> None:
+        """As `Descriptors.sync`."""
+        with self._call("sync", self._path(fd)):
+            self.real.data.sync(fd)
+
+    # ---- names
+
+    def publish(self, temporary: str, path: str) -> None:
+        """As `Names.publish`."""
+        with self._call("publish", path):
+            self.real.names.publish(temporary, path)
+
+    def replace(self, temporary: str, path: str) -> None:
+        """As `Names.replace`."""
+        with self._call("replace", path):
+            self.real.names.replace(temporary, path)
+
+    def unlink(self, path: str) -> None:
+        """As `Names.unlink`."""
+        with self._call("unlink", path):
+            self.real.names.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """As `Names.mkdir`."""
+        with self._call("mkdir", path):
+            self.real.names.mkdir(path)
+
+    def scan(self, path: str) -> Iterator[Name]:
+        """As `Names.scan`."""
+        with self._call("scan", path):
+            return iter(list(self.real.names.scan(path)))
+
+    def free_nbytes(self, path: str) -> int:
+        """As `Names.free_nbytes`."""
+        with self._call("free", path):
+            return self.real.names.free_nbytes(path)
+
+    # ---- what a test asks
+
+    def allocated_nbytes(self, root: str) -> int:
+        """Bytes of all records under `root`: with a name, under a temporary one, or unlinked and still open."""
+        with self._lock:
+            found: dict[Inode, int] = {}
+            for path in list(_record_paths(root)):
+                stat = self.real.data.stat(path)
+                found[stat.inode] = stat.allocated_nbytes
+            for fd, path in self.paths.items():
+                if _is_record(path):
+                    stat = self.real.data.stat(fd)
+                    found[stat.inode] = stat.allocated_nbytes
+            return sum(found.values())
+
+    def _call(self, name: str, path: str) -> _Turn:
+        if name in self.hanging:
+            self.wake.wait()
+        return _Turn(self, name, path)
+
+    def _path(self, file: int | str) -> str:
+        return self.paths.get(file, "") if isinstance(file, int) else file
+
+    def _cut(self, buffers: Sequence[Bytes]) -> Sequence[Bytes]:
+        return _first(buffers, self.short) if self.short else buffers
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One call's turn: nobody else's runs meanwhile, and it may be told to fail."""
+
+    disk: FaultyDisk
+    name: str
+    path: str
+
+    def __enter__(self) -> None:
+        self.disk._lock.acquire()
+        self.disk.calls += 1
+        code = errno.EIO if self.disk.calls >= self.disk.kill_at else self.disk.fault(self.name, self.path)
+        if code:
+            self.disk._lock.release()
+            raise OSError(code, os.strerror(code), self.path)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.disk.after()
+        finally:
+            self.disk._lock.release()
+
+
+@dataclass(eq=False)
+class PowerCut:
+    """Directory names and file contents as a power cut leaves them: what was not synced is as it was before.
+
+    Takes part in the calls of `disk` from its making until `cut`. Backups lie in `shadow`, a directory on the same
+    file system.
+    """
+
+    disk: FaultyDisk
+    shadow: str
+    _undo: list[tuple[str, Callable[[], None]]] = field(default_factory=list)  # (directory, how to undo)
+    _unsynced: dict[Inode, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> Files:
+        """What a tier takes."""
+        return Files(_SyncedData(self), _SyncedNames(self))
+
+    def cut(self) -> None:
+        """Takes back what was not made durable; whoever still runs has no effect any more."""
+        self.disk.kill_at = 0
+        for _, undo in reversed(self._undo):
+            undo()
+        for inode, root in self._unsynced.items():
+            for path in _record_paths(root):
+                if self.disk.real.data.stat(path).inode == inode:
+                    with open(path, "r+b") as file:
+                        file.write(bytes(os.path.getsize(path)))
+
+    def kept(self, path: str) -> str | None:
+        """A backup of a file under another name; None if there is none."""
+        backup = f"{self.shadow}/{len(os.listdir(self.shadow))}"
+        try:
+            os.link(path, backup)
+        except FileNotFoundError:
+            return None
+        return backup
+
+    def note(self, path: str, backup: str | None) -> None:
+        """The name `path` has changed; `backup` is what it named before."""
+
+        def undo() -> None:
+            if os.path.lexists(path):
+                os.unlink(path)
+            if backup is not None:
+                shutil.copy2(backup, path)
+
+        self._undo.append((os.path.dirname(path), undo))
+
+    def synced(self, path: str, inode: Inode) -> None:
+        """A file's content, or a directory's names, are durable."""
+        self._unsynced.pop(inode, None)
+        self._undo = [one for one in self._undo if one[0] != path]
+
+    def wrote(self, path: str, inode: Inode) -> None:
+        """A file's content is not durable."""
+        if _is_record(path):
+            self._unsynced[inode] = path.rpartition("/new/")[0]
+
+
+class _SyncedData:
+    def __init__(self, power: PowerCut) -> None:
+        self._power = power
+        self._inner = power.disk
+
+    def open(self, path: str, create: bool, direct: bool) -> int:
+        return self._inner.open(path, create, direct)
+
+    def close(self, fd: int) -> None:
+        self._inner.close(fd)
+
+    def stat(self, file: int | str) -> Stat:
+        return self._inner.stat(file)
+
+    def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        return self._inner.readv(fd, buffers, offset)
+
+    def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        done = self._inner.writev(fd, buffers, offset)
+        self._power.wrote(self._inner.paths[fd], self._inner.real.data.stat(fd).inode)
+        return done
+
+    def sync(self, fd: int) -> None:
+        self._inner.sync(fd)
+        self._power.synced(self._inner.paths[fd], self._inner.real.data.stat(fd).inode)
+
+
+class _SyncedNames:
+    def __init__(self, power: PowerCut) -> None:
+        self._power = power
+        self._inner = power.disk
+
+    def publish(self, temporary: str, path: str) -> None:
+        self._inner.publish(temporary, path)
+        self._power.note(path, None)
+
+    def replace(self, temporary: str, path: str) -> None:
+        backup = self._power.kept(path)
+        self._inner.replace(temporary, path)
+        self._power.note(path, backup)
+
+    def unlink(self, path: str) -> None:
+        backup = self._power.kept(path)
+        self._inner.unlink(path)
+        self._power.note(path, backup)
+
+    def mkdir(self, path: str) -> None:
+        self._inner.mkdir(path)
+
+    def scan(self, path: str) -> Iterator[Name]:
+        return self._inner.scan(path)
+
+    def free_nbytes(self, path: str) -> int:
+        return self._inner.free_nbytes(path)
+
+
+def flip_bit(path: str, bit: int) -> None:
+    """Changes one bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        octet = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes(np.array([octet ^ 1 << bit % 8], np.uint8)))
+
+
+def _first(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
+    """The beginning of the buffers, `nbytes` in all."""
+    cut = []
+    for one in buffers:
+        if nbytes > 0:
+            cut.append(one[:nbytes])
+        nbytes -= one.nbytes
+    return cut
+
+
+def _is_record(path: str) -> bool:
+    """Whether a file of this name is a record, or is to become one."""
+    name = os.path.basename(path)
+    return (len(name) == 64 or os.path.basename(os.path.dirname(path)) == "new") and not name.endswith("-state")
+
+
+def _record_paths(root: str) -> Iterator[str]:
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if _is_record(path := os.path.join(directory, name)):
+                yield path

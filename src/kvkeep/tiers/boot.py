@@ -1,0 +1,149 @@
+"""What a directory of records needs once: its lock and epochs at the start, a look through it, its order at the end.
+
+Runs in an I/O thread. Knows nothing about limits or who asks. Beside the records DIR holds `lock`, `epochs`, `order`
+(which keys in which order of use, and the bytes that they took: written by a clean end, gone before anything is stored)
+and `new/`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+from kvkeep.errors import CorruptChunk, TierOwned, TierUnavailable
+from kvkeep.tiers.directio import Files, read_small, sync_directory, write_durably
+from kvkeep.tiers.epochs import Epochs, decode_epochs, encode_epochs, first_epochs
+from kvkeep.tiers.record import KEY_NBYTES, SUM_NBYTES
+from kvkeep.tiers.shelf import Shelf
+
+_HEX = {digits: re.compile(f"[0-9a-f]{{{digits}}}") for digits in (2, 32, 64)}
+_ORDER_HEAD = struct.Struct("<8sQ")
+_ORDER_MAGIC = b"kvorder1"
+_MAX_EPOCHS_NBYTES = 1 << 20
+_MAX_ORDER_NBYTES = 1 << 30
+
+
+class Order(NamedTuple):
+    """How a clean end left the directory: its keys, first to be evicted first, and the bytes in use."""
+
+    keys: Sequence[bytes]
+    used_nbytes: int
+
+
+class Found(NamedTuple):
+    """A record by its name, and what it takes on the device."""
+
+    key: bytes
+    allocated_nbytes: int
+
+
+def lock_directory(files: Files, root: str) -> int:
+    """Make the directory and own it: the descriptor whose end gives it up.
+
+    Raises TierOwned where another process does, TierUnavailable where it cannot be written.
+    """
+    try:
+        files.names.mkdir(f"{root}/new")
+        fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise TierUnavailable(f"{root} cannot be used: {error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise TierOwned(f"{root} belongs to another process: give this one a directory of its own") from error
+    return fd
+
+
+def read_epochs(shelf: Shelf, now_ns: int) -> Epochs:
+    """The directory's epochs; where there are none that can be read, new ones, and all that is there is old."""
+    octets = read_small(shelf.files, f"{shelf.root}/epochs", _MAX_EPOCHS_NBYTES)
+    try:
+        return decode_epochs(octets or b"")
+    except CorruptChunk:
+        epochs = first_epochs(now_ns)
+        write_epochs(shelf, epochs)
+        return epochs
+
+
+def write_epochs(shelf: Shelf, epochs: Epochs) -> None:
+    """Make the epochs durable; OSError where that is not certain."""
+    write_durably(shelf.files, shelf.state_path, f"{shelf.root}/epochs", encode_epochs(epochs))
+
+
+def read_order(shelf: Shelf) -> Order | None:
+    """How the last end left the directory; None if it was no clean one."""
+    octets = read_small(shelf.files, f"{shelf.root}/order", _MAX_ORDER_NBYTES)
+    if octets is None or len(octets) < _ORDER_HEAD.size + SUM_NBYTES:
+        return None
+    body = memoryview(octets)[:-SUM_NBYTES]
+    magic, used_nbytes = _ORDER_HEAD.unpack_from(body)
+    if magic != _ORDER_MAGIC or xxhash.xxh3_128_digest(body) != octets[-SUM_NBYTES:]:
+        return None
+    places = range(_ORDER_HEAD.size, len(body) - KEY_NBYTES + 1, KEY_NBYTES)
+    return Order([octets[place : place + KEY_NBYTES] for place in places], used_nbytes)
+
+
+def write_order(shelf: Shelf, order: Order) -> None:
+    """Leave the order for the next start."""
+    body = _ORDER_HEAD.pack(_ORDER_MAGIC, order.used_nbytes) + b"".join(order.keys)
+    octets = body + xxhash.xxh3_128_digest(body)
+    write_durably(shelf.files, shelf.state_path, f"{shelf.root}/order", octets)
+
+
+def forget_order(shelf: Shelf) -> None:
+    """Remove the order, durably: once something is stored it is no bound any more."""
+    try:
+        shelf.files.names.unlink(f"{shelf.root}/order")
+    except FileNotFoundError:
+        return
+    sync_directory(shelf.files, shelf.root)
+
+
+def is_empty(shelf: Shelf) -> bool:
+    """Whether an earlier boot can have left nothing that takes room."""
+    names = [one.name for one in shelf.files.names.scan(shelf.root) if one.is_directory]
+    return names == ["new"] and not list(shelf.files.names.scan(f"{shelf.root}/new"))
+
+
+def find_records(shelf: Shelf, order: Sequence[bytes]) -> list[Found]:
+    """Every record by name and size, the first to be evicted first; temporary files of earlier boots are removed.
+
+    The order is the one given, and where that does not know a record, that in which they were written.
+    """
+    for one in shelf.files.names.scan(f"{shelf.root}/new"):
+        if not one.name.startswith(f"{shelf.boot}-"):
+            shelf.files.names.unlink(f"{shelf.root}/new/{one.name}")
+    places = {key: place for place, key in enumerate(order)}
+    found = [
+        (places.get(key, -1), written_ns, Found(key, nbytes))
+        for key, nbytes, written_ns in record_names(shelf.files, shelf.root, shelf.is_closed)
+    ]
+    found.sort()
+    return [one for _, _, one in found]
+
+
+def record_names(files: Files, root: str, is_closed: Callable[[], bool]) -> Iterator[tuple[bytes, int, int]]:
+    """Every key with a name in the directory, its allocated bytes, and when it was written (ns).
+
+    Raises OSError where a directory cannot be read, or once it `is_closed`.
+    """
+    for namespace in _directories(files, root, 32):
+        for first in _directories(files, f"{root}/{namespace}", 2):
+            if is_closed():
+                raise OSError(errno.ESHUTDOWN, "the tier was closed while it looked through the directory")
+            path = f"{root}/{namespace}/{first}"
+            for name, is_directory, stat in files.names.scan(path):
+                if not is_directory and name[:2] == first and _HEX[64].fullmatch(name):
+                    yield bytes.fromhex(namespace + name), stat.allocated_nbytes, stat.written_ns
+
+
+def _directories(files: Files, path: str, digits: int) -> list[str]:
+    return [one.name for one in files.names.scan(path) if one.is_directory and _HEX[digits].fullmatch(one.name)]

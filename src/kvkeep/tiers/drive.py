@@ -1,0 +1,253 @@
+"""One directory of the disk tier: its verbs, its start, the look through what is there, its end.
+
+Knows nothing about other directories. It serves from the first moment: until every name has been looked through, what
+is not known is tried, and nothing is stored beyond the bound that a clean end left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.policy import policy_by_name
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.boot import (
+    Found,
+    Order,
+    find_records,
+    is_empty,
+    lock_directory,
+    read_epochs,
+    read_order,
+    write_epochs,
+    write_order,
+)
+from kvkeep.tiers.directio import Files, takes_direct
+from kvkeep.tiers.epochs import Epochs
+from kvkeep.tiers.holding import DiskOptions, Errand, Holding
+from kvkeep.tiers.ledger import Ledger
+from kvkeep.tiers.loads import Loads
+from kvkeep.tiers.shelf import Shelf
+from kvkeep.tiers.stores import Stores
+from kvkeep.tiers.threads import IoThreads, Urgency
+
+log = logging.getLogger("kvkeep.disk")
+
+_SLICE = 1000  # records that are taken in before others get the loop
+
+
+class Started(NamedTuple):
+    """What the first job finds: who owns the directory, how it is read, what an earlier boot left."""
+
+    lock_fd: int
+    shelf: Shelf
+    epochs: Epochs
+    order: Order | None
+    is_empty: bool
+
+
+@dataclass(eq=False)
+class Drive:
+    """One directory, owned until `aclose`."""
+
+    holding: Holding
+    started: Started
+    loads: Loads
+    stores: Stores
+    clock_ns: Callable[[], int]
+    now_s: Callable[[], float]
+    scan_s: float = -1.0  # how long the look through took; below 0: it is not over
+    _clears: int = 0
+    _persisting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _scan: Errand = field(default_factory=Errand)
+
+    async def delete(self, keys: Sequence[bytes]) -> None:
+        """Forget chunks; also those that are being written."""
+        ledger, doomed = self.holding.ledger, []
+        for key in dict.fromkeys(keys):
+            if key in self.holding.writing:
+                self.holding.writing[key].doomed = True
+            elif key in ledger.live:
+                doomed.append(ledger.kill(ledger.live[key]))
+            elif not self.holding.complete and key not in ledger.dying:
+                doomed.append(ledger.kill_unknown(key))
+        await self.holding.bury((entry, None) for entry in doomed)
+
+    async def clear(self, namespace: bytes | None) -> None:
+        """Forget a namespace, or everything: raise its epoch, make that durable, then delete; goes on if cancelled."""
+        task = self.holding.begin(lambda _: self._clear(namespace)).task
+        assert task is not None, "an errand has begun"
+        await asyncio.wait([task])
+        task.result()
+
+    async def _clear(self, namespace: bytes | None) -> None:
+        holding = self.holding
+        self._clears += 1
+        try:
+            holding.epochs = holding.epochs.raised(namespace, self.clock_ns())
+            await self._persist()
+            live = list(holding.ledger.live.values())
+            doomed = [one for one in live if namespace is None or one.key[:NAMESPACE_NBYTES] == namespace]
+            await holding.bury([(holding.ledger.kill(one), None) for one in doomed])
+        finally:
+            self._clears -= 1
+        await self._settle_epochs()
+
+    async def aclose(self) -> None:
+        """End: nothing new, at most `close_s` for what is under way; leave the order if all of it came to an end."""
+        holding, limit_s = self.holding, self.holding.options.close_s
+        if holding.closed:
+            return
+        holding.closed = True
+        holding.threads.withdraw_all()
+        if holding.tasks:
+            await asyncio.wait(holding.tasks, timeout=limit_s)
+        if holding.tasks:
+            log.warning("%s does not answer; it stays locked until this process ends", holding.shelf.root)
+            holding.threads.close()
+            return
+        if holding.ledger.settled and not holding.unburied:
+            left = Order([], holding.ledger.used_nbytes)._replace(keys=list(holding.ledger.order()))
+            job = holding.threads.submit(Urgency.STORE, lambda _: write_order(holding.shelf, left))
+            await asyncio.wait([job.done], timeout=limit_s)
+            if job.done.done() and job.done.exception() is not None:
+                log.warning("%s: the order of use is lost: %s", holding.shelf.root, job.done.exception())
+        holding.threads.close()
+        os.close(self.started.lock_fd)
+
+    async def looked_through(self) -> None:
+        """Returns when what an earlier boot left is known, or cannot be."""
+        if self._scan.task is not None:
+            await asyncio.wait([self._scan.task])
+
+    # ---- what an earlier boot left
+
+    def look_through(self) -> None:
+        """Begins to take in what is there."""
+        self._scan = self.holding.begin(self._look_through)
+
+    async def _look_through(self, errand: Errand) -> None:
+        holding, order = self.holding, self.started.order
+        began_s = self.now_s()
+        errand.job = holding.threads.submit(
+            Urgency.LOAD, lambda _: find_records(holding.shelf, order.keys if order else ())
+        )
+        try:
+            found = await errand.job.done
+        except TierUnavailable as error:
+            if not holding.closed:
+                holding.failed(f"it cannot be looked through, and nothing is stored: {error}")
+            return
+        if found is None:
+            return
+        await self._take_in(found)
+        holding.complete = True
+        await self.loads.no_guesses()
+        holding.ledger.settle()
+        self.scan_s = self.now_s() - began_s
+        log.info("%s: %d records, %.2f s", holding.shelf.root, len(holding.ledger.live), self.scan_s)
+        await holding.bury((entry, None) for entry in holding.ledger.evict(0))
+        await self._settle_epochs()
+
+    async def _take_in(self, found: Sequence[Found]) -> None:
+        """What was found joins the ledger; in namespaces that were cleared only what carries the epoch of now."""
+        holding = self.holding
+        suspects = []
+        for at in range(0, len(found), _SLICE):
+            for one in found[at : at + _SLICE]:
+                if one.key in holding.writing:
+                    continue
+                if holding.epochs.is_unsettled(one.key[:NAMESPACE_NBYTES]):
+                    suspects.append(one)
+                else:
+                    holding.ledger.adopt(one.key, one.allocated_nbytes)
+            await asyncio.sleep(0)
+        for at in range(0, len(suspects), _SLICE):
+            await self._sift(suspects[at : at + _SLICE])
+
+    async def _sift(self, suspects: Sequence[Found]) -> None:
+        holding, ledger = self.holding, self.holding.ledger
+        job = holding.threads.submit(
+            Urgency.DELETE, lambda scratch: [holding.shelf.epoch_of(one.key, scratch) for one in suspects]
+        )
+        stale = []
+        for one, epoch in zip(suspects, await job.done or [], strict=False):
+            if one.key in ledger.live or one.key in holding.writing:
+                continue
+            ledger.adopt(one.key, one.allocated_nbytes)
+            if one.key in ledger.live and epoch != holding.epoch(one.key):
+                stale.append(ledger.kill(ledger.live[one.key]))
+        await holding.bury((entry, None) for entry in stale)
+
+    # ---- epochs
+
+    async def _persist(self) -> None:
+        """The epochs of now are durable, or TierUnavailable."""
+        holding = self.holding
+        async with self._persisting:
+            epochs = holding.epochs
+            await holding.carry_out(lambda: write_epochs(holding.shelf, epochs))
+
+    async def _settle_epochs(self) -> None:
+        """Notes that no old record lies about, once that is so; losing the note costs a look at headers."""
+        holding = self.holding
+        if self._clears or not holding.complete or holding.unburied or not holding.epochs.unsettled:
+            return
+        holding.epochs = holding.epochs.settled()
+        try:
+            await self._persist()
+        except TierUnavailable as error:
+            holding.failed(f"the epochs cannot be written: {error}")
+
+
+async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Callable[[], int]) -> Drive:
+    """Own a directory; TierOwned where another process does, TierUnavailable where it cannot be used in `open_s`."""
+    threads = IoThreads(options.threads, options.queue_jobs, f"kvkeep-disk-{os.path.basename(root)}")
+    closed: list[Holding] = []
+    shelf = Shelf(
+        root,
+        files,
+        direct=False,
+        durability=options.durability,
+        min_free_nbytes=options.min_free_nbytes,
+        boot=secrets.token_hex(8),
+        numbers=count(),
+        is_closed=lambda: any(one.closed for one in closed),
+    )
+    job = threads.submit(Urgency.LOAD, lambda _: _start(shelf, options.direct, clock_ns()))
+    try:
+        async with asyncio.timeout(options.open_s):
+            started = await job.done
+    except TimeoutError as error:
+        threads.close()
+        raise TierUnavailable(f"{root} does not answer within {options.open_s} s") from error
+    except TierUnavailable:
+        threads.close()
+        raise
+    assert started is not None, "the first job was not taken"
+    limit_nbytes = options.limit_nbytes // len(options.directories)
+    bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
+    ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
+    holding = Holding(options, started.shelf, threads, ledger, started.epochs)
+    closed.append(holding)
+    now_s = asyncio.get_running_loop().time
+    drive = Drive(holding, started, Loads(holding), Stores(holding, started.order is not None), clock_ns, now_s)
+    drive.look_through()
+    return drive
+
+
+def _start(shelf: Shelf, direct: bool, now_ns: int) -> Started:
+    lock_fd = lock_directory(shelf.files, shelf.root)
+    try:
+        shelf = shelf._replace(direct=direct and takes_direct(shelf.files, shelf.state_path))
+        return Started(lock_fd, shelf, read_epochs(shelf, now_ns), read_order(shelf), is_empty(shelf))
+    except OSError:
+        os.close(lock_fd)
+        raise

@@ -1,0 +1,206 @@
+"""What the parts of the disk tier share about one directory: its files, its threads, its ledger, what is under way.
+
+One event loop owns it, nothing is locked. Knows nothing about the verbs; it starts their errands and ends them, so that
+no memory is given back while a thread may touch it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.directio import Inode
+from kvkeep.tiers.epochs import Epochs
+from kvkeep.tiers.ledger import Entry, Ledger
+from kvkeep.tiers.shelf import Durability, Shelf
+from kvkeep.tiers.threads import IoThreads, Job, Scratch, Urgency
+from kvkeep.tiers.tier import Stored
+
+log = logging.getLogger("kvkeep.disk")
+
+T = TypeVar("T")
+_UNLINKS = 64  # a job
+
+
+class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a disk tier. `limit_nbytes` is shared evenly by the directories, `threads` are each one's.
+
+    `direct` lets it go past the page cache where the file system can; `min_free_nbytes` stay free whoever fills the
+    disk. The limits in seconds: of the start, of the end, of waiting for room.
+    """
+
+    directories: Annotated[tuple[str, ...], Meta(min_length=1)]
+    limit_nbytes: Annotated[int, Meta(gt=0)]
+    policy: str = "lru"
+    threads: Annotated[int, Meta(ge=2)] = 4
+    durability: Durability = Durability.NONE
+    min_free_nbytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    direct: bool = True
+    queue_jobs: Annotated[int, Meta(gt=0)] = 4096
+    batch_nbytes: Annotated[int, Meta(gt=0)] = 2 << 20
+    open_s: float = 10.0
+    close_s: float = 2.0
+    room_s: float = 5.0
+
+
+@dataclass(eq=False)
+class Counts:
+    """What happened so far."""
+
+    hits: int = 0
+    misses: int = 0
+    stored: int = 0
+    present: int = 0
+    refused: int = 0
+    evicted: int = 0
+    corrupt: int = 0
+    errors: int = 0
+    shed: int = 0
+
+
+@dataclass(eq=False)
+class Pending:
+    """A record that is being written; `doomed`: it was deleted meanwhile."""
+
+    epoch: int
+    outcome: asyncio.Future[Stored]
+    doomed: bool = False
+
+
+@dataclass(eq=False)
+class Errand:
+    """Work under way: its task, and the job that it waits for, if it has come so far."""
+
+    task: asyncio.Task[None] | None = None
+    job: Job[Any] | None = None
+
+
+@dataclass(eq=False)
+class Holding:
+    """One directory as the loop sees it. `complete`: every record of earlier boots is known or under way to be gone."""
+
+    options: DiskOptions
+    shelf: Shelf
+    threads: IoThreads
+    ledger: Ledger
+    epochs: Epochs
+    counts: Counts = field(default_factory=Counts)
+    writing: dict[bytes, Pending] = field(default_factory=dict)
+    unburied: dict[bytes, Entry] = field(default_factory=dict)  # an unlink failed: tried again
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    complete: bool = False
+    closed: bool = False
+    degraded: str = ""
+
+    def epoch(self, key: bytes) -> int:
+        """What the key's record must carry now."""
+        return self.epochs.of(key[:NAMESPACE_NBYTES])
+
+    def failed(self, why: str) -> None:
+        """Counts an error of the device."""
+        self.counts.errors += 1
+        if not self.degraded:
+            log.warning("%s is degraded: %s", self.shelf.root, why)
+        self.degraded = why
+
+    def begin(self, work: Callable[[Errand], Awaitable[None]]) -> Errand:
+        """Starts work that goes on whatever becomes of the caller."""
+        errand = Errand()
+
+        async def run() -> None:
+            await work(errand)
+
+        errand.task = asyncio.get_running_loop().create_task(run())
+        self.tasks.add(errand.task)
+        errand.task.add_done_callback(self.tasks.discard)
+        return errand
+
+    async def end(self, errands: Sequence[Errand]) -> None:
+        """Waits for work that touches lent memory; where the caller is cancelled, for what has begun, then raises."""
+        tasks = {errand.task for errand in errands if errand.task is not None}
+        try:
+            await _all(tasks)
+        except asyncio.CancelledError:
+            for errand in errands:
+                if errand.job is not None:
+                    self.threads.withdraw(errand.job)
+                elif errand.task is not None:
+                    errand.task.cancel()  # it waits for room, and no thread has its memory yet
+            await outlast(tasks)
+            raise
+        for task in tasks:
+            task.result()
+
+    async def carry_out(self, call: Callable[[], None]) -> None:
+        """Runs a call in a thread; TierUnavailable where it failed, or never ran."""
+
+        def called(_: Scratch) -> bool:
+            call()
+            return True
+
+        if not await self.threads.submit(Urgency.DELETE, called).done:
+            raise TierUnavailable(f"{self.shelf.root} is closed, or too much is waiting for it")
+
+    async def bury(self, doomed: Iterable[tuple[Entry, Inode | None]]) -> None:
+        """Removes the files of dying records, only the named ones where an inode is given; goes on if cancelled."""
+        waiting = [(entry, inode) for entry, inode in doomed if not entry.burying]
+        for entry, _ in waiting:
+            entry.burying = True
+            self.unburied.pop(entry.key, None)
+        batches = [waiting[at : at + _UNLINKS] for at in range(0, len(waiting), _UNLINKS)]
+        errands = [self.begin(lambda errand, batch=batch: self._unlink(batch, errand)) for batch in batches]  # type: ignore[misc]
+        await _all({errand.task for errand in errands if errand.task is not None})
+
+    async def _unlink(self, batch: Sequence[tuple[Entry, Inode | None]], errand: Errand) -> None:
+        keys = [(entry.key, inode) for entry, inode in batch]
+        errand.job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.delete(keys))
+        gone: list[bool] = []
+        try:
+            gone = await errand.job.done or []
+        finally:
+            for place, (entry, _) in enumerate(batch):
+                entry.burying = False
+                if place < len(gone) and gone[place]:
+                    self.ledger.buried(entry)
+                else:
+                    self.unburied[entry.key] = entry
+        if not all(gone):
+            self.failed("a file cannot be removed")
+
+
+def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:
+    """The items in their order, in runs of at most 64 and `most_nbytes`; one that is larger is alone."""
+    runs: list[list[T]] = []
+    room = 0
+    for item in items:
+        size = nbytes(item)
+        if not runs or size > room or len(runs[-1]) == 64:
+            runs.append([])
+            room = most_nbytes
+        runs[-1].append(item)
+        room -= size
+    return runs
+
+
+async def _all(tasks: set[asyncio.Task[None]]) -> None:
+    """Waits; cancelling this cancels none of them."""
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+async def outlast(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Waits however often this is cancelled: lent memory is not given back before its thread has returned."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            pending = {task for task in pending if not task.done()}

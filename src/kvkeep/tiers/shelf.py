@@ -1,0 +1,303 @@
+"""Records as files of one directory: what the I/O threads do. Any thread may call anything at any time.
+
+DIR/<namespace>/<first byte of the digest>/<digest>, all in hex; what is being written is in DIR/new. Knows nothing
+about limits, order, or who asks. An error of one record is that record's answer; only what concerns the whole directory
+is raised, as an OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.errors import CorruptChunk
+from kvkeep.tiers.directio import Files, Inode, Stat, is_aligned, read_all, sync_directory, write_all
+from kvkeep.tiers.record import (
+    RAW,
+    Header,
+    announced_header_nbytes,
+    decode_header,
+    encode_header,
+    first_bad_range,
+    header_nbytes,
+    record_nbytes,
+)
+from kvkeep.tiers.threads import Scratch
+from kvkeep.tiers.tier import Bytes, Read, Stored, Write
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Durability(Enum):
+    """What is on the device when a store returns: whatever the kernel wrote, each batch, each record."""
+
+    NONE = "none"
+    GROUP = "group"
+    EVERY = "every"
+
+
+class Verdict(Enum):
+    """What a record turned out to be."""
+
+    GOOD = "good"
+    ABSENT = "absent"
+    BAD = "bad"  # torn, foreign, changed, of another shape or an old epoch
+    FAILED = "failed"  # the device did not give it
+
+
+class Loaded(NamedTuple):
+    """What became of a read: its sums if it is good, which file it was, what that takes on the device."""
+
+    verdict: Verdict
+    sums: bytes = b""
+    stat: Stat | None = None
+
+
+class Written(NamedTuple):
+    """What became of a write; `left` is set where a file of it may have stayed behind."""
+
+    stored: Stored
+    nbytes: int = 0
+    error: int = 0
+    left: bool = False
+
+
+class Staged(NamedTuple):
+    """A record under its temporary name, still open."""
+
+    path: str
+    fd: int
+    header: Header
+
+
+class Shelf(NamedTuple):
+    """One directory; `direct`: past the page cache; `boot` tells our temporary files from those of an earlier boot."""
+
+    root: str
+    files: Files
+    direct: bool
+    durability: Durability
+    min_free_nbytes: int
+    boot: str
+    numbers: Iterator[int]
+    is_closed: Callable[[], bool]
+
+    def path(self, key: bytes) -> str:
+        """Where the record of a key is."""
+        digest = key[NAMESPACE_NBYTES:].hex()
+        return f"{self.root}/{key[:NAMESPACE_NBYTES].hex()}/{digest[:2]}/{digest}"
+
+    @property
+    def temporary_path(self) -> str:
+        """A name that is free."""
+        return f"{self.root}/new/{self.boot}-{next(self.numbers)}"
+
+    @property
+    def state_path(self) -> str:
+        """The same for what is no record."""
+        return f"{self.temporary_path}-state"
+
+    # ---- load
+
+    def load(self, reads: Sequence[tuple[Read, int]], scratch: Scratch) -> list[Loaded]:
+        """Read records, each of the epoch beside it, straight into the memory of the reads, and verify them."""
+        return [self._load(read, epoch, scratch) for read, epoch in reads]
+
+    def _load(self, read: Read, epoch: int, scratch: Scratch) -> Loaded:
+        data = self.files.data
+        try:
+            fd = data.open(self.path(read.key), create=False, direct=self.direct and is_aligned(read.into))
+        except FileNotFoundError:
+            return Loaded(Verdict.ABSENT)
+        except OSError as error:  # a link or a directory in its place was not put there by us
+            return Loaded(Verdict.BAD if error.errno == errno.ELOOP else Verdict.FAILED)
+        try:
+            stat = data.stat(fd)
+            if stat.nbytes != record_nbytes(read.sizes):
+                return Loaded(Verdict.BAD, b"", stat)
+            header = scratch.take(header_nbytes(len(read.sizes)))
+            if read_all(data, fd, [header, read.into]) != stat.nbytes:
+                return Loaded(Verdict.BAD, b"", stat)
+            return Loaded(*_judged(header, read, epoch), stat)
+        except OSError:
+            return Loaded(Verdict.FAILED)
+        finally:
+            data.close(fd)
+
+    def is_good(self, header: Header, scratch: Scratch) -> Stat | None:
+        """The file of a key, if as far as its header says it is a record like `header`, its sums aside."""
+        data = self.files.data
+        try:
+            fd = data.open(self.path(header.key), create=False, direct=self.direct)
+        except OSError:
+            return None
+        try:
+            stat = data.stat(fd)
+            octets = scratch.take(header_nbytes(len(header.sizes)))
+            found = decode_header(octets[: read_all(data, fd, [octets])])
+            alike = found._replace(sums=b"") == header._replace(sums=b"")
+            return stat if alike and stat.nbytes == found.nbytes else None
+        except (OSError, CorruptChunk):
+            return None
+        finally:
+            data.close(fd)
+
+    def epoch_of(self, key: bytes, scratch: Scratch) -> int | None:
+        """The epoch that the record of a key carries; None: there is no readable header of this key."""
+        data = self.files.data
+        try:
+            fd = data.open(self.path(key), create=False, direct=self.direct)
+        except OSError:
+            return None
+        try:
+            octets = scratch.take(header_nbytes(1))
+            if read_all(data, fd, [octets]) == octets.nbytes:
+                octets = scratch.take(announced_header_nbytes(octets))
+                header = decode_header(octets[: read_all(data, fd, [octets])])
+                return header.epoch if header.key == key else None
+        except (OSError, CorruptChunk):
+            return None
+        finally:
+            data.close(fd)
+        return None
+
+    # ---- store
+
+    def store(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[Written]:
+        """Write records, each of the epoch beside it, and give them their names."""
+        if self.durability is Durability.GROUP:
+            return self._store_group(writes, scratch)
+        return [self._store_group([one], scratch)[0] for one in writes]
+
+    def _store_group(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[Written]:
+        staged = [self._stage(write, epoch, scratch) for write, epoch in writes]
+        written = [one if isinstance(one, Written) else self._publish(one, scratch) for one in self._synced(staged)]
+        if self.durability is not Durability.NONE:
+            for path in {os.path.dirname(self.path(write.key)) for write, _ in writes}:
+                self._sync_names(path)
+        return written
+
+    def _stage(self, write: Write, epoch: int, scratch: Scratch) -> Staged | Written:
+        data, path = self.files.data, self.temporary_path
+        header = Header(write.key, epoch, tuple(write.sizes), write.sums)
+        octets = scratch.take(header_nbytes(len(write.sizes)))
+        encode_header(header, octets)
+        try:
+            if self.files.names.free_nbytes(self.root) < self.min_free_nbytes + header.nbytes:
+                return Written(Stored.REFUSED, error=errno.ENOSPC)
+            fd = data.open(path, create=True, direct=self.direct and is_aligned(write.payload))
+        except OSError as error:
+            return Written(Stored.REFUSED, error=error.errno or errno.EIO, left=not self._unlinked(path))
+        try:
+            write_all(data, fd, [octets, write.payload])
+        except OSError as error:
+            return self._dropped(Staged(path, fd, header), error.errno or errno.EIO)
+        return Staged(path, fd, header)
+
+    def _synced(self, staged: Sequence[Staged | Written]) -> list[Staged | Written]:
+        """The same once the files are durable, where they are to be."""
+        if self.durability is Durability.NONE:
+            return list(staged)
+        synced: list[Staged | Written] = []
+        for one in staged:
+            if isinstance(one, Staged):
+                try:
+                    self.files.data.sync(one.fd)
+                except OSError as error:
+                    synced.append(self._dropped(one, error.errno or errno.EIO))
+                    continue
+            synced.append(one)
+        return synced
+
+    def _publish(self, staged: Staged, scratch: Scratch) -> Written:
+        """Give a record its name; a good one that has it already is kept, a bad one makes room."""
+        try:
+            nbytes = self.files.data.stat(staged.fd).allocated_nbytes
+            if not self._named(staged):
+                there = self.is_good(staged.header, scratch)
+                if there is not None:
+                    return self._dropped(staged, 0)._replace(stored=Stored.PRESENT, nbytes=there.allocated_nbytes)
+                self.files.names.unlink(self.path(staged.header.key))
+                if not self._named(staged):
+                    return self._dropped(staged, errno.EEXIST)
+        except OSError as error:
+            return self._dropped(staged, error.errno or errno.EIO)
+        self.files.data.close(staged.fd)
+        return Written(Stored.STORED, nbytes)
+
+    def _named(self, staged: Staged) -> bool:
+        """Whether the record has its name now; False: another file has it."""
+        if self.is_closed():
+            raise OSError(errno.ESHUTDOWN, "the tier was closed while it wrote")
+        path, publish = self.path(staged.header.key), self.files.names.publish
+        try:
+            try:
+                publish(staged.path, path)
+            except FileNotFoundError:
+                self.files.names.mkdir(os.path.dirname(path))
+                publish(staged.path, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _dropped(self, staged: Staged, error: int) -> Written:
+        left = not self._unlinked(staged.path)
+        self.files.data.close(staged.fd)
+        return Written(Stored.REFUSED, 0, error, left)
+
+    def _sync_names(self, path: str) -> None:
+        for one in (path, os.path.dirname(path), self.root):
+            try:
+                sync_directory(self.files, one)
+            except OSError:  # the records are there; that they outlive a power cut is what failed
+                return
+
+    # ---- names
+
+    def delete(self, keys: Sequence[tuple[bytes, Inode | None]]) -> list[bool]:
+        """Remove records, where an inode is named only that file; True: nothing of it is there any more."""
+        return [self._deleted(self.path(key), inode) for key, inode in keys]
+
+    def _deleted(self, path: str, inode: Inode | None) -> bool:
+        try:
+            if inode is not None and self.files.data.stat(path).inode != inode:
+                return True
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ENOTDIR)
+        return self._unlinked(path)
+
+    def _unlinked(self, path: str) -> bool:
+        try:
+            self.files.names.unlink(path)
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ENOTDIR)
+        return True
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys have a file."""
+        return [self._exists(self.path(key)) for key in keys]
+
+    def _exists(self, path: str) -> bool:
+        try:
+            return self.files.data.stat(path).nbytes > 0
+        except OSError:
+            return False
+
+    def free_nbytes(self) -> int:
+        """What the file system has left for us beyond what is to stay free."""
+        return self.files.names.free_nbytes(self.root) - self.min_free_nbytes
+
+
+def _judged(header: Bytes, read: Read, epoch: int) -> tuple[Verdict, bytes]:
+    try:
+        found = decode_header(header)
+    except CorruptChunk:
+        return Verdict.BAD, b""
+    alike = (found.key, found.epoch, found.codec, found.sizes) == (read.key, epoch, RAW, tuple(read.sizes))
+    if not alike or first_bad_range(read.into, read.sizes, found.sums) is not None:
+        return Verdict.BAD, b""
+    return Verdict.GOOD, found.sums

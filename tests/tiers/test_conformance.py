@@ -1,0 +1,56 @@
+"""Both tiers keep the contract: one line a case."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from kvkeep.testing.memory_tier import MemoryTier
+from kvkeep.testing.tier_conformance import CHECKS, Check
+from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.tiers.shelf import Durability
+from kvkeep.tiers.tier import Tier
+
+LIMIT = 64 << 20
+
+
+async def memory(_: Path) -> Tier:
+    return MemoryTier()
+
+
+def disk(
+    directories: int = 1, direct: bool = True, durability: Durability = Durability.NONE
+) -> Callable[[Path], Awaitable[Tier]]:
+    async def make(root: Path) -> Tier:
+        places = tuple(str(root / str(number)) for number in range(directories))
+        return await open_disk(
+            DiskOptions(directories=places, limit_nbytes=LIMIT, direct=direct, durability=durability, min_free_nbytes=0)
+        )
+
+    return make
+
+
+CASES = {
+    "memory": memory,
+    "disk": disk(),
+    "disk-buffered": disk(direct=False),
+    "disk-three-directories": disk(directories=3),
+    "disk-group": disk(durability=Durability.GROUP),
+    "disk-every": disk(durability=Durability.EVERY),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_conformance(case: str, check: Check, tmp_path: Path) -> None:
+    async def run() -> None:
+        tier = await CASES[case](tmp_path)
+        try:
+            await check(tier)
+        finally:
+            await tier.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
