@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
 from kvkeep.tiers.disk import DiskTier, open_disk
-from kvkeep.tiers.holding import DiskOptions, Durability
+from kvkeep.tiers.holding import DiskOptions
+from kvkeep.tiers.shelf import Durability
 from kvkeep.tiers.tier import Tier
 
 log = logging.getLogger("kvkeep.store")
