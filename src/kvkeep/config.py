@@ -86,6 +86,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """The directories of the disk tier; empty for none."""
         return tuple(path for path in self.disk_path.split(":") if path)
 
+    @property
+    def outlived(self) -> bool:
+        """Whether what is kept may be there after the engine that made it, or for another one."""
+        return self.socket_path is not None or bool(self.disk_directories)
+
     def pool_nbytes(self, available_nbytes: int) -> int:
         """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
         if self.pool_size == "auto":

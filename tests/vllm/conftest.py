@@ -86,7 +86,8 @@ class Job:
     """One engine: what is asked of it (a function of engines/scenarios.py), and how it is started.
 
     `keep`: kvkeep's settings, None for a reference. `store`: the name of the shared store that it joins. `cpu_flag`:
-    what vLLM needs of the CPU for this; the tests are skipped on one without it.
+    what vLLM needs of the CPU for this; the tests are skipped on one without it. `disk`: the name of the folder of its
+    disk tier. `after`: the engine that must have ended before.
     """
 
     scenario: str
@@ -97,6 +98,8 @@ class Job:
     store: str = ""
     shutdown: bool = True
     cpu_flag: str = ""
+    disk: str = ""
+    after: str = ""
 
 
 PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0}
@@ -139,6 +142,9 @@ JOBS = {
     "processes-plain": Job("one_prompt", env=SEVERAL),
     "parallel": Job("one_prompt", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}, store="parallel"),
     "parallel-plain": Job("one_prompt", options=TP2, env={**SEVERAL, **TWO_THREADS}),
+    "disk": Job("one_prompt", keep={}, disk="kept", shutdown=False),
+    "restarted": Job("restarted", keep={}, disk="kept", after="disk"),
+    "restarted-plain": Job("restarted"),
     "small-pool": Job("small_pool", keep={"pool_size": "768 KiB"}, shutdown=False),
     "small-pool-plain": Job("small_pool"),
 }
@@ -162,6 +168,8 @@ class Runs:
                 pytest.skip(f"vLLM runs the engine {name} only on a CPU with {job.cpu_flag}")
             if job.scenario == "adapters":
                 self._make_adapters()
+            if job.after:
+                self(job.after)
             self.run(name, job, MODELS / job.model)
         return self.done[name]
 
@@ -175,6 +183,8 @@ class Runs:
         folder.mkdir()
         store = self.shared(job.store) if job.store else None
         keep = None if job.keep is None else {**PATIENT, **job.keep}
+        if keep is not None and job.disk:
+            keep |= {"disk_path": str(self.folder / job.disk), "disk_size": "64 MiB", "disk_min_free": "1 MiB"}
         if keep is not None and store is not None:
             keep["store"] = f"unix:{store.path}"
         facts, log = folder / "facts.json", folder / "log"

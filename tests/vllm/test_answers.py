@@ -105,6 +105,15 @@ def test_rejected_drafts_are_neither_stored_nor_seen(runs):
     check_same(runs, "speculation", "drafted", "follow-up", exact=False)
 
 
+def test_an_engine_that_was_restarted_reads_from_disk_what_the_last_one_kept(runs):
+    keep = runs("restarted")
+    assert [keep.external(step) for step in ("whole", "whole again", "two at once")] == [1024, 1024, 512]
+    assert (
+        keep.figure("fetched_disk_chunks") == 4 + 2
+    )  # the second of the two finds the first one's in vLLM's own cache
+    check_same(runs, "restarted", "whole", "whole again", "two at once", exact=False)
+
+
 def test_drafts_that_are_all_rejected_leave_nothing(runs):
     rise = runs("speculation").facts["steps"]["rejected"]["rise"]
     drafted = rise["vllm:spec_decode_num_draft_tokens"]

@@ -201,7 +201,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         shards = tuple(info.shard for info in ranks if info.shard is not None)
         layout = ChunkLayout(shards)
-        weights = facts.weights_fingerprint(self._vllm_config, self.config.socket_path is not None)
+        weights = facts.weights_fingerprint(self._vllm_config, self.config.outlived)
         self.identity = facts.identity(self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights)
         link = self._link(ranks, layout)
         link.start(START_LIMIT_S)

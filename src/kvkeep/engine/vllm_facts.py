@@ -154,18 +154,18 @@ def identity(
     )
 
 
-def weights_fingerprint(vllm_config: VllmConfig, shared: bool) -> str:
+def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
     """The content of the weights, or a name that holds for this start alone.
 
-    A private pool ends with the engine, so its content need not be named beyond that and no file is read.
+    `outlived`: chunks may be there after the engine, or for another one. Where they cannot, no file is read.
     """
     model, load = vllm_config.model_config, str(vllm_config.load_config.load_format)
     if load == "dummy":
         return "dummy"
     folder = Path(model.model)
-    found = fingerprint(folder, WEIGHT_SUFFIXES, default_memory()) if shared and folder.is_dir() else None
-    if shared and found is None:
-        log.warning("kvkeep: %s is not a folder of weight files: nothing is shared with other engines", model.model)
+    found = fingerprint(folder, WEIGHT_SUFFIXES, default_memory()) if outlived and folder.is_dir() else None
+    if outlived and found is None:
+        log.warning("kvkeep: %s is not a folder of weight files: no other start will find what is kept", model.model)
     return found or f"this start only: {secrets.token_hex(16)}"
 
 

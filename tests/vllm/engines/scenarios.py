@@ -63,6 +63,16 @@ def one_prompt(engine: Engine) -> None:
     twice(engine, "two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
 
 
+def restarted(engine: Engine) -> None:
+    """What `one_prompt` asked of an engine that has ended, of one that was just started."""
+    prompt = random_tokens(1050, 3)
+    engine.ask("whole", prompt)
+    engine.leave_it_to_kvkeep()
+    engine.ask("whole again", prompt)
+    engine.leave_it_to_kvkeep()
+    engine.ask("two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
+
+
 def tight(engine: Engine) -> None:
     """A batch of at most 512 tokens and few blocks: chunked prefill, an abort in its middle, preemption."""
     twice(engine, "chunked", random_tokens(1050, 30))
