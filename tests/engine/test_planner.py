@@ -16,6 +16,7 @@ from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayou
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
 from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDone
 from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.request import Match
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource
@@ -587,6 +588,20 @@ def test_a_question_from_before_a_reset_is_not_answered_by_old_weights(hasty: Be
     hasty.figures()
     assert hasty.match(asking("r", range(600))) == 0
     assert hasty.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("sources", "tokens", "split"),
+    [
+        ({"pool": 2}, 512, {"pool": 512}),
+        ({"pool": 1, "disk": 1}, 511, {"pool": 256, "disk": 255}),
+        ({"disk": 3, "pool": 1}, 1023, {"disk": 768, "pool": 255}),
+        ({"disk": 2}, 1, {"disk": 1}),
+    ],
+)
+def test_claimed_tokens_by_source_add_up(sources: dict[str, int], tokens: int, split: dict[str, int]) -> None:
+    match = Match(b"", 0, 1, (), {}, sum(sources.values()), None, sources)
+    assert match.tokens_by_source(tokens) == split
 
 
 # ---- a store that is slow, or gone -----------------------------------------------------------------------------

@@ -159,6 +159,11 @@ class Planner:
             tokens = request.tokens if self._options.store_generated else request.tokens[: record.prompt_tokens]
             self._stores.wish(record, client, tokens, present)
 
+    def claimed_from(self, name: str) -> dict[str, int]:
+        """The tokens last claimed for a request by where they were: "pool", "disk", "remote"."""
+        record = self._records.get(name)
+        return record.claimed_from if record is not None else {}
+
     def plan_step(self, scheduled: Sequence[Scheduled], tables: Callable[[str], Tables]) -> StepPlan:
         """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
         client = self._live()
@@ -290,7 +295,8 @@ class Planner:
         why = record.short if hits == record.asked_chunks else REASONS.get(answer.why)
         if why is None and not hits:
             why = Miss.NOT_STORED
-        return Match(boot, record.asked_first, answer.lease, tuple(answer.offsets), answer.sums, hits, why)
+        offsets = tuple(answer.offsets)
+        return Match(boot, record.asked_first, answer.lease, offsets, answer.sums, hits, why, answer.sources)
 
     def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
         """The digests to look up, up to the first one whose load failed before; and why there is none."""
@@ -332,6 +338,7 @@ class Planner:
         ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
         # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
         blocks = () if self._options.beside_steps else tables[0][span[0] // self._shard.groups[0].block_tokens :]
+        record.claimed_from = match.tokens_by_source(external)
         self._due.append((record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks))))
         self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
 

@@ -5,8 +5,10 @@ Data and the table of moves. Knows nothing about the store's answers or the engi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvkeep.core.key import Chain
@@ -38,7 +40,8 @@ MOVES: dict[State, frozenset[State]] = {
 class Match(NamedTuple):
     """The store's answer for a request: `hits` chunks from number `first` on, held by `lease` (0: nothing is held).
 
-    `offsets` and `sums` (by place, where the store wants them verified) are theirs; `why` says why there is nothing.
+    `offsets` and `sums` (by place, where the store wants them verified) are theirs; `why` says why there is nothing;
+    `sources` counts them by where they were.
     """
 
     boot: bytes
@@ -48,6 +51,14 @@ class Match(NamedTuple):
     sums: dict[int, bytes]
     hits: int
     why: Miss | None = None
+    sources: Mapping[str, int] = MappingProxyType({})
+
+    def tokens_by_source(self, tokens: int) -> dict[str, int]:
+        """`tokens` that were claimed of it, split as its chunks are; exact in sum."""
+        split = {source: tokens * count // self.hits for source, count in self.sources.items()}
+        for source in list(split)[:1]:
+            split[source] += tokens - sum(split.values())
+        return {source: count for source, count in split.items() if count}
 
 
 @dataclass
@@ -70,7 +81,7 @@ class Record:
     """Everything about one request.
 
     `keeps`: it may be looked up at all; `stores`: its chunks may be stored. `steps` counts the ops under way that name
-    it. `why` is the reason of the miss that is counted at its admission; `short` says why its lookup was cut to
+    it. `claimed_from` are its claimed tokens by source. `why` is the reason of the miss that is counted at its admission; `short` says why its lookup was cut to
     `asked_chunks`. `boot` is that of its write leases' store.
     """
 
@@ -88,6 +99,7 @@ class Record:
     asked_first: int = 0
     asked_at_s: float = 0.0
     match: Match | None = None
+    claimed_from: dict[str, int] = field(default_factory=dict)
     reservation: Call | None = None
     wanted: list[int] = field(default_factory=list)
     reserved_to: int = 0

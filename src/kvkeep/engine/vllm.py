@@ -57,6 +57,9 @@ START_LIMIT_S = 30.0
 VERIFY_EVERY = {"off": 0, "sampled": 64, "always": 1}
 
 
+HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
+
+
 @dataclass
 class PlanMeta(KVConnectorMetadata):
     """A step's plan on its way to the workers."""
@@ -85,8 +88,6 @@ class RankMeta(KVConnectorHandshakeMetadata):
 
 class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's view of kvkeep; see the module."""
-
-    _cache_hit_source = CacheHitSource.HOST
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -253,6 +254,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self.planner.admitted(self._request(request), num_external_tokens, blocks.get_block_ids)
         else:
             self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
+
+    def get_external_cache_hit_sources(self, request: VllmRequest, num_external_tokens: int) -> dict[Any, int]:
+        """Where the claimed tokens come from, for vLLM's own metrics."""
+        claimed = self.planner.claimed_from(request.request_id) if self.planner is not None else {}
+        return {HIT_SOURCES[source]: count for source, count in claimed.items()}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan."""
