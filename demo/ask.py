@@ -53,9 +53,9 @@ class Client:
     port: int
     model: str
 
-    def ask(self, prompt: str, max_tokens: int) -> Answer:
-        """Streams the greedy answer to one user message. Raises AskError."""
-        body = {
+    def ask(self, prompt: str, max_tokens: int, salt: str = "") -> Answer:
+        """Streams the greedy answer to one user message; what has another `salt` is never reused. Raises AskError."""
+        body: dict[str, object] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
@@ -63,6 +63,8 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if salt:
+            body["cache_salt"] = salt
         pieces: list[str] = []
         first_s = 0.0
         usage: dict[str, Any] = {}
@@ -85,9 +87,9 @@ class Client:
             cached_tokens=details.get("cached_tokens") or 0,
         )
 
-    def reset(self, *, stored_too: bool) -> None:
-        """Empties vLLM's own prefix cache; with `stored_too` also what the connector keeps. Raises AskError."""
-        path = f"/reset_prefix_cache?reset_external={'true' if stored_too else 'false'}"
+    def reset(self) -> None:
+        """Empties vLLM's own prefix cache, but not what the connector keeps. Raises AskError."""
+        path = "/reset_prefix_cache?reset_external=false"
         limit_s = time.monotonic() + RESET_LIMIT_S
         while not json.loads(self._read("POST", path))["success"]:  # refused while blocks are still held
             if time.monotonic() > limit_s:

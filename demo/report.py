@@ -23,11 +23,12 @@ SOURCES = {
     "external_unspecified": "the connector",
     "device": "vLLM's own prefix cache",
 }
-KINDS = (("without", "#9a9a9a"), ("cold", "#d9822b"), ("warm", "#2a7f62"))
+KINDS = (("without", "#9a9a9a"), ("cold", "#d9822b"), ("warm", "#2a7f62"), ("restarted", "#3c6fb0"))
 KIND_LABELS = {
     "without": "without kvkeep",
     "cold": "with kvkeep, cold (nothing stored)",
     "warm": "with kvkeep, warm (vLLM's own cache emptied)",
+    "restarted": "with kvkeep, after a restart of engine and store (from disk)",
 }
 MIB = 1 << 20
 
@@ -46,7 +47,7 @@ class About:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question and its three answers; `reused_from` holds the warm run's reused tokens by vLLM's source name."""
+    """One question and its answers; the warm and the restarted run's reused tokens by vLLM's names of the sources."""
 
     question: str
     without: Answer
@@ -54,19 +55,16 @@ class Asked:
     warm: Answer
     reused_from: dict[str, int]
     pool_used_nbytes: int | None
+    restarted: Answer
+    restarted_from: dict[str, int]
 
     @property
     def answers_identical(self) -> bool:
-        """Whether all three runs gave the same text."""
-        return self.without.text == self.cold.text == self.warm.text
-
-    @property
-    def source(self) -> str:
-        """Where the reused tokens came from, in words."""
-        return " + ".join(SOURCES.get(name, name) for name in self.reused_from) or "nowhere"
+        """Whether all runs gave the same text."""
+        return self.without.text == self.cold.text == self.warm.text == self.restarted.text
 
     def ttft_s(self) -> dict[str, float]:
-        """Seconds to the first token of the three runs."""
+        """Seconds to the first token of each run."""
         return {kind: round(getattr(self, kind).ttft_s, 4) for kind, _ in KINDS}
 
 
@@ -80,12 +78,19 @@ def document(about: About, asked: Sequence[Asked]) -> dict[str, object]:
             "ttft_s": a.ttft_s(),
             "prompt_tokens": a.warm.prompt_tokens,
             "reused_tokens": a.warm.cached_tokens,
-            "reused_from": a.source,
+            "reused_from": in_words(a.reused_from),
+            "reused_tokens_restarted": a.restarted.cached_tokens,
+            "reused_from_restarted": in_words(a.restarted_from),
             "pool_used_nbytes": a.pool_used_nbytes,
         }
         for a in asked
     ]
     return {**asdict(about), "questions": questions}
+
+
+def in_words(sources: dict[str, int]) -> str:
+    """Where reused tokens came from."""
+    return " + ".join(SOURCES.get(name, name) for name in sources) or "nowhere"
 
 
 def write_json(path: Path, about: About, asked: Sequence[Asked]) -> None:
@@ -100,7 +105,14 @@ def table(about: About, asked: Sequence[Asked]) -> Table:
         show_lines=True,
     )
     shown.add_column("question and answer", ratio=5)
-    for heading in ("without\nkvkeep", "kvkeep\ncold", "kvkeep\nwarm", "without\n/ warm", "tokens\nreused"):
+    for heading in (
+        "without\nkvkeep",
+        "kvkeep\ncold",
+        "kvkeep\nwarm",
+        "after a\nrestart",
+        "without\n/ warm",
+        "tokens\nreused",
+    ):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("reused from", ratio=2)
     shown.add_column("answers", justify="center")
@@ -112,7 +124,7 @@ def table(about: About, asked: Sequence[Asked]) -> Table:
             *(f"{a.ttft_s()[kind]:.2f}" for kind, _ in KINDS),
             f"{a.without.ttft_s / a.warm.ttft_s:.0f}x",
             f"{a.warm.cached_tokens:,}",
-            a.source,
+            f"{in_words(a.reused_from)}; after the restart {in_words(a.restarted_from)}",
             "[green]identical[/]" if a.answers_identical else "[bold red]differ[/]",
             held,
         )
@@ -120,12 +132,12 @@ def table(about: About, asked: Sequence[Asked]) -> Table:
 
 
 def write_chart(path: Path, about: About, asked: Sequence[Asked]) -> None:
-    """Writes a bar chart as PNG: three bars a question, on a logarithmic scale, each with its seconds."""
+    """Writes a bar chart as PNG: a bar a run and question, on a logarithmic scale, each with its seconds."""
     figure, axes = plt.subplots(figsize=(2.6 * len(asked) + 2.4, 5.4), dpi=120, layout="constrained")
-    width = 0.27
+    width = 0.8 / len(KINDS)
     for place, (kind, colour) in enumerate(KINDS):
         values = [a.ttft_s()[kind] for a in asked]
-        lefts = [i + (place - 1) * width for i in range(len(asked))]
+        lefts = [i + (place - (len(KINDS) - 1) / 2) * width for i in range(len(asked))]
         bars = axes.bar(lefts, values, width * 0.92, color=colour, label=KIND_LABELS[kind])
         axes.bar_label(bars, [f"{v:.2f} s" for v in values], padding=2, fontsize=9)
     axes.set_yscale("log")
@@ -138,6 +150,6 @@ def write_chart(path: Path, about: About, asked: Sequence[Asked]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
     plt.close(figure)

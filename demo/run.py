@@ -1,8 +1,9 @@
 """The main job: a real model, served by vLLM, answers questions about a long text without and with kvkeep.
 
 `make demo` runs it. Two servers run side by side with the same thread binding, one without and one with kvkeep;
-each question goes to the first, then to the second twice: with nothing stored (cold), and with vLLM's own prefix cache
-emptied but kvkeep's content kept (warm). Writes demo.json and demo.png into the repository's root.
+each question goes to the first, then to the second twice: with nothing stored (cold; each question has a salt of its
+own, so that it finds nothing of the others), and with vLLM's own prefix cache emptied (warm). Then the second server is
+ended and started again, and each question asked once more. Writes demo.json and demo.png into the repository's root.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ask import Answer, AskError, Client, Counters
@@ -32,6 +34,7 @@ MODEL = ROOT / "build" / "models" / "smollm2"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 TEXT = ROOT / "demo" / "text.txt"
 LOGS = ROOT / "build" / "demo"
+DISK = LOGS / "disk"
 QUESTIONS = (
     "What was written on the label of the bottle that Alice found?",
     "What words were marked in currants on the very small cake?",
@@ -42,7 +45,7 @@ CONNECTOR = {
     "kv_connector": "KVKeepConnector",
     "kv_connector_module_path": "kvkeep.engine.vllm",
     "kv_role": "kv_both",
-    "kv_connector_extra_config": {},
+    "kv_connector_extra_config": {"disk_path": str(DISK), "disk_size": "2 GiB"},
 }
 POOL_GAUGE = "kvkeep_pool_used_nbytes"
 COMPARED_WITH = "the same question's cold run on the server without kvkeep (float32, greedy)"
@@ -69,36 +72,43 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Clients of the two servers: `plain` runs vLLM alone, `kept` runs it with the connector."""
+class Asking:
+    """Asks the servers' `plain` (vLLM alone) and `kept` (with the connector), and says what is being done."""
 
     plain: Client
     kept: Client
     steps: Steps
 
-    def warm_up(self) -> None:
+    def warm_up(self, *clients: Client) -> None:
         """One short other question each, so that no first use of code or memory is timed."""
-        for client in (self.plain, self.kept):
-            self.steps.now("one short question to each server, not timed")
+        for client in clients:
+            self.steps.now("one short question, not timed")
             client.ask("Say hello. " * 120, 2)
             self.steps.done()
 
-    def ask(self, question: str) -> Asked:
-        """Asks one question three times: without kvkeep, cold and warm."""
-        text = f"Read this text.\n\n{TEXT.read_text()}\n\nA question about the text: {question} Answer in one sentence."
-        self.plain.reset(stored_too=False)
-        without = self._timed(self.plain, text, "without kvkeep: every token is computed")
-        self.kept.reset(stored_too=True)
-        cold = self._timed(self.kept, text, "with kvkeep, cold: every token is computed, then stored")
-        self.kept.reset(stored_too=False)
+    def ask(self, number: int) -> Asked:
+        """Asks one question three times: without kvkeep, cold and warm; the restarted answer is still the warm one."""
+        self.plain.reset()
+        without = self._timed(self.plain, number, "without kvkeep: every token is computed")
+        cold = self._timed(self.kept, number, "with kvkeep, cold: every token is computed, then stored")
+        self.kept.reset()
         before = self.kept.counters()
-        warm = self._timed(self.kept, text, "with kvkeep, warm: vLLM's own cache is empty, stored tokens come back")
+        warm = self._timed(self.kept, number, "with kvkeep, warm: vLLM's own cache is empty, stored tokens come back")
         after = self.kept.counters()
-        return Asked(question, without, cold, warm, after.reused_since(before), pool_used_nbytes(after))
+        from_ = after.reused_since(before)
+        return Asked(QUESTIONS[number], without, cold, warm, from_, pool_used_nbytes(after), warm, from_)
 
-    def _timed(self, client: Client, text: str, doing: str) -> Answer:
+    def ask_again(self, number: int, asked: Asked) -> Asked:
+        """Asks a question of a server that has been restarted since."""
+        before = self.kept.counters()
+        restarted = self._timed(self.kept, number, "with kvkeep, after a restart: stored tokens come from disk")
+        from_ = self.kept.counters().reused_since(before)
+        return replace(asked, restarted=restarted, restarted_from=from_)
+
+    def _timed(self, client: Client, number: int, doing: str) -> Answer:
+        text = f"Read this text.\n\n{TEXT.read_text()}\n\nA question about the text: {QUESTIONS[number]} "
         self.steps.now(doing)
-        answer = client.ask(text, MAX_TOKENS)
+        answer = client.ask(f"{text}Answer in one sentence.", MAX_TOKENS, salt=f"question {number}")
         self.steps.done()
         return answer
 
@@ -130,8 +140,8 @@ def both_options(connector: dict[str, object]) -> tuple[ServerOptions, ServerOpt
     )
 
 
-def start_both(stack: ExitStack, options: Sequence[ServerOptions], steps: Steps) -> list[Server]:
-    """Starts the servers at once and waits for both; `stack` stops them whatever happens."""
+def start(stack: ExitStack, options: Sequence[ServerOptions], steps: Steps) -> list[Server]:
+    """Starts servers at once and waits for all; `stack` stops them whatever happens."""
     servers = []
     for each in options:
         servers.append(Server(each))
@@ -154,23 +164,48 @@ def measure(options: Sequence[ServerOptions], console: Console) -> list[Asked]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console) as progress, ExitStack() as stack:
-        steps = Steps(progress, 4 + 3 * len(QUESTIONS))
-        servers = start_both(stack, options, steps)
-        plain, kept = (Client(HOST, server.port, MODEL.name) for server in servers)
-        pair, asked = Pair(plain, kept, steps), []
-        try:
-            pair.warm_up()
-            for question in QUESTIONS:
-                asked.append(pair.ask(question))
-                times = ", ".join(f"{kind} {ttft_s:.2f} s" for kind, ttft_s in asked[-1].ttft_s().items())
+    shutil.rmtree(DISK, ignore_errors=True)  # a run does not depend on the last one
+    with Progress(*columns, console=console) as progress:
+        steps = Steps(progress, 6 + 4 * len(QUESTIONS))
+        asked = first_start(options, steps)
+        with ExitStack() as stack:
+            (server,) = start(stack, options[1:], steps)
+            kept = Client(HOST, server.port, MODEL.name)
+            asking = Asking(kept, kept, steps)
+            with answering(server):
+                asking.warm_up(kept)
+                asked = [asking.ask_again(number, one) for number, one in enumerate(asked)]
+            for one in asked:
+                steps.line(f"[bold]{one.question}[/]\n  after a restart: {one.ttft_s()['restarted']:.2f} s")
+            steps.now("stopping the server")
+    return asked
+
+
+def first_start(options: Sequence[ServerOptions], steps: Steps) -> list[Asked]:
+    """Both servers from their start to their end, and every question three times."""
+    asked: list[Asked] = []
+    with ExitStack() as stack:
+        servers = start(stack, options, steps)
+        asking = Asking(*(Client(HOST, server.port, MODEL.name) for server in servers), steps)
+        with answering(*servers):
+            asking.warm_up(asking.plain, asking.kept)
+            for number, question in enumerate(QUESTIONS):
+                asked.append(asking.ask(number))
+                times = ", ".join(f"{kind} {asked[-1].ttft_s()[kind]:.2f} s" for kind in ("without", "cold", "warm"))
                 steps.line(f"[bold]{question}[/]\n  {escape(asked[-1].warm.text)}\n  first token: {times}")
-        except AskError as error:
-            for server in servers:
-                server.check_alive()
-            raise servers[-1].failure(f"did not answer as it should: {error}") from error
         steps.now("stopping the servers")
     return asked
+
+
+@contextmanager
+def answering(*servers: Server) -> Iterator[None]:
+    """A server that does not answer is a DemoError that quotes its log."""
+    try:
+        yield
+    except AskError as error:
+        for server in servers:
+            server.check_alive()
+        raise servers[-1].failure(f"did not answer as it should: {error}") from error
 
 
 def show(about: About, asked: Sequence[Asked], console: Console) -> list[str]:
@@ -182,7 +217,8 @@ def show(about: About, asked: Sequence[Asked], console: Console) -> list[str]:
     console.print(f"The answers are compared with {about.answers_compared_with}.", soft_wrap=True)
     console.print(f"The same as JSON:  {json_path}\nand as a chart:    {chart_path}", soft_wrap=True)
     wrong = [f"The answers differ: {a.question}" for a in asked if not a.answers_identical]
-    return wrong + [f"Nothing was reused: {a.question}" for a in asked if not a.warm.cached_tokens]
+    used = [a for a in asked if a.warm.cached_tokens and a.restarted.cached_tokens]
+    return wrong + [f"Nothing was reused: {a.question}" for a in asked if a not in used]
 
 
 def main() -> int:
