@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -116,14 +116,15 @@ def log_file(name: str) -> TextIO:
 
 
 @contextmanager
-def lmcache_server(venv: Path) -> Iterator[dict[str, Any]]:
-    """LMCache's server on loopback; gives the connector's configuration."""
+def lmcache_server(venv: Path, more: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """LMCache's server on loopback, `more` ends its command line; gives the connector's configuration."""
     port, http_port = free_ports(2)
     command = [
         *(str(venv / "bin" / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)),
         *("--http-host", "127.0.0.1", "--http-port", str(http_port), "--l1-size-gb", str(POOL_GIB)),
         *("--eviction-policy", "LRU", "--chunk-size", "256", "--disable-observability"),
         *("--supported-transfer-mode", "auto", "--shm-name", f"kvkeep-bench-{port}"),
+        *more,
     ]
     with log_file("lmcache-server") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, text=True)
