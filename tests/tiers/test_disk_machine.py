@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from itertools import count
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
@@ -105,8 +106,7 @@ class DiskMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS, bit=st.integers(0, 8 * 20_000))
     def flip(self, number: int, bit: int) -> None:
         if os.path.exists(path := self.path(number)):
-            flip_bit(path, bit % (8 * os.path.getsize(path)))
-            self.may_hold.discard(number)
+            flip_bit(path, bit % (8 * os.path.getsize(path)))  # a second time makes it good again
 
     @rule(number=NUMBERS, nbytes=st.integers(0, 20_000))
     def truncate(self, number: int, nbytes: int) -> None:
@@ -121,7 +121,6 @@ class DiskMachine(RuleBasedStateMachine):
             os.rename(paths[0], f"{self.root}/aside")
             os.rename(paths[1], paths[0])
             os.rename(f"{self.root}/aside", paths[1])
-            self.may_hold -= {one, other}
 
     @rule(number=NUMBERS)
     def vanish(self, number: int) -> None:
@@ -184,8 +183,13 @@ class DiskMachine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
-TestDisk = DiskMachine.TestCase
-TestDisk.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+class TestDisk(DiskMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.slow
+class TestDiskAtLength(DiskMachine.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_the_limit_of_the_machine_makes_it_evict() -> None:
