@@ -1,4 +1,4 @@
-"""A file system that fails when it is told to: errors, short transfers, calls that hang, a kill, a power cut.
+"""A file system that fails when it is told to: errors, short transfers, calls that hang, a kill.
 
 Stands between the disk tier and the real files. Knows nothing about records.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,12 @@ from kvkeep.tiers.tier import Bytes
 
 @dataclass(eq=False)
 class FaultyDisk:
-    """Both protocols of `directio` over real files; `files` is what a tier takes. Calls are numbered and run one by one.
+    """Both protocols of `directio` over real files. Calls are numbered and run one by one.
 
     `fault(call, path)` gives the error number that this call fails with, 0: none. `short` makes every transfer stop at
     so many bytes (a multiple of 4 KiB where it is direct). From call `kill_at` on nothing has any effect, and what is
     written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`. `after` runs after each.
+    `free` stands for the file system's free bytes.
     """
 
     real: Files = field(default_factory=posix_files)
@@ -35,6 +35,7 @@ class FaultyDisk:
     hanging: frozenset[str] = frozenset()
     wake: threading.Event = field(default_factory=threading.Event)
     after: Callable[[], None] = lambda: None
+    free: Callable[[], int] | None = None
     calls: int = 0
     paths: dict[int, str] = field(default_factory=dict)  # of open descriptors
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -114,7 +115,7 @@ class FaultyDisk:
     def free_nbytes(self, path: str) -> int:
         """As `Names.free_nbytes`."""
         with self._call("free", path):
-            return self.real.names.free_nbytes(path)
+            return self.real.names.free_nbytes(path) if self.free is None else self.free()
 
     # ---- what a test asks
 
@@ -122,11 +123,11 @@ class FaultyDisk:
         """Bytes of all records under `root`: with a name, under a temporary one, or unlinked and still open."""
         with self._lock:
             found: dict[Inode, int] = {}
-            for path in list(_record_paths(root)):
+            for path in list(record_paths(root)):
                 stat = self.real.data.stat(path)
                 found[stat.inode] = stat.allocated_nbytes
             for fd, path in self.paths.items():
-                if _is_record(path):
+                if is_record(path):
                     stat = self.real.data.stat(fd)
                     found[stat.inode] = stat.allocated_nbytes
             return sum(found.values())
@@ -166,122 +167,6 @@ class _Turn:
             self.disk._lock.release()
 
 
-@dataclass(eq=False)
-class PowerCut:
-    """Directory names and file contents as a power cut leaves them: what was not synced is as it was before.
-
-    Takes part in the calls of `disk` from its making until `cut`. Backups lie in `shadow`, a directory on the same
-    file system.
-    """
-
-    disk: FaultyDisk
-    shadow: str
-    _undo: list[tuple[str, Callable[[], None]]] = field(default_factory=list)  # (directory, how to undo)
-    _unsynced: dict[Inode, str] = field(default_factory=dict)
-
-    @property
-    def files(self) -> Files:
-        """What a tier takes."""
-        return Files(_SyncedData(self), _SyncedNames(self))
-
-    def cut(self) -> None:
-        """Takes back what was not made durable; whoever still runs has no effect any more."""
-        self.disk.kill_at = 0
-        for _, undo in reversed(self._undo):
-            undo()
-        for inode, root in self._unsynced.items():
-            for path in _record_paths(root):
-                if self.disk.real.data.stat(path).inode == inode:
-                    with open(path, "r+b") as file:
-                        file.write(bytes(os.path.getsize(path)))
-
-    def kept(self, path: str) -> str | None:
-        """A backup of a file under another name; None if there is none."""
-        backup = f"{self.shadow}/{len(os.listdir(self.shadow))}"
-        try:
-            os.link(path, backup)
-        except FileNotFoundError:
-            return None
-        return backup
-
-    def note(self, path: str, backup: str | None) -> None:
-        """The name `path` has changed; `backup` is what it named before."""
-
-        def undo() -> None:
-            if os.path.lexists(path):
-                os.unlink(path)
-            if backup is not None:
-                shutil.copy2(backup, path)
-
-        self._undo.append((os.path.dirname(path), undo))
-
-    def synced(self, path: str, inode: Inode) -> None:
-        """A file's content, or a directory's names, are durable."""
-        self._unsynced.pop(inode, None)
-        self._undo = [one for one in self._undo if one[0] != path]
-
-    def wrote(self, path: str, inode: Inode) -> None:
-        """A file's content is not durable."""
-        if _is_record(path):
-            self._unsynced[inode] = path.rpartition("/new/")[0]
-
-
-class _SyncedData:
-    def __init__(self, power: PowerCut) -> None:
-        self._power = power
-        self._inner = power.disk
-
-    def open(self, path: str, create: bool, direct: bool) -> int:
-        return self._inner.open(path, create, direct)
-
-    def close(self, fd: int) -> None:
-        self._inner.close(fd)
-
-    def stat(self, file: int | str) -> Stat:
-        return self._inner.stat(file)
-
-    def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
-        return self._inner.readv(fd, buffers, offset)
-
-    def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
-        done = self._inner.writev(fd, buffers, offset)
-        self._power.wrote(self._inner.paths[fd], self._inner.real.data.stat(fd).inode)
-        return done
-
-    def sync(self, fd: int) -> None:
-        self._inner.sync(fd)
-        self._power.synced(self._inner.paths[fd], self._inner.real.data.stat(fd).inode)
-
-
-class _SyncedNames:
-    def __init__(self, power: PowerCut) -> None:
-        self._power = power
-        self._inner = power.disk
-
-    def publish(self, temporary: str, path: str) -> None:
-        self._inner.publish(temporary, path)
-        self._power.note(path, None)
-
-    def replace(self, temporary: str, path: str) -> None:
-        backup = self._power.kept(path)
-        self._inner.replace(temporary, path)
-        self._power.note(path, backup)
-
-    def unlink(self, path: str) -> None:
-        backup = self._power.kept(path)
-        self._inner.unlink(path)
-        self._power.note(path, backup)
-
-    def mkdir(self, path: str) -> None:
-        self._inner.mkdir(path)
-
-    def scan(self, path: str) -> Iterator[Name]:
-        return self._inner.scan(path)
-
-    def free_nbytes(self, path: str) -> int:
-        return self._inner.free_nbytes(path)
-
-
 def flip_bit(path: str, bit: int) -> None:
     """Changes one bit of a file."""
     with open(path, "r+b") as file:
@@ -301,14 +186,15 @@ def _first(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
     return cut
 
 
-def _is_record(path: str) -> bool:
+def is_record(path: str) -> bool:
     """Whether a file of this name is a record, or is to become one."""
     name = os.path.basename(path)
     return (len(name) == 64 or os.path.basename(os.path.dirname(path)) == "new") and not name.endswith("-state")
 
 
-def _record_paths(root: str) -> Iterator[str]:
+def record_paths(root: str) -> Iterator[str]:
+    """The paths of all records under a directory, those that are being written among them."""
     for directory, _, names in os.walk(root):
         for name in names:
-            if _is_record(path := os.path.join(directory, name)):
+            if is_record(path := os.path.join(directory, name)):
                 yield path

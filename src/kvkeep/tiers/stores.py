@@ -17,7 +17,7 @@ from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.boot import forget_order
 from kvkeep.tiers.holding import Errand, Holding, Pending, batches
 from kvkeep.tiers.record import record_nbytes
-from kvkeep.tiers.shelf import Written
+from kvkeep.tiers.shelf import NO_ROOM, Written
 from kvkeep.tiers.threads import Urgency
 from kvkeep.tiers.tier import Stored, Write
 
@@ -122,6 +122,8 @@ class Stores:
         """Notes what a write tells about the device."""
         if got.error == errno.ESHUTDOWN:
             return
+        if got.error in NO_ROOM:
+            self.holding.ledger.spare_nbytes = 0  # the next write looks, and makes room
         if got.error:
             self.holding.failed(f"a record cannot be written: {errno.errorcode.get(got.error, got.error)}")
         elif got.stored is Stored.STORED:
