@@ -81,8 +81,8 @@ class Record:
     """Everything about one request.
 
     `keeps`: it may be looked up at all; `stores`: its chunks may be stored. `steps` counts the ops under way that name
-    it. `claimed_from` are its claimed tokens by source. `why` is the reason of the miss that is counted at its admission; `short` says why its lookup was cut to
-    `asked_chunks`. `boot` is that of its write leases' store.
+    it. `claimed_from` are its claimed tokens by source. `why` is the reason of the miss that is counted at its
+    admission; `short` says why its lookup was cut to `asked_chunks`. `boot` is that of its write leases' store.
     """
 
     request: str
