@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +19,13 @@ ROUNDS = 30
 
 
 class ManualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time stands still until `advance`; `turn` runs all that is ready."""
+    """An event loop whose time stands still until `advance`; `turn` runs what is ready and raises what a task did."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
+        self._tasks: list[asyncio.Task[Any]] = []
+        self.set_task_factory(self._noted)
 
     def time(self) -> float:
         """Seconds since it was made, as told by `advance`."""
@@ -33,6 +36,17 @@ class ManualLoop(asyncio.SelectorEventLoop):
         for _ in range(ROUNDS):
             self.call_soon(self.stop)
             self.run_forever()
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            if not task.done():
+                self._tasks.append(task)
+            elif not task.cancelled() and (failure := task.exception()) is not None:
+                raise failure
+
+    def _noted(self, loop: asyncio.AbstractEventLoop, steps: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(steps, loop=loop, **options)
+        self._tasks.append(task)
+        return task
 
     def advance(self, seconds: float) -> None:
         """Lets time pass and runs what is due then."""
@@ -49,6 +63,7 @@ class GateTier:
     broken: set[str] = field(default_factory=set)
     calls: list[tuple[str, tuple[bytes, ...]]] = field(default_factory=list)
     closed: bool = False
+    _epochs: dict[bytes, int] = field(default_factory=dict)
     _gates: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)
 
     def open(self, verb: str) -> None:
@@ -69,13 +84,21 @@ class GateTier:
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """As `Tier.load`; it writes to the memory only after its gate, as a device that is late would."""
+        epochs = [self._epoch(read.key) for read in reads]
         await self._pass("load", [read.key for read in reads])
-        return [self._filled(read) for read in reads]
+        return [
+            self._filled(read) if self._epoch(read.key) == epoch else None
+            for read, epoch in zip(reads, epochs, strict=True)
+        ]
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """As `Tier.store`."""
+        epochs = [self._epoch(write.key) for write in writes]
         await self._pass("store", [write.key for write in writes])
-        return [self._stored(write) for write in writes]
+        return [
+            self._stored(write) if self._epoch(write.key) == epoch else Stored.REFUSED
+            for write, epoch in zip(writes, epochs, strict=True)
+        ]
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """As `Tier.delete`."""
@@ -85,14 +108,19 @@ class GateTier:
 
     async def clear(self, namespace: bytes | None) -> None:
         """As `Tier.clear`."""
-        await self._pass("clear", [namespace or b""])
-        for key in [key for key in self.chunks if key.startswith(namespace or b"")]:
+        name = namespace or b""
+        self._epochs[name] = self._epochs.get(name, 0) + 1
+        await self._pass("clear", [name])
+        for key in [key for key in self.chunks if key.startswith(name)]:
             del self.chunks[key]
 
     async def aclose(self) -> None:
         """As `Tier.aclose`."""
         await self._pass("aclose", [])
         self.closed = True
+
+    def _epoch(self, key: bytes) -> int:
+        return sum(count for name, count in self._epochs.items() if key.startswith(name))
 
     def _filled(self, read: Read) -> bytes | None:
         payload, sums = self.chunks.get(read.key, (b"", b""))

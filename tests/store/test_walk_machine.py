@@ -1,0 +1,168 @@
+"""Random fetches, stores, clears, trouble and time over a store with two tiers, against what must hold at every moment.
+
+A chunk's bytes tell its number and the clear before which it was made: whatever an answer gives must be that chunk, made
+after the last clear. At the end of all trouble nothing is pinned, nothing under way, and every key can be stored again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.store.fetch import Found
+from kvkeep.store.sessions import Opening, Session, WriteLease
+from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
+from kvkeep.testing.gate_tier import GateTier, ManualLoop
+
+CHUNK, ROOM, KEYS = 4096, 8, 16
+VERBS = st.sampled_from(["load", "store", "contains"])
+NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=6, unique=True)
+TIER, SESSION = st.integers(0, 1), st.integers(0, 1)
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(4, "big") * 8
+
+
+def payload(number: int, epoch: int) -> np.ndarray:
+    return np.frombuffer(number.to_bytes(4, "big") + epoch.to_bytes(4, "big"), dtype=np.uint8).repeat(CHUNK // 8)
+
+
+class WalkMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = ManualLoop()
+        self.memory = np.zeros(ROOM * CHUNK, dtype=np.uint8)
+        self.store = Store(Index(FreeList(ROOM * CHUNK), policy_by_name("lru")), ROOM * CHUNK, 0.5)
+        self.walk = TierWalk(self.store, self.memory)
+        self.tiers = [GateTier(), GateTier()]
+        for number, tier in enumerate(self.tiers):
+            self.walk.add(f"tier {number}", tier)
+        self.epoch = 0
+        self.sessions = [self.open(), self.open()]
+
+    def open(self) -> Session:
+        return self.store.open(Opening("machine", b"n" * 16, "", CHUNK, (), 0, (CHUNK,)))
+
+    def teardown(self) -> None:
+        for tier in self.tiers:
+            tier.broken.clear()
+            for verb in ("load", "store", "contains"):
+                tier.open(verb)
+        for session in self.sessions:
+            self.walk.promotions.forget(session)
+            self.store.close(session)
+            assert session.promised_nbytes == 0
+        for _ in range(8):
+            self.loop.advance(30.0)
+        figures = self.store.figures()
+        assert [figures[f"{name}_nbytes"] for name in ("pinned", "writing", "dead", "quarantined")] == [0] * 4
+        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.lines)
+        assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
+        self.store.index.check()
+        self.loop.close()
+
+    def in_loop(self, action) -> None:
+        async def go() -> None:
+            action()
+
+        self.loop.run_until_complete(go())
+
+    @rule(session=SESSION, numbers=NUMBERS, wait=st.sampled_from([0.0, 0.5, 100.0]))
+    def fetch(self, session: int, numbers: list[int], wait: float) -> None:
+        one = self.sessions[session]
+
+        def answered(found: Found) -> None:
+            assert len(found.fetched.offsets) <= len(numbers)
+            assert sum(found.sources.values()) == len(found.fetched.offsets)
+            for number, offset in zip(numbers, found.fetched.offsets, strict=False):
+                assert (self.memory[offset : offset + CHUNK] == payload(number, self.epoch)).all(), number
+
+        digests = [digest(number) for number in numbers]
+        self.in_loop(lambda: self.walk.promotions.fetch(one, digests, wait, answered))
+
+    @rule(session=SESSION, numbers=NUMBERS, late=st.booleans())
+    def put(self, session: int, numbers: list[int], late: bool) -> None:
+        one = self.sessions[session]
+        got = self.store.reserve(one, [digest(number) for number in numbers])
+        places = [place for place, where in enumerate(got.places) if isinstance(where, int)]
+        for place in places:
+            offset = got.places[place]
+            self.memory[offset : offset + CHUNK] = payload(numbers[place], self.epoch)
+        if not late and places:
+            entries = self.store.written(one, got.lease, places)
+            assert all(self.store.commit(one, got.lease, places, [b"s" * 16] * len(places)))
+            self.in_loop(lambda: self.walk.committed(one, entries))
+            self.store.release(one, got.lease)
+
+    @rule(session=SESSION, numbers=NUMBERS)
+    def release_all(self, session: int, numbers: list[int]) -> None:
+        for lease in list(self.sessions[session].leases)[: len(numbers)]:
+            self.store.release(self.sessions[session], lease)
+
+    @rule(session=SESSION)
+    def commit_late(self, session: int) -> None:
+        one = self.sessions[session]
+        for lease, held in list(one.leases.items()):
+            if isinstance(held, WriteLease):
+                places = list(held.entries)
+                entries = self.store.written(one, lease, places)
+                done = self.store.commit(one, lease, places, [b"s" * 16] * len(places))
+                readable = [entry for entry, ok in zip(entries, done, strict=True) if ok]
+                self.in_loop(lambda readable=readable: self.walk.committed(one, readable))
+                self.store.release(one, lease)
+
+    @rule(tier=TIER, verb=VERBS)
+    def hang(self, tier: int, verb: str) -> None:
+        self.tiers[tier].shut.add(verb)
+
+    @rule(tier=TIER, verb=VERBS)
+    def go_on(self, tier: int, verb: str) -> None:
+        self.in_loop(lambda: self.tiers[tier].open(verb))
+
+    @rule(tier=TIER, verb=VERBS)
+    def break_(self, tier: int, verb: str) -> None:
+        self.tiers[tier].broken.add(verb)
+
+    @rule(tier=TIER)
+    def mend(self, tier: int) -> None:
+        self.tiers[tier].broken.clear()
+
+    @rule(tier=TIER, number=st.integers(0, KEYS - 1))
+    def lose(self, tier: int, number: int) -> None:
+        self.tiers[tier].chunks.pop(b"n" * 16 + digest(number), None)
+
+    @rule(seconds=st.sampled_from([0.0, 0.02, 0.5, 5.0, 70.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.loop.advance(seconds)
+
+    @rule()
+    def clear(self) -> None:
+        self.epoch += 1
+        self.store.clear(self.sessions[0], everything=False)
+        for tier in self.tiers:
+            tier.open("clear")
+        self.loop.run_until_complete(self.walk.clear(b"n" * 16))
+
+    @rule(session=SESSION)
+    def end_session(self, session: int) -> None:
+        self.walk.promotions.forget(self.sessions[session])
+        self.store.close(self.sessions[session])
+        self.sessions[session] = self.open()
+
+    @invariant()
+    def adds_up(self) -> None:
+        self.store.index.check()
+        for session in self.sessions:
+            most = self.store.pool_nbytes * self.store.max_pinned_share
+            assert 0 <= session.pinned_nbytes + session.promised_nbytes <= most
+
+
+TestWalkMachine = WalkMachine.TestCase
+TestWalkMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
