@@ -12,9 +12,8 @@ from typing import Protocol
 
 _SLACK = 64  # stale ranks that are not worth a clean-up
 _STAMP_BITS = 48  # a million stamps a second last for nine years
-_HIDDEN = 1
-_ORDER_SHIFT = 32
-_SLOT_AND_HIDDEN = (1 << _ORDER_SHIFT) - 1
+_SLOT_BITS = 32
+_SLOT = (1 << _SLOT_BITS) - 1
 
 
 class EvictionPolicy(Protocol):
@@ -167,14 +166,14 @@ class Ranked:
     """A policy by rank: the visible key with the lowest rank goes first.
 
     next_order(order, stamp) gives a key's order when it is inserted (order is 0) and at each touch; stamps rise
-    by one a call from 1, and no two keys may ever get the same order. A rank is (order, slot, hidden) in one
-    number, where _keys[slot] is its key. The ranks of visible keys are in a heap from which nothing is deleted: a
-    rank that its key no longer has is skipped when it comes up, and the heap is rebuilt before such ranks
-    outnumber the others. So each operation is O(log keys) amortised whatever is hidden. Takes 100 to 180 bytes a
-    key, the key not counted.
+    by one a call from 1, and no two keys may ever get the same order. A rank is order and slot in one number, where
+    _keys[slot] is its key. Ranks are in a heap from which nothing is deleted: one that its key no longer has is
+    skipped when it comes up, one whose key is hidden goes aside until the key is shown, and the heap is rebuilt
+    before stale ranks outnumber the others. So each operation is O(log keys) amortised whatever is hidden. Takes 110
+    to 180 bytes a key, the key not counted.
     """
 
-    __slots__ = ("_free_slots", "_heap", "_keys", "_next_order", "_ranks", "_stamp", "_visible")
+    __slots__ = ("_free_slots", "_heap", "_hidden", "_keys", "_next_order", "_ranks", "_stamp")
 
     def __init__(self, next_order: Callable[[int, int], int]) -> None:
         self._next_order = next_order
@@ -183,7 +182,7 @@ class Ranked:
         self._keys: list[bytes | None] = []  # slot -> key
         self._free_slots: list[int] = []
         self._heap: list[int] = []
-        self._visible = 0
+        self._hidden: dict[bytes, bool] = {}  # is its rank still in the heap?
 
     def insert(self, key: bytes) -> None:
         """Add a key that is not there yet, visible."""
@@ -195,52 +194,49 @@ class Ranked:
         else:
             slot = len(self._keys)
             self._keys.append(key)
-        rank = self._next_order(0, self._stamp) << _ORDER_SHIFT | slot << 1
-        self._visible += 1
-        self._offer(key, rank)
+        rank = self._ranks[key] = self._next_order(0, self._stamp) << _SLOT_BITS | slot
+        self._offer(rank)
 
     def touch(self, key: bytes) -> None:
         """Count one use of a key, hidden or not."""
         old = self._rank(key)
         self._stamp += 1
-        order = old >> _ORDER_SHIFT
-        touched = self._next_order(order, self._stamp)
-        rank = touched << _ORDER_SHIFT | old & _SLOT_AND_HIDDEN
-        if rank & _HIDDEN:
-            self._ranks[key] = rank
+        rank = self._next_order(old >> _SLOT_BITS, self._stamp) << _SLOT_BITS | old & _SLOT
+        self._ranks[key] = rank
+        if key in self._hidden:
+            self._hidden[key] = False
         else:
-            self._offer(key, rank)
+            self._offer(rank)
 
     def remove(self, key: bytes) -> None:
         """Forget a key, hidden or not."""
-        rank = self._rank(key)
-        if not rank & _HIDDEN:
-            self._visible -= 1
-        self._forget(key, rank)
+        self._hidden.pop(key, None)
+        self._forget(key, self._rank(key))
 
     def hide(self, key: bytes) -> None:
         """Take a visible key out of the candidates."""
-        rank = self._rank(key)
-        assert not rank & _HIDDEN, f"{key.hex()} is hidden already"
-        self._ranks[key] = rank | _HIDDEN
-        self._visible -= 1
+        self._rank(key)
+        assert key not in self._hidden, f"{key.hex()} is hidden already"
+        self._hidden[key] = True
 
     def show(self, key: bytes) -> None:
         """Put a hidden key back at its place."""
         rank = self._rank(key)
-        assert rank & _HIDDEN, f"{key.hex()} is not hidden"
-        self._visible += 1
-        self._offer(key, rank ^ _HIDDEN)
+        assert key in self._hidden, f"{key.hex()} is not hidden"
+        if not self._hidden.pop(key):
+            self._offer(rank)
 
     def evict(self) -> bytes | None:
         """Forget and return the first candidate; None: there is none."""
-        while self._visible:
+        while len(self._ranks) > len(self._hidden):
             rank = heappop(self._heap)
-            key = self._keys[(rank & _SLOT_AND_HIDDEN) >> 1]
-            if key is not None and self._ranks[key] == rank:
-                self._visible -= 1
+            key = self._keys[rank & _SLOT]
+            if key is None or self._ranks[key] != rank:
+                continue
+            if key not in self._hidden:
                 self._forget(key, rank)
                 return key
+            self._hidden[key] = False
         return None
 
     def _rank(self, key: bytes) -> int:
@@ -248,15 +244,14 @@ class Ranked:
         assert rank is not None, f"{key.hex()} was never inserted"
         return rank
 
-    def _offer(self, key: bytes, rank: int) -> None:
-        self._ranks[key] = rank
+    def _offer(self, rank: int) -> None:
         heappush(self._heap, rank)
-        if len(self._heap) > 2 * self._visible + _SLACK:
-            self._heap = [rank for rank in self._ranks.values() if not rank & _HIDDEN]
+        if len(self._heap) > 2 * len(self._ranks) + _SLACK:
+            self._heap = [rank for key, rank in self._ranks.items() if self._hidden.get(key, True)]
             heapify(self._heap)
 
     def _forget(self, key: bytes, rank: int) -> None:
-        slot = (rank & _SLOT_AND_HIDDEN) >> 1
+        slot = rank & _SLOT
         self._keys[slot] = None
         self._free_slots.append(slot)
         del self._ranks[key]
