@@ -25,9 +25,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from rows import Case, Row, alternate, cpu_seconds, say, seconds, show, write
 from store_load import CHUNK_NBYTES, hello, join
 
+from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, say, seconds, show, write
 from kvkeep.core import cbor
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
