@@ -1,9 +1,9 @@
 """The parts of kvkeep beside LMCache's, in turn: keys, allocators, eviction, lookup.
 
 `OMP_NUM_THREADS=1 python bench/peers.py --scripts FOLDER [--only NAME ...] [--rounds N] [--json FILE]`. FOLDER holds
-the micro-benchmarks of LMCache (`bench_a_tokens.py` and so on, each of which appends its rows to $LMBENCH_OUT); they run
-in the environment of `scripts/peers.sh`. One round is all of a peer's script, then ours; a value of a round is the median
-of its runs. About a minute a round and group.
+the micro-benchmarks of LMCache (`bench_a_tokens.py` and so on, each of which appends its rows to $LMBENCH_OUT); they
+run in the environment of `scripts/peers.sh`. One round is all of a peer's script, then ours; a value of a round is the
+median of its runs.
 """
 
 from __future__ import annotations

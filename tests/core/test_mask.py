@@ -25,6 +25,11 @@ def test_a_token_mask_leaves_out_whole_chunks_only(num_tokens, data):
     assert masked_tokens(token_mask(num_tokens, computed, CHUNK), num_tokens, CHUNK) == computed // CHUNK * CHUNK
 
 
+@pytest.mark.parametrize(("computed", "masked"), [(0, 0), (272, 256), (512, 512), (600, 512), (700, 512)])
+def test_example_of_a_prompt_of_700_tokens(computed, masked):
+    assert np.flatnonzero(~token_mask(700, computed, 256)).tolist() == list(range(masked))
+
+
 def test_no_mask_leaves_out_nothing():
     assert masked_tokens(None, 7, CHUNK) == 0
 
