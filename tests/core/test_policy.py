@@ -147,8 +147,27 @@ def test_what_is_kept_for_a_key_does_not_grow_with_use(name):
             policy.show(key)
         policy.remove(KEYS[0])
         policy.insert(KEYS[0])
-    held = policy._queue if isinstance(policy, Queue) else policy._heap
-    assert len(held) <= 2 * len(KEYS) + 65
+    if isinstance(policy, Ranked):
+        assert len(policy._heap) <= 2 * len(KEYS) + 65
+        assert len(policy._keys) == len(KEYS)
+        assert len(policy._free_slots) == 0
+
+
+@pytest.mark.parametrize("name", ["fifo", "lru"])
+def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
+    policy = filled(name, KEYS)
+    for key in KEYS[:-1]:
+        policy.hide(key)
+    assert policy.evict() == KEYS[-1]
+    policy.insert(KEYS[-1])
+    for _ in range(1000):
+        for key in KEYS[:-1]:
+            policy.show(key)
+        for key in KEYS[:-1]:
+            policy.hide(key)
+    assert len(policy._returned) <= 2 * len(KEYS) + 65
+    assert policy.evict() == KEYS[-1]
+    assert policy._returned == []
 
 
 @pytest.mark.parametrize("verb", ["touch", "remove", "hide", "show"])

@@ -5,7 +5,7 @@ It knows NOTHING about sizes, memory, clocks, locks, or why a key is hidden.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Protocol
@@ -45,121 +45,85 @@ class EvictionPolicy(Protocol):
 
 
 class Queue:
-    """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key enters it again.
+    """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key moves there again.
 
-    Nothing is taken out of the middle. A key's place is how many entered before it; what stands in the queue at
-    another place than its key has is skipped when it comes up, and the queue is closed up before such places
-    outnumber the others. A hidden key that comes up goes aside (_passed) and, once it is shown, before all that
-    stand in the queue (_returned, by place). So each operation is O(1) amortised whatever is hidden, but for keys
-    that were both passed and shown: O(log) of their number. Takes 80 to 110 bytes a key, the key not counted.
+    A hidden key keeps its place until it comes up at the head; then it goes aside. Keys go aside in the order of their
+    places and are before all that are still in the queue, so when they are shown the number of their going aside is
+    their place. Each operation is O(1) whatever is hidden, but for keys that went aside and were shown: O(log) of
+    their number. Takes about 110 bytes a key, the key not counted.
     """
 
-    __slots__ = ("_first", "_passed", "_places", "_queue", "_returned", "_touch_moves", "_visible")
+    __slots__ = ("_aside", "_hidden", "_last", "_queue", "_returned", "_touch_moves")
 
     def __init__(self, touch_moves: bool) -> None:
         self._touch_moves = touch_moves
-        self._places: dict[bytes, int] = {}  # ~place (which is negative) while the key is hidden
-        self._queue: deque[bytes] = deque()
-        self._first = 0  # the place of the queue's head
-        self._passed: dict[int, bytes] = {}  # place, below _first -> key
-        self._returned: list[int] = []  # heap of places in _passed whose keys are visible, some of them stale
-        self._visible = 0
+        self._queue: OrderedDict[bytes, None] = OrderedDict()
+        self._hidden: set[bytes] = set()
+        self._aside: dict[bytes, int] = {}  # key -> its number; not in the queue
+        self._last = 0  # number given
+        self._returned: list[tuple[int, bytes]] = []  # heap of keys aside that were shown, some of them stale
 
     def insert(self, key: bytes) -> None:
         """Add a key that is not there yet, visible."""
-        assert key not in self._places, f"{key.hex()} is inserted twice"
-        self._visible += 1
-        self._places[key] = self._first + len(self._queue)
-        self._enter(key)
+        assert key not in self._queue, f"{key.hex()} is inserted twice"
+        assert key not in self._aside, f"{key.hex()} is inserted twice"
+        self._queue[key] = None
 
     def touch(self, key: bytes) -> None:
         """Count one use of a key, hidden or not."""
-        held = self._held(key)
-        if not self._touch_moves:
-            return
-        place = self._first + len(self._queue)
-        if held < 0:
-            self._places[key] = ~place
-            held = ~held
+        if key in self._queue:
+            if self._touch_moves:
+                self._queue.move_to_end(key)
         else:
-            self._places[key] = place
-        if held < self._first:
-            del self._passed[held]
-        self._enter(key)
+            assert key in self._aside, f"{key.hex()} was never inserted"
+            if self._touch_moves:
+                del self._aside[key]
+                self._queue[key] = None
 
     def remove(self, key: bytes) -> None:
         """Forget a key, hidden or not."""
-        held = self._held(key)
-        if held < 0:
-            held = ~held
+        self._hidden.discard(key)
+        if key in self._queue:
+            del self._queue[key]
         else:
-            self._visible -= 1
-        if held < self._first:
-            del self._passed[held]
-        del self._places[key]
+            assert key in self._aside, f"{key.hex()} was never inserted"
+            del self._aside[key]
 
     def hide(self, key: bytes) -> None:
         """Take a visible key out of the candidates."""
-        held = self._held(key)
-        assert held >= 0, f"{key.hex()} is hidden already"
-        self._places[key] = ~held
-        self._visible -= 1
+        assert key in self._queue or key in self._aside, f"{key.hex()} was never inserted"
+        assert key not in self._hidden, f"{key.hex()} is hidden already"
+        self._hidden.add(key)
 
     def show(self, key: bytes) -> None:
         """Put a hidden key back at its place."""
-        held = self._held(key)
-        assert held < 0, f"{key.hex()} is not hidden"
-        place = self._places[key] = ~held
-        self._visible += 1
-        if place < self._first:
-            heappush(self._returned, place)
-            if len(self._returned) > 2 * len(self._passed) + _SLACK:
-                self._returned = [place for place, key in self._passed.items() if self._places[key] == place]
+        if key not in self._hidden:
+            assert key in self._queue or key in self._aside, f"{key.hex()} was never inserted"
+            raise AssertionError(f"{key.hex()} is not hidden")
+        self._hidden.remove(key)
+        number = self._aside.get(key)
+        if number is not None:
+            heappush(self._returned, (number, key))
+            if len(self._returned) > 2 * len(self._aside) + _SLACK:
+                self._returned = [(number, key) for key, number in self._aside.items() if key not in self._hidden]
                 heapify(self._returned)
 
     def evict(self) -> bytes | None:
         """Forget and return the first candidate; None: there is none."""
-        while self._visible:
+        queue, aside, hidden = self._queue, self._aside, self._hidden
+        while len(queue) + len(aside) > len(hidden):
             if self._returned:
-                place = heappop(self._returned)
-                passed = self._passed.get(place)
-                if passed is None or self._places[passed] != place:
-                    continue
-                del self._passed[place]
-                key = passed
+                number, key = heappop(self._returned)
+                if aside.get(key) == number and key not in hidden:
+                    del aside[key]
+                    return key
             else:
-                key, place = self._queue.popleft(), self._first
-                self._first += 1
-                held = self._places.get(key)
-                if held != place:
-                    if held == ~place:
-                        self._passed[place] = key
-                    continue
-            del self._places[key]
-            self._visible -= 1
-            return key
+                key, _ = queue.popitem(last=False)
+                if key not in hidden:
+                    return key
+                self._last += 1
+                aside[key] = self._last
         return None
-
-    def _held(self, key: bytes) -> int:
-        """The place of a key, or ~place."""
-        held = self._places.get(key)
-        assert held is not None, f"{key.hex()} was never inserted"
-        return held
-
-    def _enter(self, key: bytes) -> None:
-        """Put a key whose place is the end of the queue there."""
-        self._queue.append(key)
-        if len(self._queue) > 2 * len(self._places) + _SLACK:
-            self._close_up()
-
-    def _close_up(self) -> None:
-        """Number all keys anew in their order, those that were passed first, and queue them without gaps."""
-        order = [key for _, key in sorted(self._passed.items())]
-        order += [key for place, key in enumerate(self._queue, self._first) if self._places.get(key) in (place, ~place)]
-        self._places = {key: ~place if self._places[key] < 0 else place for place, key in enumerate(order)}
-        self._queue = deque(order)
-        self._first = 0
-        self._passed, self._returned = {}, []
 
 
 class Ranked:
