@@ -170,6 +170,38 @@ def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
     assert policy._returned == []
 
 
+@pytest.mark.parametrize("hidden_at_last", [False, True])
+def test_keys_that_evict_has_passed_go_in_the_order_in_which_it_last_did(hidden_at_last):
+    policy = filled("lru", [A, B, C, D])
+    for key in (A, B, C, D):
+        policy.hide(key)
+    policy.insert(KEYS[4])
+    assert policy.evict() == KEYS[4]  # past all four
+    policy.show(A)
+    policy.touch(A)
+    policy.hide(A)
+    policy.insert(KEYS[5])
+    assert policy.evict() == KEYS[5]  # past A again: the number of its first time is stale
+    for key in (A, C, B):
+        policy.show(key)
+    if hidden_at_last:
+        policy.hide(B)
+    assert drain(policy) == ([C, A] if hidden_at_last else [B, C, A])
+
+
+def test_clearing_up_what_evict_has_passed_keeps_what_was_shown():
+    policy = filled("lru", [A, B, C])
+    for key in (A, B):
+        policy.hide(key)
+    assert policy.evict() == C
+    policy.show(B)
+    for _ in range(200):
+        policy.show(A)
+        policy.hide(A)
+    assert policy.evict() == B
+    assert policy.evict() is None
+
+
 @pytest.mark.parametrize("verb", ["touch", "remove", "hide", "show"])
 def test_an_unknown_key_is_a_broken_invariant(verb):
     with pytest.raises(AssertionError, match="never inserted"):
