@@ -34,7 +34,8 @@ check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests
 	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest tests -m "not vllm and not slow"
 
-bench: $(VENV)/.ready   ## the micro-benchmarks, as a table and bench/results/micro.json
+bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,micro}.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench --json bench/results/core.json
 	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)

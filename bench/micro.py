@@ -1,7 +1,7 @@
-"""The micro-benchmarks: a lookup, the copies, their sums, keys, an engine's step beside a busy store. No engine runs.
+"""The micro-benchmarks: a lookup, the copies, their sums, an engine's step beside a busy store. No engine runs.
 
 `OMP_NUM_THREADS=1 python bench/micro.py [--only NAME ...] [--json FILE]`, under 3 minutes. Each case runs in turn
-with its yardstick, on memory that was touched before. Copies and keys are timed in CPU time, what waits in wall time.
+with its yardstick, on memory that was touched before. Copies are timed in CPU time, what waits in wall time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-from rows import Case, Row, alternate, cpu_seconds, say, seconds, show, write
 from store_load import CHUNK_NBYTES, hello, join
 
-from kvkeep.core import cbor
+from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, say, seconds, show, write
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import Link, PrivateSource
@@ -255,34 +252,6 @@ def checksum_row(sealed: Callable[[], None], suffix: str) -> Row:
     return Case("checksum-share" + suffix, "share", "the whole gather with sums").row(shares, [1.0])
 
 
-# ---- keys ----------------------------------------------------------------------------------------------------
-
-
-def key_rows() -> list[Row]:
-    """The digests of 131,072 tokens out of a list and out of an array, beside SHA-256 of the same bytes."""
-    tokens = random.Random(3).choices(range(150_000), k=131_072)
-    words = np.array(tokens, np.uint32)
-    octets, offsets = cbor.encode_uints(words, CHUNK_TOKENS)
-    view, head = octets.data, b"\x83\x58\x20"
-
-    def hashing() -> None:
-        parent = none_hash()
-        for start, end in pairwise(offsets):
-            hasher = sha256(head + parent)
-            hasher.update(view[start:end])
-            parent = hasher.digest()
-
-    made = []
-    for name, given in (("keys-list", tokens), ("keys-array", words)):
-        ours, theirs = alternate(
-            30,
-            lambda given=given: cpu_seconds(lambda: Chain(CHUNK_TOKENS, none_hash()).extend(given)) * 1e3,
-            lambda: cpu_seconds(hashing) * 1e3,
-        )
-        made.append(Case(name, "CPU ms", "SHA-256 of the same bytes").row(ours, theirs))
-    return made
-
-
 # ---- a step beside a busy store ------------------------------------------------------------------------------
 
 
@@ -364,7 +333,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
             process.wait()
 
 
-GROUPS = {"lookup": lookup_rows, "copy": copy_rows, "keys": key_rows, "step": step_rows}
+GROUPS = {"lookup": lookup_rows, "copy": copy_rows, "step": step_rows}
 
 
 def main() -> None:

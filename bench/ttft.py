@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TextIO
 
-from rows import Case, Row, say, show, write
+from kvkeep.cli.rows import Case, Row, say, show, write
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

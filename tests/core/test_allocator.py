@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -9,29 +8,35 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvkeep.core.allocator import ALIGNMENT, Allocator, Extent, FreeList, Slots
+from kvkeep.core.mixed import Mixed, Steps
+from kvkeep.testing.allocators import CHECKS, AllocatorCase, check_refused
 
 PAGE = ALIGNMENT
 SLOT = 3 * PAGE
-COUNT = 8
-
-Make = Callable[[], FreeList | Slots]
-MAKERS: dict[str, Make] = {
-    "free list": lambda: FreeList(COUNT * SLOT),
-    "slots": lambda: Slots(SLOT, COUNT),
-    "grown free list": lambda: grown(FreeList()),
-    "grown slots": lambda: grown(Slots(SLOT)),
-}
 
 
-def grown(allocator: FreeList | Slots) -> FreeList | Slots:
-    for _ in range(COUNT * SLOT // PAGE):
+def steps(inner: Allocator, step_nbytes: int, count: int) -> Steps:
+    return Steps(inner, step_nbytes, count * SLOT)
+
+
+def grown(allocator: Allocator, count: int) -> Allocator:
+    for _ in range(count * SLOT // PAGE):
         allocator.grow(PAGE)
     return allocator
 
 
-@pytest.fixture(params=list(MAKERS))
-def allocator(request: pytest.FixtureRequest) -> FreeList | Slots:
-    return MAKERS[request.param]()
+ANY_SIZE = (PAGE, PAGE + 1, 2 * PAGE, SLOT + 1, 5 * PAGE)
+CASES = {
+    "free list": AllocatorCase(lambda count: FreeList(count * SLOT), SLOT, ANY_SIZE, PAGE, FreeList.check),
+    "grown free list": AllocatorCase(lambda count: grown(FreeList(), count), SLOT, ANY_SIZE, PAGE, FreeList.check),
+    "slots": AllocatorCase(lambda count: Slots(SLOT, count), SLOT, (1, PAGE), PAGE, Slots.check),
+    "grown slots": AllocatorCase(lambda count: grown(Slots(SLOT), count), SLOT, (1, PAGE), PAGE, Slots.check),
+    "mixed": AllocatorCase(lambda count: Mixed(SLOT, count * SLOT), SLOT, ANY_SIZE, PAGE, Mixed.check),
+    "mixed, another size": AllocatorCase(lambda count: Mixed(PAGE, count * SLOT), SLOT, ANY_SIZE, PAGE, Mixed.check),
+    "steps": AllocatorCase(lambda count: steps(FreeList(), 2 * PAGE, count), SLOT, ANY_SIZE, PAGE),
+    "steps of slots": AllocatorCase(lambda count: steps(Slots(SLOT), 2 * PAGE, count), SLOT, (1, PAGE), PAGE),
+    "steps of mixed": AllocatorCase(lambda count: steps(Mixed(SLOT), 7 * PAGE, count), SLOT, ANY_SIZE, PAGE),
+}
 
 
 def fill(allocator: Allocator, nbytes: int) -> list[Extent]:
@@ -41,72 +46,31 @@ def fill(allocator: Allocator, nbytes: int) -> list[Extent]:
     return extents
 
 
-# ---- what every allocator promises
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_conforms(name, check):
+    check(CASES[name])
 
 
-def test_lends_all_of_its_space_from_the_low_end_and_then_says_none(allocator):
-    assert fill(allocator, SLOT) == [Extent(at * SLOT, SLOT) for at in range(COUNT)]
-    assert (allocator.free_nbytes, allocator.used_nbytes) == (0, COUNT * SLOT)
-    assert allocator.allocate(1) is None
-    allocator.check()
+class Careless:
+    """A free list that forgets what it has lent, so that a freed extent can be freed again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._list = FreeList(nbytes)
+        self.extent_nbytes, self.allocate, self.grow = self._list.extent_nbytes, self._list.allocate, self._list.grow
+
+    free_nbytes = property(lambda self: self._list.free_nbytes)
+    used_nbytes = property(lambda self: self._list.used_nbytes)
+
+    def free(self, extent: Extent) -> None:
+        self._list._lent[extent.offset] = extent.nbytes
+        self._list.free(extent)
 
 
-def test_an_extent_is_as_long_as_was_said(allocator):
-    for nbytes in (1, PAGE - 1, PAGE, PAGE + 1, SLOT):
-        extent = allocator.allocate(nbytes)
-        assert extent.nbytes == allocator.extent_nbytes(nbytes) >= nbytes
-        assert allocator.used_nbytes == extent.nbytes
-        allocator.free(extent)
-        assert allocator.used_nbytes == 0
-
-
-def test_all_space_is_back_whatever_the_order_of_the_frees(allocator):
-    extents = fill(allocator, SLOT)
-    random.Random(7).shuffle(extents)
-    for extent in extents:
-        allocator.free(extent)
-        allocator.check()
-    assert len(fill(allocator, SLOT)) == COUNT
-
-
-def test_growing_adds_room_behind_what_there_is(allocator):
-    before = fill(allocator, SLOT)
-    allocator.grow(SLOT)
-    assert allocator.allocate(SLOT) == Extent(COUNT * SLOT, SLOT)
-    assert allocator.allocate(SLOT) is None
-    allocator.free(before[0])
-    assert allocator.allocate(SLOT) == before[0]
-    allocator.check()
-
-
-@pytest.mark.parametrize("nbytes", [0, -1])
-def test_an_empty_request_is_a_broken_invariant(allocator, nbytes):
-    with pytest.raises(AssertionError, match="at least one byte"):
-        allocator.allocate(nbytes)
-
-
-def test_a_double_free_is_a_broken_invariant(allocator):
-    first, second, _ = (allocator.allocate(SLOT) for _ in range(3))
-    allocator.free(first)
-    with pytest.raises(AssertionError, match="not lent"):
-        allocator.free(first)
-    allocator.free(second)
-    with pytest.raises(AssertionError, match="not lent"):
-        allocator.free(second)
-    allocator.check()
-    assert allocator.used_nbytes == SLOT
-
-
-@pytest.mark.parametrize(
-    "foreign",
-    [Extent(0, 2 * SLOT), Extent(0, PAGE), Extent(PAGE, SLOT), Extent(-SLOT, SLOT), Extent(COUNT * SLOT, SLOT)],
-)
-def test_a_foreign_extent_is_a_broken_invariant(allocator, foreign):
-    fill(allocator, SLOT)
-    with pytest.raises(AssertionError, match="not lent"):
-        allocator.free(foreign)
-    allocator.check()
-    assert allocator.free_nbytes == 0
+def test_the_suite_finds_an_allocator_that_takes_an_extent_twice():
+    case = AllocatorCase(lambda count: Careless(count * SLOT), SLOT, ANY_SIZE, PAGE)
+    with pytest.raises(AssertionError, match="which is not lent"):
+        check_refused(case)
 
 
 # ---- the free list
@@ -171,7 +135,7 @@ def test_leavings_of_swallowed_holes_stay_fewer_than_a_multiple_of_the_holes():
 
 
 def test_the_slot_freed_last_is_lent_first():
-    slots = Slots(SLOT, COUNT)
+    slots = Slots(SLOT, 8)
     first, second, _ = (slots.allocate(SLOT) for _ in range(3))
     slots.free(second)
     slots.free(first)
@@ -179,10 +143,65 @@ def test_the_slot_freed_last_is_lent_first():
 
 
 def test_more_than_a_slot_never_fits():
-    slots = Slots(SLOT, COUNT)
+    slots = Slots(SLOT, 8)
     assert slots.extent_nbytes(SLOT + 1) is None
     assert slots.allocate(SLOT + 1) is None
     assert slots.used_nbytes == 0
+
+
+# ---- mixed and steps
+
+
+def test_an_idle_chunk_is_lent_again_before_holes_and_the_last_one_first():
+    mixed = Mixed(SLOT, 4 * SLOT)
+    first, second, _ = (mixed.allocate(SLOT) for _ in range(3))
+    mixed.free(first)
+    mixed.free(second)
+    assert [mixed.allocate(SLOT), mixed.allocate(SLOT - 1)] == [second, first]
+    assert mixed.allocate(SLOT).offset == 3 * SLOT
+
+
+def test_idle_chunks_make_room_for_what_is_larger_than_one():
+    mixed = Mixed(SLOT, 4 * SLOT)
+    chunks = fill(mixed, SLOT)
+    for chunk in chunks[1:3]:
+        mixed.free(chunk)
+    assert mixed.allocate(2 * SLOT) == Extent(SLOT, 2 * SLOT)
+    assert mixed.free_nbytes == 0
+    mixed.check()
+
+
+def test_a_partial_chunk_leaves_the_idle_ones_alone_while_there_is_a_hole():
+    mixed = Mixed(SLOT, 4 * SLOT)
+    chunk = mixed.allocate(SLOT)
+    mixed.free(chunk)
+    assert mixed.allocate(PAGE) == Extent(SLOT, PAGE)
+    assert mixed.allocate(SLOT) == chunk
+
+
+def test_space_grows_only_when_there_is_no_room():
+    stepped = steps(FreeList(), 2 * SLOT, 5)
+    reached = []
+    for _ in range(5):
+        stepped.allocate(SLOT)
+        reached.append(stepped.nbytes // SLOT)
+    assert reached == [2, 2, 4, 4, 5]
+    assert stepped.allocate(1) is None
+
+
+def test_nothing_grows_for_what_can_never_fit():
+    stepped = steps(FreeList(), SLOT, 5)
+    assert stepped.allocate(5 * SLOT + 1) is None
+    assert stepped.nbytes == 0
+    assert stepped.free_nbytes == 5 * SLOT
+
+
+def test_a_freed_extent_is_lent_before_the_space_grows():
+    stepped = steps(Slots(SLOT), SLOT, 5)
+    first = stepped.allocate(SLOT)
+    stepped.free(first)
+    assert stepped.allocate(SLOT) == first
+    assert stepped.nbytes == SLOT
 
 
 # ---- any sequence of calls, against a map of bytes
@@ -191,7 +210,7 @@ def test_more_than_a_slot_never_fits():
 class AllocatorMachine(RuleBasedStateMachine):
     """The model is the list of lent extents; no two may share a page, and a refusal must be true."""
 
-    @initialize(make=st.sampled_from([FreeList, lambda: Slots(SLOT)]), npages=st.integers(1, 40))
+    @initialize(make=st.sampled_from([FreeList, lambda: Slots(SLOT), lambda: Mixed(SLOT)]), npages=st.integers(1, 40))
     def start(self, make, npages):
         self.allocator = make()
         self.allocator.grow(npages * PAGE)

@@ -421,7 +421,7 @@ class IndexMachine(RuleBasedStateMachine):
             self.evictions,
         )
         assert all(held.entry.pins == held.pins for held in [*self.live.values(), *self.dead])
-        assert all(held.entry.dead for held in self.dead)
+        assert self.index._dead == {held.entry for held in self.dead}
 
 
 TestAnySequence = IndexMachine.TestCase

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core import cbor
-from kvkeep.core.key import Chain, key_of, mixed_root, none_hash, token_array
+from kvkeep.core.key import BlockChain, Chain, key_of, mixed_root, none_hash, token_array
 
 UINTS = st.one_of(
     st.integers(0, 30), st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 2**32 - 1),
@@ -118,6 +118,15 @@ def test_long_chain_over_several_batches(vocabulary, chunk_tokens):
 def test_one_chunk_longer_than_a_batch():
     tokens = list(range(150_000))
     assert Chain(75_000, none_hash()).extend(tokens) == oracle(tokens, 75_000, none_hash())
+
+
+@pytest.mark.parametrize("around", [255, 256, 257])
+def test_every_width_beside_every_other_at_the_end_of_a_batch(around):
+    """A word is written over the end of the one before: the last of a batch must not be cut, nor cut the next."""
+    edges = [0, 23, 24, 255, 256, 65_535, 65_536, 2**32 - 1]
+    pairs = [token for left in edges for right in edges for token in (left, right)]
+    tokens = np.array((pairs * 300)[: 8192 * 2 + around], np.uint32)
+    assert Chain(16, none_hash()).extend(tokens) == oracle(tokens.tolist(), 16, none_hash())
 
 
 @settings(max_examples=100, deadline=None)
@@ -276,6 +285,37 @@ def test_mixed_root_depends_on_both_and_on_where_they_meet():
     assert mixed_root(b"ab", b"c") == sha256(b"\x82\x42ab\x41c").digest()
 
 
+@given(st.integers(0, 40), st.integers(1, 5), st.lists(st.integers(0, 40), max_size=6))
+def test_a_block_chain_takes_the_hash_of_each_chunks_last_block(count, blocks_per_chunk, cuts):
+    hashes = [sha256(bytes([place])).digest() for place in range(count)]
+    chain = BlockChain(blocks_per_chunk)
+    given_out = [digest for cut in [*sorted(cuts), 40] for digest in chain.extend(hashes[:cut])]
+    whole = range(blocks_per_chunk, count + 1, blocks_per_chunk)
+    assert given_out == chain.digests == [hashes[end - 1] for end in whole]
+
+
+def test_a_block_chain_over_blocks_of_a_whole_chunk_is_the_chain():
+    tokens = list(range(100))
+    hashes = Chain(16, none_hash()).extend(tokens)
+    assert BlockChain(1).extend(hashes) == hashes
+
+
+def test_an_adapters_content_changes_every_digest_of_a_block_chain():
+    hashes = Chain(16, none_hash()).extend(list(range(64)))
+    mixed = BlockChain(2, b"content").extend(hashes)
+    assert mixed == [mixed_root(one, b"content") for one in hashes[1::2]]
+    assert not {*mixed, *BlockChain(2, b"other content").extend(hashes)} & {*hashes}
+
+
+def test_what_is_no_sha256_is_a_broken_invariant():
+    with pytest.raises(AssertionError, match="not SHA-256"):
+        BlockChain(1).extend([bytes(8)])
+    chain = BlockChain(1)
+    chain.extend([bytes(32)] * 2)
+    with pytest.raises(AssertionError, match="1 hashes where 2"):
+        chain.extend([bytes(32)])
+
+
 def test_key_of():
     assert key_of(b"n" * 16, b"d" * 32) == b"n" * 16 + b"d" * 32
     for namespace, digest in [(b"n" * 15, b"d" * 33), (b"n" * 16, b"d" * 31)]:
@@ -319,3 +359,16 @@ def test_vllms_own_function(monkeypatch):
             parent = kv_cache_utils.hash_block_tokens(sha256_cbor, parent, tokens[start : start + 64], extra)
             digests.append(parent)
         assert Chain(64, none_hash(), keys).extend(tokens) == digests
+        assert BlockChain(4).extend(digests) == digests[3::4]
+
+
+@pytest.mark.slow
+def test_torchs_tensors_are_tokens():
+    import torch
+
+    tokens = torch.arange(64) * 1000
+    assert Chain(16, none_hash()).extend(tokens) == oracle(tokens.tolist(), 16, none_hash())
+    assert Chain(16, none_hash()).extend(tokens.to(torch.int32)) == oracle(tokens.tolist(), 16, none_hash())
+    tokens[7] = -1
+    with pytest.raises(ValueError, match=r"^token 7 is -1"):
+        token_array(tokens)

@@ -58,6 +58,47 @@ def test_ranges_fill_a_chunk_without_gap_or_overlap(chunk: ChunkLayout):
     assert chunk.chunk_tokens == chunk.shards[0].chunk_tokens
 
 
+# What one token takes in one layer: fp8 of 384 and 656 bytes (DeepSeek's with its scales), MLA in bf16, the indexer of
+# DeepSeek's sparse attention, and K and V of 8 heads of 128 in bf16.
+REAL_TOKENS = {"fp8": (384,), "fp8 with scales": (656,), "mla": (1152,), "indexer": (132,), "k and v": (2048, 2048)}
+
+
+@st.composite
+def real_groups(draw: st.DrawFn) -> GroupLayout:
+    """Layers of real geometries in blocks of 1 to 256 tokens; several in one group, as MLA beside its indexer."""
+    block_tokens = draw(st.sampled_from((1, 16, 64, 128, 256)))
+    kinds = draw(st.lists(st.sampled_from(list(REAL_TOKENS)), min_size=1, max_size=3))
+    layers = [LayerLayout(kind, tuple(block_tokens * part for part in REAL_TOKENS[kind])) for kind in kinds]
+    return GroupLayout(block_tokens, draw(st.sampled_from((0, 512))), tuple(layers) * draw(st.integers(1, 3)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(real_groups(), min_size=1, max_size=3).map(tuple), min_size=1, max_size=4), st.data())
+def test_every_range_of_every_shard_starts_at_a_4_kib_multiple_of_the_chunk(ranks, data):
+    """In the chunk, and so in the pool and in a record: also where chunks are small, and in a part of a chunk."""
+    sizes = [group.block_tokens for rank in ranks for group in rank]
+    tokens = chunk_tokens_for(data.draw(st.integers(1, 512)), sizes)
+    chunk = ChunkLayout(tuple(ShardLayout(tokens, rank) for rank in ranks))
+    ends = [0]
+    for rank, shard in enumerate(chunk.shards):
+        for one in shard.ranges:
+            layer = shard.groups[one.group].layers[one.layer]
+            start = chunk.shard_offset(rank) + one.offset
+            assert start % 4096 == 0
+            assert start == ends[-1], "ranges overlap, or leave a gap that nobody sums"
+            assert one.nbytes == tokens * sum(REAL_TOKENS[layer.name]), "a token of another size"
+            ends.append(start + one.padded_nbytes)
+    assert chunk.nbytes == ends[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "padded"), [("fp8", 8192), ("fp8 with scales", 12288), ("mla", 20480), ("indexer", 4096)]
+)
+def test_a_chunk_of_one_small_block_is_padded(kind, padded):
+    shard = ShardLayout(16, (GroupLayout(16, 0, (LayerLayout(kind, (16 * REAL_TOKENS[kind][0],)),) * 2),))
+    assert [(one.offset, one.padded_nbytes) for one in shard.ranges] == [(0, padded), (padded, padded)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 5000), st.lists(st.sampled_from(BLOCK_SIZES), min_size=1, max_size=4))
 def test_a_chunk_is_the_smallest_common_multiple_that_is_large_enough(wanted: int, sizes: list[int]):

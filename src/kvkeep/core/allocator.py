@@ -86,38 +86,63 @@ class FreeList:
         return self._used_nbytes
 
     def extent_nbytes(self, nbytes: int) -> int:
-        """Round nbytes up to the alignment."""
+        """Round nbytes up to the alignment; the same object where that changes nothing (a million extents share it)."""
         assert nbytes > 0, f"an extent holds at least one byte, not {nbytes}"
-        return (nbytes + self._alignment - 1) & -self._alignment
+        rounded = (nbytes + self._alignment - 1) & -self._alignment
+        return nbytes if rounded == nbytes else rounded
+
+    def lends(self, extent: Extent) -> bool:
+        """Say whether exactly this extent is lent."""
+        return self._lent.get(extent.offset) == extent.nbytes
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Lend the low end of the smallest hole that is large enough; None: there is none."""
         need = self.extent_nbytes(nbytes)
-        hole = self._take_hole(need)
-        if hole is None:
-            return None
-        start, size = hole
-        if size > need:
-            self._add_hole(start + need, start + size)
-        self._lent[start] = need
-        self._used_nbytes += need
-        return Extent(start, need)
+        sizes, holes = self._sizes, self._holes
+        at = bisect_left(sizes, need)
+        while at < len(sizes):
+            size = sizes[at]
+            starts = self._starts[size]
+            while starts:
+                start = heappop(starts)
+                self._listed -= 1
+                if holes.get(start) == size:
+                    del holes[start], self._hole_starts[start + size]
+                    if size > need:
+                        self._add_hole(start + need, start + size)
+                    self._lent[start] = need
+                    self._used_nbytes += need
+                    return Extent(start, need)
+            del sizes[at], self._starts[size]  # only now: a size whose last hole is taken often comes back at once
+        return None
 
     def free(self, extent: Extent) -> None:
         """Take extent back and merge it with the holes beside it."""
         start, nbytes = extent
-        lent = self._lent.get(start)
-        assert lent == nbytes, f"free of {extent}, which is not lent (at this offset: {lent})"
-        del self._lent[start]
+        lent = self._lent.pop(start, None)
+        if lent != nbytes:
+            if lent is not None:
+                self._lent[start] = lent
+            raise AssertionError(f"free of {extent}, which is not lent (at this offset: {lent})")
         self._used_nbytes -= nbytes
-        self._merge_hole(start, start + nbytes)
+        end = start + nbytes
+        below = self._hole_starts.pop(start, None)
+        if below is not None:
+            del self._holes[below]
+            start = below
+        above = self._holes.pop(end, None)
+        if above is not None:
+            end += above  # its end is overwritten
+        self._add_hole(start, end)
 
     def grow(self, nbytes: int) -> None:
         """Append nbytes, a positive multiple of the alignment; a hole at the end grows with it."""
         assert self.extent_nbytes(nbytes) == nbytes, f"cannot grow by {nbytes} bytes: not aligned"
         start = self._nbytes
         self._nbytes += nbytes
-        self._merge_hole(start, self._nbytes)
+        self._lent[start] = nbytes
+        self._used_nbytes += nbytes
+        self.free(Extent(start, nbytes))
 
     def check(self) -> None:
         """Raise AssertionError unless holes and lent extents tile the space and every hole can be found."""
@@ -134,22 +159,6 @@ class FreeList:
         assert self._sizes == sorted(self._starts), "sizes differ from heaps"
         assert self._listed == sum(map(len, self._starts.values())), "listed starts do not add up"
 
-    def _take_hole(self, need: int) -> tuple[int, int] | None:
-        """Unlink the best hole and return its start and size."""
-        sizes, holes = self._sizes, self._holes
-        at = bisect_left(sizes, need)
-        while at < len(sizes):
-            size = sizes[at]
-            starts = self._starts[size]
-            while starts:
-                start = heappop(starts)
-                self._listed -= 1
-                if holes.get(start) == size:
-                    del holes[start], self._hole_starts[start + size]
-                    return start, size  # the heap stays, even empty: the same size often comes back at once
-            del sizes[at], self._starts[size]
-        return None
-
     def _add_hole(self, start: int, end: int) -> None:
         """Link the hole from start to end, which meets no other hole."""
         size = end - start
@@ -164,17 +173,6 @@ class FreeList:
         self._listed += 1
         if self._listed + len(self._sizes) > 3 * len(self._holes) + _SLACK:
             self._relist()
-
-    def _merge_hole(self, start: int, end: int) -> None:
-        """Link the hole from start to end together with the holes that it meets."""
-        below = self._hole_starts.pop(start, None)
-        if below is not None:
-            del self._holes[below]
-            start = below
-        above = self._holes.pop(end, None)
-        if above is not None:
-            end += above  # its end is overwritten
-        self._add_hole(start, end)
 
     def _relist(self) -> None:
         """Build the index by size anew, without leavings."""

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 _UINT, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP = (major << 5 for major in range(6))
-_ONE_BYTE, _FOUR_BYTES = (
-    0x18,
-    0x1A,
-)  # heads of the unsigned ints with so many bytes to follow; 0x19 is that of two
+_ONE_BYTE = 0x18  # the head of an unsigned int with one byte to follow; with two, four and eight those after it
+
+_WORD_NBYTES = 8
+_HEADS = np.array([0, 0, _ONE_BYTE, _ONE_BYTE + 1, 0, _ONE_BYTE + 2], "<u8")  # by the width of an encoding
+_SHIFTS = np.array([0, 56, 48, 40, 0, 24], "<u8")  # what brings the low byte of a big-endian word to its encoding's end
 
 Words = npt.NDArray[np.uint32]
 Octets = npt.NDArray[np.uint8]
@@ -74,47 +75,19 @@ def encode_uints(values: Words, run: int) -> tuple[Octets, list[int]]:
     `values` is uint32 [n * run], n > 0. Returns the bytes and n + 1 offsets, run i from offsets[i] to
     offsets[i + 1].
 
-    An int is written into a slot of three bytes (head, high, low), one of 2**16 or more into two slots, and
-    the bytes that its shortest form does not have are squeezed out in one pass. That pass costs by the gap,
-    and text has few; scattering words of a table to summed offsets costs about three times as much.
+    Each int becomes one word of eight bytes that begins with its encoding. The words are written in their order to
+    where their encodings belong, each over the unused end of the one before: four times as fast as squeezing the
+    unused bytes out.
     """
-    firsts = np.arange(0, values.size, run)
-    wide = np.flatnonzero(values > 0xFFFF)
-    slots = values
-    if wide.size:
-        firsts += np.searchsorted(wide, firsts)
-        wide += np.arange(wide.size)  # where the upper slots of the wide ints are among the slots
-        slots = _split(values, wide)
-    octets, keep = _slots(slots, wide)
-    counted = np.uint16 if 5 * run < 1 << 16 else np.uint32  # numpy sums the narrower one faster
-    nbytes = np.add.reduceat(keep.view(np.uint8).ravel(), 3 * firsts, dtype=counted)
-    return octets[keep], [0, *np.cumsum(nbytes, dtype=np.int64).tolist()]
-
-
-def _split(values: Words, uppers: npt.NDArray[np.intp]) -> Words:
-    """Give each int of more than 16 bits two slots: the upper half at `uppers`, the lower half after it."""
-    slots = np.empty(values.size + uppers.size, np.uint32)
-    whole = np.ones(slots.size, np.bool_)
-    whole[uppers + 1] = False
-    slots[whole] = values
-    slots[uppers + 1] = slots[uppers] & np.uint32(0xFFFF)
-    slots[uppers] >>= np.uint32(16)
-    return slots
-
-
-def _slots(slots: Words, uppers: npt.NDArray[np.intp]) -> tuple[Octets, npt.NDArray[np.bool_]]:
-    """Fill the three bytes of each slot, and say which of them to keep: uint8 and bool [slots, 3]."""
-    has_head, has_high = slots > 23, slots > 0xFF
-    if uppers.size:
-        has_head[uppers] = has_high[uppers] = has_high[uppers + 1] = True
-        has_head[uppers + 1] = False
-    octets = np.empty((slots.size, 3), np.uint8)
-    np.add(has_high.view(np.uint8), np.uint8(_ONE_BYTE), out=octets[:, 0])
-    octets[uppers, 0] = _FOUR_BYTES
-    least_first = slots.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
-    octets[:, 1] = least_first[:, 1]
-    octets[:, 2] = least_first[:, 0]
-    keep = np.ones((slots.size, 3), np.bool_)
-    keep[:, 0] = has_head
-    keep[:, 1] = has_high
-    return octets, keep
+    widths = (values > 0xFFFF).view(np.uint8)
+    widths += widths
+    widths += (values > 0xFF).view(np.uint8)
+    widths += (values > 23).view(np.uint8)
+    widths += np.uint8(1)  # 1, 2, 3 or 5 bytes
+    words = values.astype(">u8").view("<u8")  # the last byte is the highest now
+    words >>= np.take(_SHIFTS, widths, mode="clip")
+    words |= np.take(_HEADS, widths, mode="clip")
+    ends = np.cumsum(widths, dtype=np.int64)
+    octets = np.empty(int(ends[-1]) + _WORD_NBYTES, np.uint8)
+    np.ndarray(octets.size - _WORD_NBYTES, "<u8", octets, strides=(1,))[ends - widths] = words
+    return octets, [0, *ends[run - 1 :: run].tolist()]

@@ -11,7 +11,7 @@ one thread owns it. A call for many keys is one step: nothing else sees it half 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -36,19 +36,18 @@ NO_ROOM: Final = Outcome.NO_ROOM
 class Entry:
     """One chunk in memory. Others read it; only the Index changes it.
 
-    sums is None while it is being written; owner is the lease's id until then, else 0; dead: its key is lost.
+    sums is None while it is being written; owner is the lease's id until then, else 0.
     """
 
-    __slots__ = ("dead", "key", "nbytes", "offset", "owner", "pins", "sums")
+    # Not the extent but its two numbers: 48 bytes less a chunk. Six slots: a seventh takes another 16.
+    __slots__ = ("key", "nbytes", "offset", "owner", "pins", "sums")
 
     def __init__(self, key: bytes, extent: Extent, owner: int) -> None:
-        # The two numbers, not the extent: 48 bytes less a chunk.
         self.offset, self.nbytes = extent
         self.key = key
         self.sums: bytes | None = None
         self.owner = owner
         self.pins = 0
-        self.dead = False
 
     @property
     def extent(self) -> Extent:
@@ -56,7 +55,7 @@ class Entry:
         return Extent(self.offset, self.nbytes)
 
     def __repr__(self) -> str:
-        state = "dead" if self.dead else "writing" if self.sums is None else "committed"
+        state = "writing" if self.sums is None else "committed"
         return f"Entry({self.key.hex()[:16]}.., {state}, {self.extent}, owner={self.owner}, pins={self.pins})"
 
 
@@ -136,7 +135,7 @@ class Index:
             if entry.pins:
                 continue
             self._pinned_nbytes -= entry.nbytes
-            if entry.dead:
+            if entry in self._dead:
                 self._bury(entry)
             else:
                 self._evictable_nbytes += entry.nbytes
@@ -152,22 +151,33 @@ class Index:
         one is the answer NO_ROOM.
         """
         assert owner, "an owner is a lease's id, which is never 0"
-        absent = [key for key in dict.fromkeys(keys) if key not in self._entries]
-        extents = self._lend(len(absent), nbytes, keys)
-        taken = len(extents)
-        room = iter(extents)
-        outcomes = [self._settle(key, room, owner) for key in keys]
+        entries, policy = self._entries, self._policy
+        unique = dict.fromkeys(keys)
+        absent = [key for key in unique if key not in entries]
+        extents = self._lend(len(absent), nbytes, unique)
+        fresh = {key: Entry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
         # The place is given now, tail first, and not at commit: steps commit a prompt's head first.
-        for key in reversed(absent[:taken]):
-            self._policy.insert(key)
-            self._policy.hide(key)
+        for key in reversed(fresh):
+            policy.insert(key)
+            policy.hide(key)
+        self._writing_entries += len(fresh)
+        self._writing_nbytes += sum([entry.nbytes for entry in fresh.values()])
+        outcomes: list[Entry | Outcome] = []
+        for key in keys:
+            entry = fresh.pop(key, None)
+            if entry is not None:
+                entries[key] = entry
+                outcomes.append(entry)
+            else:
+                held = entries.get(key)
+                outcomes.append(NO_ROOM if held is None else BUSY if held.sums is None else PRESENT)
         return outcomes
 
     def commit(self, entry: Entry, sums: bytes) -> bool:
         """Make a written entry readable; False: it had lost its key, and its memory is free now."""
         assert entry.owner, f"{entry} is not being written"
         entry.owner = 0
-        if entry.dead:
+        if entry in self._dead:
             self._bury(entry)
             return False
         entry.sums = sums
@@ -178,6 +188,10 @@ class Index:
         self._policy.show(entry.key)
         return True
 
+    def commit_all(self, written: Iterable[tuple[Entry, bytes]]) -> list[bool]:
+        """Commit a request's entries, each with its sums; for each what `commit` answers."""
+        return [self.commit(entry, sums) for entry, sums in written]
+
     def abandon(self, entry: Entry) -> None:
         """Give an uncommitted entry up: its memory is free now, so nobody may still be writing to it."""
         self.revoke(entry)
@@ -187,10 +201,9 @@ class Index:
     def revoke(self, entry: Entry) -> None:
         """Take the key from an uncommitted entry; its memory stays lent until commit or abandon."""
         assert entry.owner, f"{entry} is not being written"
-        if entry.dead:
+        if entry in self._dead:
             return
         del self._entries[entry.key]
-        entry.dead = True
         self._policy.remove(entry.key)
         self._writing_entries -= 1
         self._writing_nbytes -= entry.nbytes
@@ -237,12 +250,12 @@ class Index:
     def check(self) -> None:
         """Raise AssertionError unless states, counters and the allocator agree; O(entries log entries)."""
         for key, entry in self._entries.items():
-            assert (entry.key, entry.dead) == (key, False), f"{entry} is filed under a key that it has lost"
+            filed = entry.key == key and entry not in self._dead
+            assert filed, f"{entry} is filed under a key that it has lost"
             assert (entry.sums is None) == bool(entry.owner), f"{entry} is both written and readable, or neither"
             assert not (entry.owner and entry.pins), f"{entry} is pinned before it is readable"
         for entry in self._dead:
-            held = entry.dead and bool(entry.owner) != bool(entry.pins)
-            assert held, f"{entry} is dead, but not held by one side"
+            assert bool(entry.owner) != bool(entry.pins), f"{entry} is dead, but not held by one side"
         live = list(self._entries.values())
         committed = [entry for entry in live if entry.sums is not None]
         pinned = [entry for entry in [*committed, *self._dead] if entry.pins]
@@ -261,41 +274,29 @@ class Index:
         for below, above in pairwise(extents):
             assert below.offset + below.nbytes <= above.offset, f"{below} and {above} overlap"
 
-    def _settle(self, key: bytes, room: Iterator[Extent], owner: int) -> Entry | Outcome:
-        entry = self._entries.get(key)
-        if entry is not None:
-            return BUSY if entry.sums is None else PRESENT
-        extent = next(room, None)
-        if extent is None:
-            return NO_ROOM
-        entry = self._entries[key] = Entry(key, extent, owner)
-        self._writing_entries += 1
-        self._writing_nbytes += entry.nbytes
-        return entry
-
     def _lend(self, count: int, nbytes: int, keys: Iterable[bytes]) -> list[Extent]:
         """Allocate count extents, evicting what keys does not name; fewer if they cannot all fit."""
-        extents = self._take(count, nbytes)
+        each_nbytes = self._allocator.extent_nbytes(nbytes)
+        if each_nbytes is None:
+            return []
+        extents = self._take(count, each_nbytes)
         if len(extents) == count:
             return extents
-        named = (self._entries.get(key) for key in dict.fromkeys(keys))
-        spared = [entry for entry in named if entry is not None and entry.sums is not None and not entry.pins]
-        evictable_nbytes = self._evictable_nbytes - sum(entry.nbytes for entry in spared)
-        each_nbytes = self._allocator.extent_nbytes(nbytes)
-        short = count - len(extents)
-        if each_nbytes is None or short * each_nbytes > self._allocator.free_nbytes + evictable_nbytes:
+        named = [entry for key in keys if (entry := self._entries.get(key)) is not None]
+        spared = [entry for entry in named if entry.sums is not None and not entry.pins]
+        evictable_nbytes = self._evictable_nbytes - sum([entry.nbytes for entry in spared])
+        if (count - len(extents)) * each_nbytes > self._allocator.free_nbytes + evictable_nbytes:
             return extents
         for entry in spared:
             self._policy.hide(entry.key)
         while len(extents) < count and (victim := self._policy.evict()) is not None:
-            entry = self._entries[victim]
-            self._forget_committed(entry)
+            extent = self._forget_committed(self._entries[victim]).extent
             self._evictions += 1
-            if entry.nbytes == each_nbytes:
-                extents.append(entry.extent)  # fits as it is: no way round through the allocator
+            if extent.nbytes == each_nbytes:
+                extents.append(extent)  # fits as it is: no way round through the allocator
             else:
-                self._allocator.free(entry.extent)
-                extents += self._take(count - len(extents), nbytes)
+                self._allocator.free(extent)
+                extents += self._take(count - len(extents), each_nbytes)
         for entry in spared:
             self._policy.show(entry.key)
         return extents
@@ -307,13 +308,13 @@ class Index:
             extents.append(extent)
         return extents
 
-    def _forget_committed(self, entry: Entry) -> None:
+    def _forget_committed(self, entry: Entry) -> Entry:
         """Take the key from a committed entry that its policy has forgotten."""
         del self._entries[entry.key]
-        entry.dead = True
         self._committed_nbytes -= entry.nbytes
         if not entry.pins:
             self._evictable_nbytes -= entry.nbytes
+        return entry
 
     def _bury(self, entry: Entry) -> None:
         """Free the memory of an entry that died while it was held."""

@@ -5,15 +5,15 @@ It knows NOTHING about sizes, memory, clocks, locks, or why a key is hidden.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 _SLACK = 64  # stale ranks that are not worth a clean-up
 _STAMP_BITS = 48  # a million stamps a second last for nine years
-_HIDDEN = 1
-_ORDER_SHIFT = 32
-_SLOT_AND_HIDDEN = (1 << _ORDER_SHIFT) - 1
+_SLOT_BITS = 32
+_SLOT = (1 << _SLOT_BITS) - 1
 
 
 class EvictionPolicy(Protocol):
@@ -44,18 +44,100 @@ class EvictionPolicy(Protocol):
         ...
 
 
+class Queue:
+    """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key moves there again.
+
+    A hidden key keeps its place until it comes up at the head; then it goes aside. Keys go aside in the order of their
+    places and are before all that are still in the queue, so when they are shown the number of their going aside is
+    their place. Each operation is O(1) whatever is hidden, but for keys that went aside and were shown: O(log) of
+    their number. Takes about 110 bytes a key, the key not counted.
+    """
+
+    __slots__ = ("_aside", "_hidden", "_last", "_queue", "_returned", "_touch_moves")
+
+    def __init__(self, touch_moves: bool) -> None:
+        self._touch_moves = touch_moves
+        self._queue: OrderedDict[bytes, None] = OrderedDict()
+        self._hidden: set[bytes] = set()
+        self._aside: dict[bytes, int] = {}  # key -> its number; not in the queue
+        self._last = 0  # number given
+        self._returned: list[tuple[int, bytes]] = []  # heap of keys aside that were shown, some of them stale
+
+    def insert(self, key: bytes) -> None:
+        """Add a key that is not there yet, visible."""
+        assert key not in self._queue, f"{key.hex()} is inserted twice"
+        assert key not in self._aside, f"{key.hex()} is inserted twice"
+        self._queue[key] = None
+
+    def touch(self, key: bytes) -> None:
+        """Count one use of a key, hidden or not."""
+        if key in self._queue:
+            if self._touch_moves:
+                self._queue.move_to_end(key)
+        else:
+            assert key in self._aside, f"{key.hex()} was never inserted"
+            if self._touch_moves:
+                del self._aside[key]
+                self._queue[key] = None
+
+    def remove(self, key: bytes) -> None:
+        """Forget a key, hidden or not."""
+        self._hidden.discard(key)
+        if key in self._queue:
+            del self._queue[key]
+        else:
+            assert key in self._aside, f"{key.hex()} was never inserted"
+            del self._aside[key]
+
+    def hide(self, key: bytes) -> None:
+        """Take a visible key out of the candidates."""
+        assert key in self._queue or key in self._aside, f"{key.hex()} was never inserted"
+        assert key not in self._hidden, f"{key.hex()} is hidden already"
+        self._hidden.add(key)
+
+    def show(self, key: bytes) -> None:
+        """Put a hidden key back at its place."""
+        if key not in self._hidden:
+            assert key in self._queue or key in self._aside, f"{key.hex()} was never inserted"
+            raise AssertionError(f"{key.hex()} is not hidden")
+        self._hidden.remove(key)
+        number = self._aside.get(key)
+        if number is not None:
+            heappush(self._returned, (number, key))
+            if len(self._returned) > 2 * len(self._aside) + _SLACK:
+                self._returned = [(number, key) for key, number in self._aside.items() if key not in self._hidden]
+                heapify(self._returned)
+
+    def evict(self) -> bytes | None:
+        """Forget and return the first candidate; None: there is none."""
+        queue, aside, hidden = self._queue, self._aside, self._hidden
+        while len(queue) + len(aside) > len(hidden):
+            if self._returned:
+                number, key = heappop(self._returned)
+                if aside.get(key) == number and key not in hidden:
+                    del aside[key]
+                    return key
+            else:
+                key, _ = queue.popitem(last=False)
+                if key not in hidden:
+                    return key
+                self._last += 1
+                aside[key] = self._last
+        return None
+
+
 class Ranked:
     """A policy by rank: the visible key with the lowest rank goes first.
 
     next_order(order, stamp) gives a key's order when it is inserted (order is 0) and at each touch; stamps rise
-    by one a call from 1, and no two keys may ever get the same order. A rank is (order, slot, hidden) in one
-    number, where _keys[slot] is its key. The ranks of visible keys are in a heap from which nothing is deleted: a
-    rank that its key no longer has is skipped when it comes up, and the heap is rebuilt before such ranks
-    outnumber the others. So each operation is O(log keys) amortised whatever is hidden, and O(1) where orders
-    rise, as with fifo and lru. Takes 100 to 180 bytes a key, the key not counted.
+    by one a call from 1, and no two keys may ever get the same order. A rank is order and slot in one number, where
+    _keys[slot] is its key. Ranks are in a heap from which nothing is deleted: one that its key no longer has is
+    skipped when it comes up, one whose key is hidden goes aside until the key is shown, and the heap is rebuilt
+    before stale ranks outnumber the others. So each operation is O(log keys) amortised whatever is hidden. Takes 110
+    to 180 bytes a key, the key not counted.
     """
 
-    __slots__ = ("_free_slots", "_heap", "_keys", "_next_order", "_ranks", "_stamp", "_visible")
+    __slots__ = ("_free_slots", "_heap", "_hidden", "_keys", "_next_order", "_ranks", "_stamp")
 
     def __init__(self, next_order: Callable[[int, int], int]) -> None:
         self._next_order = next_order
@@ -64,7 +146,7 @@ class Ranked:
         self._keys: list[bytes | None] = []  # slot -> key
         self._free_slots: list[int] = []
         self._heap: list[int] = []
-        self._visible = 0
+        self._hidden: dict[bytes, bool] = {}  # is its rank still in the heap?
 
     def insert(self, key: bytes) -> None:
         """Add a key that is not there yet, visible."""
@@ -76,54 +158,49 @@ class Ranked:
         else:
             slot = len(self._keys)
             self._keys.append(key)
-        rank = self._next_order(0, self._stamp) << _ORDER_SHIFT | slot << 1
-        self._visible += 1
-        self._offer(key, rank)
+        rank = self._ranks[key] = self._next_order(0, self._stamp) << _SLOT_BITS | slot
+        self._offer(rank)
 
     def touch(self, key: bytes) -> None:
         """Count one use of a key, hidden or not."""
         old = self._rank(key)
         self._stamp += 1
-        order = old >> _ORDER_SHIFT
-        touched = self._next_order(order, self._stamp)
-        if touched == order:
-            return
-        rank = touched << _ORDER_SHIFT | old & _SLOT_AND_HIDDEN
-        if rank & _HIDDEN:
-            self._ranks[key] = rank
+        rank = self._next_order(old >> _SLOT_BITS, self._stamp) << _SLOT_BITS | old & _SLOT
+        self._ranks[key] = rank
+        if key in self._hidden:
+            self._hidden[key] = False
         else:
-            self._offer(key, rank)
+            self._offer(rank)
 
     def remove(self, key: bytes) -> None:
         """Forget a key, hidden or not."""
-        rank = self._rank(key)
-        if not rank & _HIDDEN:
-            self._visible -= 1
-        self._forget(key, rank)
+        self._hidden.pop(key, None)
+        self._forget(key, self._rank(key))
 
     def hide(self, key: bytes) -> None:
         """Take a visible key out of the candidates."""
-        rank = self._rank(key)
-        assert not rank & _HIDDEN, f"{key.hex()} is hidden already"
-        self._ranks[key] = rank | _HIDDEN
-        self._visible -= 1
+        self._rank(key)
+        assert key not in self._hidden, f"{key.hex()} is hidden already"
+        self._hidden[key] = True
 
     def show(self, key: bytes) -> None:
         """Put a hidden key back at its place."""
         rank = self._rank(key)
-        assert rank & _HIDDEN, f"{key.hex()} is not hidden"
-        self._visible += 1
-        self._offer(key, rank ^ _HIDDEN)
+        assert key in self._hidden, f"{key.hex()} is not hidden"
+        if not self._hidden.pop(key):
+            self._offer(rank)
 
     def evict(self) -> bytes | None:
         """Forget and return the first candidate; None: there is none."""
-        while self._visible:
+        while len(self._ranks) > len(self._hidden):
             rank = heappop(self._heap)
-            key = self._keys[(rank & _SLOT_AND_HIDDEN) >> 1]
-            if key is not None and self._ranks[key] == rank:
-                self._visible -= 1
+            key = self._keys[rank & _SLOT]
+            if key is None or self._ranks[key] != rank:
+                continue
+            if key not in self._hidden:
                 self._forget(key, rank)
                 return key
+            self._hidden[key] = False
         return None
 
     def _rank(self, key: bytes) -> int:
@@ -131,28 +208,27 @@ class Ranked:
         assert rank is not None, f"{key.hex()} was never inserted"
         return rank
 
-    def _offer(self, key: bytes, rank: int) -> None:
-        self._ranks[key] = rank
+    def _offer(self, rank: int) -> None:
         heappush(self._heap, rank)
-        if len(self._heap) > 2 * self._visible + _SLACK:
-            self._heap = [rank for rank in self._ranks.values() if not rank & _HIDDEN]
+        if len(self._heap) > 2 * len(self._ranks) + _SLACK:
+            self._heap = [rank for key, rank in self._ranks.items() if self._hidden.get(key, True)]
             heapify(self._heap)
 
     def _forget(self, key: bytes, rank: int) -> None:
-        slot = (rank & _SLOT_AND_HIDDEN) >> 1
+        slot = rank & _SLOT
         self._keys[slot] = None
         self._free_slots.append(slot)
         del self._ranks[key]
 
 
-def fifo() -> Ranked:
+def fifo() -> Queue:
     """Evict what was inserted first."""
-    return Ranked(lambda order, stamp: order or stamp)
+    return Queue(touch_moves=False)
 
 
-def lru() -> Ranked:
+def lru() -> Queue:
     """Evict what was touched least recently."""
-    return Ranked(lambda order, stamp: stamp)
+    return Queue(touch_moves=True)
 
 
 def lfu() -> Ranked:

@@ -84,7 +84,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def cpu_seconds(action: Callable[[], object]) -> float:
-    """This thread's CPU time in one call: for work that waits for nobody; other processes disturb it less."""
+    """The CPU time of this thread in one call: for work that waits for nobody; other processes disturb it less."""
     start = time.thread_time()
     action()
     return time.thread_time() - start
@@ -136,7 +136,8 @@ def write(rows: Sequence[Row], file: Path | None) -> None:
     """Writes the rows as a JSON list, each with the machine and the command; does nothing without a file."""
     if file is None:
         return
-    command = shlex.join(["python", *sys.argv])
+    program = Path(sys.argv[0])
+    command = shlex.join(["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]])
     file.parent.mkdir(parents=True, exist_ok=True)
     where = {"machine": machine(), "command": command}
     file.write_text(json.dumps([{**asdict(row), **where} for row in rows], indent=1) + "\n")

@@ -1,0 +1,48 @@
+"""`kvkeep bench`: how fast the parts are on this machine, each beside a yardstick of the same run. Imports no torch.
+
+Knows the groups of cases and how they are shown; what a case does is in the modules beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
+from kvkeep.cli.bench_index import index_rows
+from kvkeep.cli.rows import Row, say, show, write
+
+
+class Group(StrEnum):
+    """What can be asked for."""
+
+    KEYS = "keys"
+    ALLOC = "alloc"
+    POLICY = "policy"
+    INDEX = "index"
+
+
+ROWS: dict[Group, Callable[[int], list[Row]]] = {
+    Group.KEYS: key_rows,
+    Group.ALLOC: alloc_rows,
+    Group.POLICY: policy_rows,
+    Group.INDEX: index_rows,
+}
+
+
+def bench(
+    groups: Annotated[list[Group] | None, typer.Argument(help="Which parts; all if none is named.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How often each case and its yardstick run, in turn.")] = 15,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
+) -> None:
+    """Measures keys, allocators, policies and the index, one thread each, in CPU time; takes about a minute."""
+    made: list[Row] = []
+    for group in groups or list(Group):
+        say(f"{group.value} ...")
+        made += ROWS[group](runs)
+    show(made, "kvkeep bench")
+    write(made, json)

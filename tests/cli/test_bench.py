@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
+from kvkeep.cli.main import app
+
+KEYS = ["keys-array", "keys-list", "keys-one-more-chunk"]
+ALLOC = ["freelist", "freelist-holes", "freelist-fail", "slots"]
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_the_groups_that_are_named_run_and_their_rows_are_written(tmp_path: Path):
+    file = tmp_path / "rows.json"
+    result = invoke("alloc", "keys", "--runs", "2", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())
+    assert [row["case"] for row in rows] == [*ALLOC, *KEYS]
+    for row in rows:
+        assert row["case"] in result.output
+        assert row["runs"] == 2
+        assert 0 < row["min"] <= row["median"] <= row["max"]
+        assert math.isclose(row["ratio"], row["median"] / row["yardstick_median"])
+        assert row["machine"]
+        assert row["command"]
+
+
+def test_an_unknown_group_is_answered_with_the_known_ones():
+    result = invoke("disc")
+    assert result.exit_code == 2
+    assert "'keys'" in result.output
+
+
+@pytest.mark.slow
+def test_a_million_chunks_take_at_most_400_bytes_each():
+    assert MILLION == 1_000_000
+    assert process_nbytes("dict") < process_nbytes("index") <= 400
+
+
+@pytest.mark.slow
+def test_the_index_cases():
+    assert [row.case for row in index_rows(1)] == ["lookup-chunk", "reserve-commit-chunk", "index-bytes-per-chunk"]
