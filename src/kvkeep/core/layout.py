@@ -10,7 +10,7 @@ then all V pages; an engine whose page is one piece has one part), each part's p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -84,6 +84,10 @@ class ShardLayout:
                 ranges.append(Range(number, place, offset, nbytes, padded))
                 offset += padded
         return tuple(ranges)
+
+    def chosen(self, layers: range | None) -> Sequence[Range]:
+        """The ranges with these numbers; None: all."""
+        return self.ranges if layers is None else [self.ranges[number] for number in layers]
 
     @cached_property
     def nbytes(self) -> int:

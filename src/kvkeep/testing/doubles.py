@@ -48,18 +48,18 @@ class FaultyTransfer:
         """As `Transfer.shard`."""
         return self.inner.shard
 
-    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """As `Transfer.gather`."""
-        return self.inner.gather(blocks, lease, seal)
+        return self.inner.gather(blocks, lease, seal, layers)
 
-    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`, unless this one is to fail."""
         number, self.calls = self.calls, self.calls + 1
         named = {block_id for one in blocks for block_id in one.block_ids}
         if number in self.failing_calls or named & self.failing_blocks:
             self.failures += 1
             return False
-        return self.inner.scatter(lease, blocks, sums)
+        return self.inner.scatter(lease, blocks, sums, layers)
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`."""
