@@ -8,6 +8,11 @@ A miss, a full pool and "ask again" are values, not exceptions; a broken invaria
       LeaseExpired      memory was used after its lease had ended
       WireError         a peer broke the protocol, or is gone
         StoreGone       the store process ended, or does not answer within its limit
+      TierError         a place below the pool does not do what it was asked
+        TierUnavailable   it as a whole does not work: closed, gone, read-only
+          TierOwned         its directory belongs to another process
+        TierFull          it has no room and can make none
+        CorruptChunk      bytes that are no record, or not the record that they should be
 """
 
 from __future__ import annotations
@@ -49,3 +54,33 @@ class StoreGone(WireError):
     """The store process is not there, or did not answer within the limit."""
 
     code = "store-gone"
+
+
+class TierError(KVKeepError):
+    """A tier failed; whoever walks the tiers goes on without it."""
+
+    code = "tier"
+
+
+class TierUnavailable(TierError):
+    """A tier does not work as a whole, now or any more."""
+
+    code = "tier-unavailable"
+
+
+class TierOwned(TierUnavailable):
+    """A tier's directory is locked by another process."""
+
+    code = "tier-owned"
+
+
+class TierFull(TierError):
+    """A tier has no room, and can make none."""
+
+    code = "tier-full"
+
+
+class CorruptChunk(TierError):
+    """Bytes are not the record that they should be: torn, foreign or changed."""
+
+    code = "corrupt-chunk"

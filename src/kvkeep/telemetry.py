@@ -11,8 +11,13 @@ from enum import Enum
 class Miss(Enum):
     """Why tokens of a request were not given back; the text is for people."""
 
-    NOT_STORED = "no chunk of this prefix is in the pool"
-    PARTLY_STORED = "the pool holds only the beginning of this prefix"
+    NOT_STORED = "no chunk of this prefix is kept"
+    PARTLY_STORED = "only the beginning of this prefix is kept"
+    TIER_LATE = "a tier had not read it within deadline_s"
+    TIER_FAILED = "a tier had it, but did not give it or what it gave was bad"
+    POOL_FULL = "a tier has it, but the pool has no room for it now"
+    PINNED_SHARE = "waiting requests have pinned their share of the pool"
+    WRITING = "it is still being written"
     SHORT = "the prompt has no whole chunk beyond what the engine has"
     STORE_GONE = "the store process is not there"
     DEADLINE = "the store did not answer within deadline_s"
@@ -27,6 +32,9 @@ class Miss(Enum):
 COUNTERS = {
     "lookups": "lookups that were answered",
     "lookup_tokens": "tokens of prompts that were looked up",
+    "fetched_pool_chunks": "chunks that lookups found in the pool",
+    "fetched_disk_chunks": "chunks that lookups brought from disk",
+    "fetched_remote_chunks": "chunks that lookups brought from a remote store",
     "claimed_first_tokens": "tokens claimed for requests never preempted: vLLM's external_prefix_cache_hits",
     "claimed_after_preemption_tokens": "tokens claimed for requests that resumed",
     "failed_tokens": "claimed tokens whose load failed",

@@ -66,9 +66,9 @@ class Bench:
         assert client is not None
         fetch, wait = client.fetch, client.wait
 
-        def fetching(digests: Sequence[bytes]) -> Any:
+        def fetching(digests: Sequence[bytes], deadline_s: float) -> Any:
             self.asked.append(len(digests))
-            return fetch(digests)
+            return fetch(digests, deadline_s)
 
         def waiting(call: Any, limit_s: float) -> Any:
             self.waits.append(limit_s)
@@ -184,7 +184,8 @@ def hasty() -> Iterator[Bench]:
 @contextmanager
 def mute(bench: Bench, verb: str) -> Iterator[None]:
     """The store stands still at the next call of `verb` until the end of the context."""
-    store, gate = bench.source.running.store, threading.Event()
+    running, gate = bench.source.running, threading.Event()
+    store = running.server.walk.promotions if verb == "fetch" else running.store
     answer = getattr(store, verb)
 
     def stands_still(*arguments: Any) -> Any:

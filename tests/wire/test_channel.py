@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -21,6 +22,7 @@ from kvkeep.core.policy import lru
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.testing.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -209,18 +211,20 @@ def test_another_process_cannot_resume_a_session_whose_holders_it_does_not_name(
         assert figures(control)["quarantined_nbytes"] == CHUNK
 
 
-def turn(server: Server) -> None:
-    """One round of the loop; what the sockets brought comes before the deaths, an order that epoll may choose too."""
-    batch = server._selector.select(0)
-    for key, _ in sorted(batch, key=lambda one: isinstance(one[0].fileobj, int)):
-        key.data()
+def turn(loop: asyncio.AbstractEventLoop) -> None:
+    """One round of the loop: all that is ready, in the order in which it became so."""
+    loop.call_soon(loop.stop)
+    loop.run_forever()
 
 
 def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
     with contextlib.ExitStack() as ends:
         region = ends.enter_context(Region.create(ROOM * CHUNK))
-        server = Server(Store(Index(FreeList(ROOM * CHUNK), lru()), ROOM * CHUNK), bytes(16), region.fd)
-        ends.callback(server._selector.close)
+        server = Server(
+            TierWalk(Store(Index(FreeList(ROOM * CHUNK), lru()), ROOM * CHUNK), region.array), bytes(16), region.fd
+        )
+        loop = ends.enter_context(contextlib.closing(asyncio.new_event_loop()))
+        server._loop, server._over = loop, asyncio.Event()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
         for one in itertools.chain(*pairs):
             ends.enter_context(one)
@@ -229,15 +233,15 @@ def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
             server._accept(theirs)
         holder = ends.enter_context(subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE))
         lost.sendall(framed(m.encoded(hello(holder.pid))) + framed(m.encoded(m.Reserve(1, digest(1)))))
-        turn(server)
+        turn(loop)
         (number,) = server.store.sessions
         lost.close()
-        turn(server)
+        turn(loop)
         assert server.store.figures()["quarantined_nbytes"] == CHUNK
         again.sendall(framed(m.encoded(hello(holder.pid, resumes=number))))
         holder.kill()
         holder.wait()
-        turn(server)
+        turn(loop)
         assert server.store.figures()["quarantined_nbytes"] == 0
         assert server.store.figures()["sessions"] == 1
 

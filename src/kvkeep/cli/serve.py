@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +29,6 @@ def serve(
     """Runs a store that any number of engines share, until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="kvkeep store %(process)d %(levelname)s %(message)s")
     options = StoreOptions(parse_size(pool_size, "--pool-size"), policy, max_pinned_share)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     run(options, None, socket.absolute())
 
 

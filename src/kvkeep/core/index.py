@@ -116,6 +116,18 @@ class Index:
         self._evictable_nbytes -= pinned_nbytes
         return run
 
+    def hold(self, key: bytes) -> Entry | None:
+        """Pin one committed entry without counting it as used: its place in the order of eviction stays."""
+        entry = self._entries.get(key)
+        if entry is None or entry.sums is None:
+            return None
+        if not entry.pins:
+            self._policy.hide(key)
+            self._pinned_nbytes += entry.nbytes
+            self._evictable_nbytes -= entry.nbytes
+        entry.pins += 1
+        return entry
+
     def unpin(self, entries: Iterable[Entry]) -> None:
         """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
         for entry in entries:

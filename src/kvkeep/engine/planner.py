@@ -28,6 +28,15 @@ from kvkeep.wire.messages import Matched
 MAX_FAILED_KEYS = 65536
 MAX_EMPTY_STEPS = 1000
 
+STORE_SHARE = 0.9  # of a request's deadline is the store's; the rest is for its answer to come
+REASONS = {
+    "deadline": Miss.TIER_LATE,
+    "not loaded": Miss.TIER_FAILED,
+    "no room": Miss.POOL_FULL,
+    "share": Miss.PINNED_SHARE,
+    "busy": Miss.WRITING,
+}
+
 Tables = Sequence[Sequence[int]]
 
 
@@ -50,7 +59,8 @@ class Request(NamedTuple):
 class PlannerOptions:
     """How the planner decides.
 
-    A request waits at most `deadline_s` for its lookup, one call at most `patience_s`. `beside_steps`: the engine waits
+    A request waits at most `deadline_s` for its lookup, tiers included; between two steps all lookups together hold the
+    engine up for at most `patience_s`. `beside_steps`: the engine waits
     for a load beside its steps and enters nothing of it into its own prefix cache before it is done.
     """
 
@@ -83,6 +93,7 @@ class Planner:
         self._failed: OrderedDict[bytes, None] = OrderedDict()
         self._asked_idle = 0
         self._boot = b""
+        self._patience_s = options.patience_s
         self.figures = figures
         self._steps = Steps(len(layout.shards), figures)
         self._stores = Stores(self._shard, figures, options.patience_s)
@@ -151,6 +162,7 @@ class Planner:
     def plan_step(self, scheduled: Sequence[Scheduled], tables: Callable[[str], Tables]) -> StepPlan:
         """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
         client = self._live()
+        self._patience_s = self._options.patience_s
         loads, self._due = self._due, []
         step = self._steps.begin()
         ops: list[LoadOp] = []
@@ -249,18 +261,17 @@ class Planner:
             record.asked_chunks = len(digests)
             record.move(State.ASKED)
             record.question, record.asked_first, record.asked_at_s = (
-                client.fetch(digests),
+                client.fetch(digests, self._options.deadline_s * STORE_SHARE),
                 first,
                 self._clock(),
             )
-        answer = client.wait(record.question, self._options.patience_s)
+        waited_from_s = self._clock()
+        answer = client.wait(record.question, self._patience_s)
+        self._patience_s = max(0.0, self._patience_s - (self._clock() - waited_from_s))
         if isinstance(answer, Matched):
             record.question = None
-            self.figures.add("lookups")
             self.figures.add("lookup_tokens", len(request.tokens))
-            why = record.short if len(answer.offsets) == record.asked_chunks else None
-            why = why if answer.offsets else Miss.NOT_STORED
-            return Match(boot, first, answer.lease, tuple(answer.offsets), answer.sums, len(answer.offsets), why)
+            return self._matched(record, answer, boot)
         if record.question.failed:
             record.question = None
             return Match(boot, first, 0, (), {}, 0, Miss.STORE_GONE)
@@ -270,6 +281,16 @@ class Planner:
         self._drop_question(record, client)
         self._link.suspend()
         return Match(boot, first, 0, (), {}, 0, Miss.DEADLINE)
+
+    def _matched(self, record: Record, answer: Matched, boot: bytes) -> Match:
+        self.figures.add("lookups")
+        for source, count in answer.sources.items():
+            self.figures.add(f"fetched_{source}_chunks", count)
+        hits = len(answer.offsets)
+        why = record.short if hits == record.asked_chunks else REASONS.get(answer.why)
+        if why is None and not hits:
+            why = Miss.NOT_STORED
+        return Match(boot, record.asked_first, answer.lease, tuple(answer.offsets), answer.sums, hits, why)
 
     def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
         """The digests to look up, up to the first one whose load failed before; and why there is none."""

@@ -231,6 +231,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 holders=[info.pid for info in ranks],
                 verify_every=VERIFY_EVERY[self.config.verify_pool],
                 resumes=resumes,
+                sizes=[one.padded_nbytes for shard in layout.shards for one in shard.ranges],
             )
 
         return Link(_source(self.config, layout), hello, [info.door for info in ranks])

@@ -12,7 +12,10 @@ from kvkeep.core.index import Entry
 
 @dataclass(frozen=True)
 class Opening:
-    """What a planner says of itself when its session opens (sizes in bytes, holders are pids)."""
+    """What a planner says of itself when its session opens (in bytes; holders are pids).
+
+    `sizes` are those of a chunk's ranges with their padding, in order; without them its chunks stay in the pool.
+    """
 
     name: str
     namespace: bytes
@@ -20,6 +23,7 @@ class Opening:
     chunk_nbytes: int
     holders: tuple[int, ...]
     verify_every: int = 0
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -38,13 +42,14 @@ class WriteLease:
 
 @dataclass
 class Session:
-    """One planner's connection and all its leases."""
+    """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin."""
 
     number: int
     opening: Opening
     namespace: bytes
     leases: dict[int, ReadLease | WriteLease] = field(default_factory=dict)
     pinned_nbytes: int = 0
+    promised_nbytes: int = 0
     fetched_chunks: int = 0
 
     @property

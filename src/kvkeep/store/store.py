@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Index, Outcome
@@ -18,6 +19,17 @@ from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
 NAMESPACE_NBYTES = 16
 DIGEST_NBYTES = 32
+
+
+class Why(Enum):
+    """Why a fetched run is not longer."""
+
+    ABSENT = "absent"  # no tier has the next chunk
+    SHARE = "share"  # waiting requests of this session have pinned what they may
+    NO_ROOM = "no room"  # a tier has it, the pool has no room for it
+    BUSY = "busy"  # it is being written
+    NOT_LOADED = "not loaded"  # a tier had it, and it did not come or was bad
+    DEADLINE = "deadline"  # it was still on its way
 
 
 class Fetched(NamedTuple):
@@ -53,36 +65,58 @@ class Store:
             raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(opening.namespace)}")
         if opening.chunk_nbytes <= 0 or opening.verify_every < 0:
             raise WireError("chunk_nbytes must be positive and verify_every not negative")
-        session = Session(self._next(), opening, opening.namespace)
+        if opening.sizes and (sum(opening.sizes) != opening.chunk_nbytes or not all(map(_is_padded, opening.sizes))):
+            raise WireError("the sizes of a chunk's ranges must be padded and add up to chunk_nbytes")
+        session = Session(self.next_lease(), opening, opening.namespace)
         self.sessions[session.number] = session
         return session
 
     def fetch(self, session: Session, digests: Sequence[bytes]) -> Fetched:
-        """Pins the longest run of present chunks from the first digest on, within the session's share of the pool."""
-        taken = padded_nbytes(session.opening.chunk_nbytes)  # what a chunk of this session takes in the pool
-        room = int(self.pool_nbytes * self.max_pinned_share) - session.pinned_nbytes
-        entries = self.index.pin_prefix(self._keys(session, digests[: max(0, room // taken)]))
+        """Pins the longest run of chunks in the pool from the first digest on, within the session's share of it."""
+        return self.lend(session, self.pin(session, self.keys(session, digests[: self.room(session)])))
+
+    def taken(self, session: Session) -> int:
+        """What a chunk of this session takes in the pool (bytes)."""
+        return padded_nbytes(session.opening.chunk_nbytes)
+
+    def room(self, session: Session) -> int:
+        """How many chunks more the session may pin."""
+        pinned_nbytes = session.pinned_nbytes + session.promised_nbytes
+        return max(0, (int(self.pool_nbytes * self.max_pinned_share) - pinned_nbytes) // self.taken(session))
+
+    def pin(self, session: Session, keys: Sequence[bytes]) -> list[Entry]:
+        """Pins the longest run of present chunks; one of another size under the same key is not what was asked for."""
+        taken = self.taken(session)
+        entries = self.index.pin_prefix(keys)
         fitting = next((place for place, one in enumerate(entries) if one.nbytes != taken), len(entries))
-        self.index.unpin(entries[fitting:])  # a chunk of another size under the same key is not what was asked for
-        del entries[fitting:]
+        self.index.unpin(entries[fitting:])
+        return entries[:fitting]
+
+    def lend(self, session: Session, entries: list[Entry]) -> Fetched:
+        """A lease on pinned chunks."""
         if not entries:
             return Fetched(0, [], {})
-        lease = self._next()
+        lease = self.next_lease()
         session.leases[lease] = ReadLease(entries)
-        session.pinned_nbytes += sum(entry.extent.nbytes for entry in entries)
-        return Fetched(lease, [entry.extent.offset for entry in entries], self._sampled(session, entries))
+        session.pinned_nbytes += sum(entry.nbytes for entry in entries)
+        return Fetched(lease, [entry.offset for entry in entries], self._sampled(session, entries))
 
     def reserve(self, session: Session, digests: Sequence[bytes]) -> Reservation:
         """Room for the chunks that are absent; what cannot fit evicts nothing."""
         if not self.lending:
             return Reservation(0, [Outcome.NO_ROOM] * len(digests))
-        lease = self._next()
-        got = self.index.reserve(self._keys(session, digests), session.opening.chunk_nbytes, lease)
+        lease = self.next_lease()
+        got = self.index.reserve(self.keys(session, digests), session.opening.chunk_nbytes, lease)
         entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
         if entries:
             session.leases[lease] = WriteLease(entries)
         places = [one.extent.offset if isinstance(one, Entry) else one for one in got]
         return Reservation(lease if entries else 0, places)
+
+    def written(self, session: Session, lease: int, places: Sequence[int]) -> list[Entry | None]:
+        """The entries that a commit of these places is about; None for what is not this lease's."""
+        held = session.leases.get(lease)
+        return [held.entries.get(place) if isinstance(held, WriteLease) else None for place in places]
 
     def commit(self, session: Session, lease: int, places: Sequence[int], sums: Sequence[bytes]) -> list[bool]:
         """Makes reserved chunks readable; False where the chunk was cleared meanwhile or is not this lease's."""
@@ -105,9 +139,18 @@ class Store:
             for entry in held.entries.values():
                 self.index.abandon(entry)
 
+    def keys(self, session: Session, digests: Sequence[bytes]) -> list[bytes]:
+        """The keys of a session's digests."""
+        return [key_of(session.namespace, digest) for digest in digests]
+
+    def next_lease(self) -> int:
+        """A number that no lease and no session has had."""
+        self._last += 1
+        return self._last
+
     def discard(self, session: Session, digests: Sequence[bytes]) -> int:
         """Takes chunks out of the index; their memory comes back with the last lease on them."""
-        return self.index.discard(self._keys(session, digests))
+        return self.index.discard(self.keys(session, digests))
 
     def clear(self, session: Session, everything: bool) -> int:
         """Drops the session's namespace, or everything."""
@@ -151,9 +194,6 @@ class Store:
             "sessions": len(self.sessions),
         }
 
-    def _keys(self, session: Session, digests: Sequence[bytes]) -> list[bytes]:
-        return [key_of(session.namespace, digest) for digest in digests]
-
     def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:
         every = session.opening.verify_every
         first = session.fetched_chunks
@@ -163,6 +203,6 @@ class Store:
         places = range(-first % every, len(entries), every)
         return {place: entries[place].sums or b"" for place in places}
 
-    def _next(self) -> int:
-        self._last += 1
-        return self._last
+
+def _is_padded(nbytes: int) -> bool:
+    return nbytes > 0 and padded_nbytes(nbytes) == nbytes

@@ -359,7 +359,8 @@ class FakeEngine:
 
     def _hello(self, resumes: int) -> Hello:
         every = self.shape.verify_every
-        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, [os.getpid()], every, resumes)
+        sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]
+        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, [os.getpid()], every, resumes, sizes)
 
     def _asked(self, request: FakeRequest) -> Request:
         return Request(

@@ -5,6 +5,7 @@ Knows nothing about engines. An engine must never do this: a busy thread beside 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 import threading
@@ -18,7 +19,8 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
-from kvkeep.wire.process import StoreOptions, join_shared, listen
+from kvkeep.store.walk import TierWalk
+from kvkeep.wire.process import StoreOptions, listen
 from kvkeep.wire.server import Server
 
 END_LIMIT_S = 10.0
@@ -82,8 +84,7 @@ def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
         try:
             yield running
         finally:
-            running.server.stop = True
-            join_shared(str(path), END_LIMIT_S).close()  # the loop looks up when somebody comes
+            running.server.stop()
             running.join()
 
 
@@ -91,7 +92,7 @@ def _started(options: StoreOptions, private: socket.socket | None, listener: soc
     region = Region.create(options.pool_nbytes)
     index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
     store = Store(index, options.pool_nbytes, options.max_pinned_share)
-    server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
-    thread = threading.Thread(target=server.serve, daemon=True, name="kvkeep-test-store")
+    server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()
     return RunningStore(region, store, server, thread)

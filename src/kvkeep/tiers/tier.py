@@ -56,7 +56,7 @@ class Tier(Protocol):
         """Which keys are here as far as is known; promises nothing."""
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
-        """Fills each read's memory, verified; a chunk's sums, or None if it is not here or was bad (then it is gone)."""
+        """Fills each read's memory, verified; a chunk's sums, or None if it is not here or bad (then it is gone)."""
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """Keeps chunks; readable once this returns."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -28,7 +27,6 @@ def main(arguments: list[str]) -> int:
         format="kvkeep store %(process)d %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     options = StoreOptions(asked.pool_nbytes, asked.policy, asked.max_pinned_share, asked.log_level)
     try:
         run(options, asked.fd, asked.socket)

@@ -13,7 +13,7 @@ import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 1
+VERSION = 2
 DIGEST_NBYTES = 32
 
 
@@ -22,6 +22,7 @@ class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
 
     `holders` are the pids of all processes that may touch its leases, `verify_every` says for every how many-th fetched
     chunk its sums are wanted (0: never). `resumes` is an ended session of the same process whose leases nobody uses.
+    `sizes` are those of a chunk's ranges, padded, in order; without them its chunks are kept in the pool only.
     """
 
     version: int
@@ -32,6 +33,7 @@ class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
     holders: list[int]
     verify_every: int = 0
     resumes: int = 0
+    sizes: list[int] = []
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
@@ -45,22 +47,26 @@ class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
-    """Pin the longest run of present chunks from the first digest on."""
+    """Pin the longest run of present chunks from the first digest on, brought from tiers for at most `deadline_s`."""
 
     call: int
     digests: bytes
+    deadline_s: float = 0.0
 
 
 class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (0: no chunk, no lease).
 
-    `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify.
+    `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
+    its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for).
     """
 
     call: int
     lease: int
     offsets: list[int]
     sums: dict[int, bytes]
+    sources: dict[str, int] = {}
+    why: str = ""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):

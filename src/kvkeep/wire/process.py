@@ -6,9 +6,11 @@ Knows nothing about engines. The process imports no torch.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
+import signal
 import socket
 import stat
 import subprocess
@@ -24,11 +26,13 @@ from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import check_room
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.wire.server import Server
 
 log = logging.getLogger("kvkeep.store")
 
 POPULATE_PIECE_NBYTES = 16 << 20
+END_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,10 @@ class Child:
             self.process.wait(limit_s)
 
     def kill(self) -> None:
-        """Ends the process at once and does not wait for it."""
+        """Ends the process at once and does not wait for it: a large pool takes a while to go."""
         self.sock.close()
         self.process.kill()
-        self.process.poll()
+        threading.Thread(target=self.process.wait, daemon=True, name="kvkeep-reap").start()
 
 
 def start_private(options: StoreOptions) -> Child:
@@ -138,22 +142,35 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         store = Store(index, options.pool_nbytes, options.max_pinned_share)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
-        server = Server(store, secrets.token_bytes(16), region.fd, private, listener)
-        threading.Thread(target=_populate, args=(region, store), daemon=True, name="populate").start()
+        server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
+        closing = threading.Event()
+        populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
+        populating.start()
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
         try:
-            server.serve()
+            asyncio.run(_served(server))
         finally:
+            closing.set()
             if path is not None:
                 path.unlink(missing_ok=True)
+            populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-def _populate(region: Region, store: Store) -> None:
+async def _served(server: Server) -> None:
+    """Serves until the end; SIGTERM and SIGINT are the end too."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    await server.serve()
+
+
+def _populate(region: Region, store: Store, closing: threading.Event) -> None:
     """Allocates the pool's pages from the low end, which the allocator lends first; a copy into fresh pages is slow.
 
     If memory runs out the store stops lending rather than let a worker's copy be killed.
     """
     for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
+        if closing.is_set():
+            return
         try:
             region.populate(start, min(POPULATE_PIECE_NBYTES, region.nbytes - start))
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The store's end of the channel: one loop over sockets, one reader of frames a client, answers in order.
+"""The store's end of the channel: one event loop over sockets, one reader of frames a client.
 
 Any bytes from any client are a typed error for that client and nothing for the others; a client that does not read is
 disconnected once its unsent answers are over a bound. Knows nothing about pools or keys beyond handing them on.
@@ -6,18 +6,22 @@ disconnected once its unsent answers are over a bound. Knows nothing about pools
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import os
-import selectors
 import socket
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Outcome
 from kvkeep.errors import WireError
+from kvkeep.store.fetch import Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
+from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import FrameReader, framed
 
@@ -26,6 +30,7 @@ log = logging.getLogger("kvkeep.store")
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_HOLDERS = 1024
+MAX_DEADLINE_S = 3600.0
 UNWATCHED = -1
 MAX_PID = 2**22  # the kernel's own limit
 _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
@@ -45,32 +50,57 @@ class Peer:
 
 @dataclass
 class Server:
-    """Serves `store` until `stop` is set, or until the private client's end of file when there is no listener."""
+    """Serves `store` until `stop` is called, or until the private client's end of file when there is no listener.
 
-    store: Store
+    The event loop's thread owns it and the store; only `stop` may be called from another.
+    """
+
+    walk: TierWalk
     boot: bytes
     pool_fd: int
     private: socket.socket | None = None
     listener: socket.socket | None = None
-    stop: bool = False
-    _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _peers: dict[int, Peer] = field(default_factory=dict)
     _graves: dict[int, set[int]] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _wake: Callable[[], object] = lambda: None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def serve(self) -> None:
-        """Runs the loop; returns when it is told to stop or its only client is gone."""
+    @property
+    def store(self) -> Store:
+        """The pool's own store."""
+        return self.walk.store
+
+    async def serve(self) -> None:
+        """Runs until it is told to stop or its only client is gone."""
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self._wake = lambda: self._loop.call_soon_threadsafe(self._over.set)
         if self.private is not None:
             self._accept(self.private)
         if self.listener is not None:
             self.listener.setblocking(False)
-            self._selector.register(self.listener, selectors.EVENT_READ, self._welcome_client)
-        while not self.stop and (self.listener is not None or self._peers):
-            for key, _ in self._selector.select(timeout=1.0):
-                ready: Callable[[], None] = key.data
-                ready()
-        for peer in list(self._peers.values()):
+            self._loop.add_reader(self.listener, self._welcome_client)
+        if not self._stopping.is_set() and (self.listener is not None or self._peers):
+            await self._over.wait()
+        self._close()
+
+    def stop(self) -> None:
+        """Ends `serve`; also from another thread, and before it has begun."""
+        self._stopping.set()
+        self._wake()
+
+    def _close(self) -> None:
+        self._wake = lambda: None
+        if self.listener is not None:
+            self._loop.remove_reader(self.listener)
+        for peer in self._peers.values():
+            self._unwatch(peer)
             peer.sock.close()
-        self._selector.close()
+        for grave in self._graves.values():
+            for pidfd in grave - {UNWATCHED}:
+                self._loop.remove_reader(pidfd)
+                os.close(pidfd)
 
     def _welcome_client(self) -> None:
         assert self.listener is not None
@@ -94,7 +124,7 @@ class Server:
         sock.setblocking(False)
         peer = Peer(sock, pid)
         self._peers[sock.fileno()] = peer
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._turn(peer))
+        self._loop.add_reader(sock, self._turn, peer)
 
     def _turn(self, peer: Peer) -> None:
         """Reads what one client sent and answers it; an error ends that client only."""
@@ -128,13 +158,38 @@ class Server:
         if session is None:
             raise WireError("the first message must be a hello")
         if isinstance(message, m.Bye):
+            self.walk.promotions.forget(session)
             self.store.close(session)
             peer.session = None
             self._drop(peer, "it said goodbye")
-            return
-        answer = self._asked(session, message)
-        if answer is not None:
-            self._send(peer, answer)
+        elif isinstance(message, m.Fetch):
+            self._fetch(peer, session, message)
+        elif isinstance(message, m.Clear):
+            count = self.store.clear(session, message.everything)
+            self._go(self._clear(peer, session, m.Cleared(message.call, count), message.everything))
+        else:
+            answer = self._asked(session, message)
+            if answer is not None:
+                self._send(peer, answer)
+
+    def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
+        def answer(found: Found) -> None:
+            why = found.why.value if found.why is not None else ""
+            try:
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why))
+            except WireError as error:
+                self._refuse(peer, error)
+
+        deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
+        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
+
+    async def _clear(self, peer: Peer, session: Session, answer: m.Cleared, everything: bool) -> None:
+        await self.walk.clear(None if everything else session.namespace)
+        if peer.session is session:
+            try:
+                self._send(peer, answer)
+            except WireError as error:
+                self._refuse(peer, error)
 
     def _hello(self, peer: Peer, hello: m.Hello) -> None:
         if hello.version != m.VERSION:
@@ -153,6 +208,7 @@ class Server:
             hello.chunk_nbytes,
             tuple(hello.holders),
             hello.verify_every,
+            tuple(hello.sizes),
         )
         peer.session = self.store.open(opening)
         welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
@@ -166,28 +222,29 @@ class Server:
         """The answer to a message of an open session, None where it has none."""
         store = self.store
         match message:
-            case m.Fetch():
-                fetched = store.fetch(session, m.split_digests(message.digests))
-                return m.Matched(message.call, *fetched)
             case m.Reserve():
                 lease, places = store.reserve(session, m.split_digests(message.digests))
                 offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
                 return m.Granted(message.call, lease, offsets)
             case m.Commit():
+                entries = store.written(session, message.lease, message.places)
                 done = store.commit(session, message.lease, message.places, message.sums)
+                self.walk.committed(session, list(itertools.compress(entries, done)))
                 stats = store.index.stats()
                 used = stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes
                 return m.Committed(message.call, done, used, stats.pinned_nbytes)
             case m.Release():
                 store.release(session, message.lease)
             case m.Discard():
-                store.discard(session, m.split_digests(message.digests))
+                digests = m.split_digests(message.digests)
+                store.discard(session, digests)
+                self._go(self.walk.discard(session, digests))
             case m.Rename():
                 store.rename(session, message.namespace)
-            case m.Clear():
-                return m.Cleared(message.call, store.clear(session, message.everything))
             case m.AskStats():
-                return m.Stats(message.call, store.figures(), self._problem() if message.check else "")
+                return m.Stats(
+                    message.call, store.figures() | self.walk.figures(), self._problem() if message.check else ""
+                )
         return None
 
     def _problem(self) -> str:
@@ -213,25 +270,40 @@ class Server:
             raise WireError(f"its socket failed: {error}") from error
         if peer.writing != bool(peer.unsent):
             peer.writing = bool(peer.unsent)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.writing else 0)
-            self._selector.modify(peer.sock, events, lambda: self._turn(peer))
+            if peer.writing:
+                self._loop.add_writer(peer.sock, self._turn, peer)
+            else:
+                self._loop.remove_writer(peer.sock)
 
     def _refuse(self, peer: Peer, error: WireError) -> None:
         try:
-            peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
+            if not peer.unsent:  # else it would be taken for the rest of an answer that is half sent
+                peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
         except OSError as failure:
             log.debug("the refusal could not be sent: %s", failure)
         self._drop(peer, str(error))
 
+    def _go(self, steps: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _unwatch(self, peer: Peer) -> None:
+        self._loop.remove_reader(peer.sock)
+        self._loop.remove_writer(peer.sock)
+
     def _drop(self, peer: Peer, why: str) -> None:
         """Ends a client; memory that its processes may still touch is kept until they are gone."""
         log.info("client (pid %d) ended: %s", peer.pid, why)
-        self._selector.unregister(peer.sock)
+        self._unwatch(peer)
         del self._peers[peer.sock.fileno()]
         peer.sock.close()
+        if self.listener is None and not self._peers:
+            self._over.set()
         if peer.session is None:
             return
         session, peer.session = peer.session, None
+        self.walk.promotions.forget(session)
         self.store.linger(session)
         self._await_deaths(session, peer.pid)
 
@@ -248,25 +320,20 @@ class Server:
                 watched.add(UNWATCHED)  # doubt is no death: the memory stays where it is
                 continue
             watched.add(pidfd)
-            self._selector.register(pidfd, selectors.EVENT_READ, self._death(session, pidfd))
+            self._loop.add_reader(pidfd, self._died, session, pidfd)
         if not watched:
             self._bury(session)
 
-    def _death(self, session: Session, pidfd: int) -> Callable[[], None]:
-        def died() -> None:
-            watched = self._graves.get(session.number, set())
-            if pidfd not in watched:
-                return  # the session was resumed in the same turn
-            watched.discard(pidfd)
-            self._selector.unregister(pidfd)
-            os.close(pidfd)
-            if not watched:
-                self._bury(session)
-
-        return died
+    def _died(self, session: Session, pidfd: int) -> None:
+        watched = self._graves[session.number]  # a session that was resumed in the same turn is not called any more
+        watched.discard(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        if not watched:
+            self._bury(session)
 
     def _bury(self, session: Session) -> None:
         for pidfd in self._graves.pop(session.number, set()) - {UNWATCHED}:
-            self._selector.unregister(pidfd)
+            self._loop.remove_reader(pidfd)
             os.close(pidfd)
         self.store.close(session)

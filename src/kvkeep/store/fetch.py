@@ -1,0 +1,276 @@
+"""Promotion: a fetch looks in the pool, then down the tiers, and brings what they hold into the pool.
+
+The tiers are asked only for what the pool lacks, in the order of the prefix; room is reserved only for what one of them
+holds, and never waited for. A chunk that several requests want is read once. At its deadline a request gets what has
+come; the rest comes later, for others. Knows nothing about sockets, or about how a tier keeps its chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvkeep.core.index import Entry, Outcome
+from kvkeep.errors import TierError
+from kvkeep.store.breaker import Gate
+from kvkeep.store.loads import Coming, Loads
+from kvkeep.store.sessions import Session
+from kvkeep.store.store import Fetched, Store, Why
+
+POOL = "pool"
+
+
+class Found(NamedTuple):
+    """What a fetch is answered with: the pinned run, where each chunk of it came from, and why it is no longer."""
+
+    fetched: Fetched
+    sources: dict[str, int]
+    why: Why | None
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A fetch that is not answered yet: its pinned entries by place, the places to come, the first that will not come.
+
+    `asking` is the tier that was asked what it has and did not answer yet.
+    """
+
+    session: Session
+    keys: list[bytes]
+    answer: Callable[[Found], None]
+    promised_nbytes: int
+    held: dict[int, Entry] = field(default_factory=dict)
+    sources: dict[int, str] = field(default_factory=dict)
+    pending: set[int] = field(default_factory=set)
+    reach: int = 0
+    why: Why | None = None
+    asking: Loads | None = None
+    located: bool = False
+    over: bool = False
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything up to its reach is here."""
+        return self.located and not any(place < self.reach for place in self.pending)
+
+    def cut(self, place: int, why: Why) -> None:
+        """Nothing from `place` on will come."""
+        if place < self.reach:
+            self.reach, self.why = place, why
+
+
+@dataclass
+class Promotions:
+    """Fetches of all sessions over `tiers`, the best first; `promoted` is told of each chunk that came from which."""
+
+    store: Store
+    tiers: Sequence[Loads] = ()
+    promoted: Callable[[Entry, Sequence[int], int], None] = lambda entry, sizes, tier: None
+    figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("promoted", "not_loaded"), 0))
+    _coming: dict[bytes, Coming] = field(default_factory=dict)
+    _waiting: set[Waiting] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any tier is being read for somebody."""
+        return any(tier.busy for tier in self.tiers)
+
+    def fetch(
+        self, session: Session, digests: Sequence[bytes], deadline_s: float, answer: Callable[[Found], None]
+    ) -> None:
+        """Answers now, if the pool has it all or nothing below it can help; else at the latest after `deadline_s`."""
+        room = self.store.room(session)
+        fetched = self.store.fetch(session, digests)
+        here = len(fetched.offsets)
+        why = None if here == len(digests) else Why.SHARE if here == room else Why.ABSENT
+        if why is not Why.ABSENT or not self.tiers or not session.opening.sizes or deadline_s <= 0:
+            answer(Found(fetched, {POOL: here} if here else {}, why))
+            return
+        waiting = self._wait_with(session, fetched, self.store.keys(session, digests), room, answer)
+        waiting.timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, waiting)
+        self._go(self._promote(waiting, here, deadline_s))
+
+    def _wait_with(
+        self, session: Session, fetched: Fetched, keys: list[bytes], room: int, answer: Callable[[Found], None]
+    ) -> Waiting:
+        """A fetch that goes on below the pool: its lease becomes pins of its own until it is answered."""
+        held = dict(enumerate(self.store.pin(session, keys[: len(fetched.offsets)])))
+        self.store.release(session, fetched.lease)
+        reach = min(room, len(keys))
+        waiting = Waiting(session, keys, answer, reach * self.store.taken(session), held, reach=reach)
+        waiting.why = None if reach == len(keys) else Why.SHARE
+        waiting.sources = dict.fromkeys(held, POOL)
+        session.promised_nbytes += waiting.promised_nbytes
+        self._waiting.add(waiting)
+        return waiting
+
+    def forget(self, session: Session) -> None:
+        """The session is over: its fetches are not answered and hold nothing."""
+        for waiting in [one for one in self._waiting if one.session is session]:
+            self._end(waiting)
+            self.store.index.unpin(waiting.held.values())
+
+    async def _promote(self, waiting: Waiting, first: int, deadline_s: float) -> None:
+        where = await self._located(waiting, first, deadline_s)
+        if waiting.over:
+            return
+        wanted = self._plan(waiting, first, where)
+        started = self._reserved(waiting, wanted, where, first)
+        waiting.located = True
+        if waiting.complete:
+            self._finish(waiting)
+        for number, tier in enumerate(self.tiers):
+            tier.add([coming for coming in started if coming.tier == number], deadline_s)
+
+    async def _located(self, waiting: Waiting, first: int, deadline_s: float) -> list[int | None]:
+        """For each key from place `first` to its reach, the first working tier that has it."""
+        keys = waiting.keys[first : waiting.reach]
+        where: list[int | None] = [None] * len(keys)
+        for number, tier in enumerate(self.tiers):
+            open_places = [place for place, one in enumerate(where) if one is None]
+            asked = [keys[place] for place in open_places]
+            gate = tier.gate()
+            if gate is Gate.HALF_OPEN:
+                self._go(self._probe(number, asked, waiting.session, deadline_s))
+            if gate is not Gate.CLOSED or not asked:
+                continue
+            waiting.asking = tier
+            try:
+                has = await tier.tier.contains(asked)
+            except TierError as error:
+                tier.overdue((), str(error))
+                continue
+            finally:
+                waiting.asking = None
+            for place, one in zip(open_places, has, strict=True):
+                where[place] = number if one else None
+        return where
+
+    async def _probe(self, number: int, keys: Sequence[bytes], session: Session, limit_s: float) -> None:
+        """Tries a tier that had failed with the first chunk that it has of these; nobody waits for it."""
+        tier = self.tiers[number]
+        tier.breaker.probing(asyncio.get_running_loop().time())
+        try:
+            has = await tier.tier.contains(keys)
+        except TierError as error:
+            tier.overdue((), str(error))
+            return
+        key = next((key for key, one in zip(keys, has, strict=True) if one), None)
+        if key is None or key in self._coming:
+            return
+        sizes = session.opening.sizes
+        (entry,) = self.store.index.reserve([key], sum(sizes), self.store.next_lease())
+        if isinstance(entry, Entry):
+            coming = self._coming[key] = Coming(entry, sizes, number, [lambda _: None])
+            tier.add([coming], limit_s)
+
+    def _plan(self, waiting: Waiting, first: int, where: Sequence[int | None]) -> list[int]:
+        """Holds what the pool has by now and joins what is coming; the places that have to be loaded, in order."""
+        wanted: list[int] = []
+        index = self.store.index
+        for place, tier in enumerate(where, first):
+            key = waiting.keys[place]
+            entry = index.hold(key)
+            if entry is not None and entry.nbytes == self.store.taken(waiting.session):
+                waiting.held[place], waiting.sources[place] = entry, POOL
+                continue
+            if entry is not None:  # of another shape: not what was asked for
+                index.unpin([entry])
+                waiting.cut(place, Why.ABSENT)
+            elif key in self._coming:
+                self._await(waiting, place, self._coming[key])
+            elif tier is None:
+                waiting.cut(place, Why.ABSENT)
+            else:
+                wanted.append(place)
+            if waiting.reach <= place:
+                break
+        return wanted
+
+    def _reserved(
+        self, waiting: Waiting, wanted: Sequence[int], where: Sequence[int | None], first: int
+    ) -> list[Coming]:
+        """Reserves room for the wanted chunks, as far as there is any now."""
+        sizes = waiting.session.opening.sizes
+        keys = [waiting.keys[place] for place in wanted]
+        got = self.store.index.reserve(keys, sum(sizes), self.store.next_lease()) if keys else []
+        started: list[Coming] = []
+        for place, one in zip(wanted, got, strict=True):
+            if not isinstance(one, Entry):
+                waiting.cut(place, Why.NO_ROOM if one is Outcome.NO_ROOM else Why.BUSY)
+            elif place >= waiting.reach:
+                self.store.index.abandon(one)
+            else:
+                tier = where[place - first]
+                assert tier is not None
+                started.append(Coming(one, sizes, tier))
+                self._coming[one.key] = started[-1]
+                self._await(waiting, place, started[-1])
+        return started
+
+    def _await(self, waiting: Waiting, place: int, coming: Coming) -> None:
+        waiting.pending.add(place)
+        waiting.sources[place] = self.tiers[coming.tier].name
+        coming.waiters.append(functools.partial(self._came, waiting, place))
+
+    def _came(self, waiting: Waiting, place: int, entry: Entry | None) -> None:
+        """A chunk that a fetch waits for is readable, or will not come."""
+        if waiting.over:
+            return
+        waiting.pending.discard(place)
+        held = self.store.index.hold(entry.key) if entry is not None else None
+        if held is None:
+            waiting.cut(place, Why.NOT_LOADED)
+        else:
+            waiting.held[place] = held
+        if waiting.complete:
+            self._finish(waiting)
+
+    def settle(self, coming: Coming, sums: bytes | None) -> None:
+        """A tier is done with a chunk's memory: it becomes readable, or its room comes back."""
+        self._coming.pop(coming.entry.key, None)
+        index = self.store.index
+        if sums is None:
+            self.figures["not_loaded"] += 1
+            index.abandon(coming.entry)
+            coming.tell(None)
+        elif index.commit(coming.entry, sums):
+            self.figures["promoted"] += 1
+            coming.tell(coming.entry)
+            self.promoted(coming.entry, coming.sizes, coming.tier)
+        else:
+            coming.tell(None)  # cleared meanwhile
+
+    def _expire(self, waiting: Waiting) -> None:
+        missing = [place for place in waiting.pending if place < waiting.reach]
+        waiting.cut(min(missing) if waiting.located else len(waiting.held), Why.DEADLINE)
+        if waiting.asking is not None:
+            waiting.asking.overdue((), "it does not say what it has")
+        self._finish(waiting)
+
+    def _finish(self, waiting: Waiting) -> None:
+        self._end(waiting)
+        # pinned again as one run, so that the tail ages before the head
+        entries = self.store.pin(waiting.session, waiting.keys[: waiting.reach])
+        self.store.index.unpin(waiting.held.values())
+        sources: dict[str, int] = {}
+        for place in range(len(entries)):
+            sources[waiting.sources[place]] = sources.get(waiting.sources[place], 0) + 1
+        waiting.answer(Found(self.store.lend(waiting.session, entries), sources, waiting.why))
+
+    def _end(self, waiting: Waiting) -> None:
+        waiting.over = True
+        self._waiting.discard(waiting)
+        waiting.session.promised_nbytes -= waiting.promised_nbytes
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+
+    def _go(self, steps: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

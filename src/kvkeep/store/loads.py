@@ -1,0 +1,146 @@
+"""The loads of one tier: a bounded number of bytes under way, the rest waiting, request by request in turn.
+
+A load is never cancelled: its memory stays with it until the tier is done with it, however late. Knows nothing about
+the index, requests or who waits; it tells what became of each chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvkeep.core.index import Entry
+from kvkeep.errors import TierError
+from kvkeep.store.breaker import Breaker, Gate
+from kvkeep.tiers.tier import Bytes, Read, Tier
+
+log = logging.getLogger("kvkeep.store")
+
+SLICE_NBYTES = 8 << 20  # of one request, so that another's turn comes soon
+UNDER_WAY_NBYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class Coming:
+    """One chunk on its way into the pool: its entry in the making, its ranges, the number of its tier, who waits."""
+
+    entry: Entry
+    sizes: Sequence[int]
+    tier: int
+    waiters: list[Callable[[Entry | None], None]] = field(default_factory=list)
+
+    def tell(self, entry: Entry | None) -> None:
+        """Tells everyone who waits, once: the readable entry, or None if it does not come (in time)."""
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            waiter(entry)
+
+
+@dataclass(eq=False)
+class Loads:
+    """`done(coming, sums)` is called once a chunk when nothing touches its memory any more; sums None: it did not come.
+
+    `quarantined_nbytes` are under way although they are overdue.
+    """
+
+    name: str
+    tier: Tier
+    memory: Bytes
+    done: Callable[[Coming, bytes | None], None]
+    breaker: Breaker = field(default_factory=Breaker)
+    slice_nbytes: int = SLICE_NBYTES
+    most_nbytes: int = UNDER_WAY_NBYTES
+    under_way_nbytes: int = 0
+    quarantined_nbytes: int = 0
+    _turns: deque[tuple[deque[list[Coming]], float]] = field(default_factory=deque)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way or waiting."""
+        return bool(self.under_way_nbytes or self._turns)
+
+    def gate(self) -> Gate:
+        """What the tier may be asked now."""
+        return self.breaker.gate(asyncio.get_running_loop().time())
+
+    def add(self, chunks: Sequence[Coming], limit_s: float) -> None:
+        """Loads chunks of one request in order; one that takes longer than `limit_s` opens the breaker."""
+        slices: deque[list[Coming]] = deque()
+        room = 0
+        for chunk in chunks:
+            if not slices or chunk.entry.nbytes > room:
+                slices.append([])
+                room = self.slice_nbytes
+            slices[-1].append(chunk)
+            room -= chunk.entry.nbytes
+        if slices:
+            self._turns.append((slices, limit_s))
+            self._start()
+
+    def overdue(self, chunks: Sequence[Coming], text: str) -> None:
+        """The tier is too late: its breaker opens, nobody waits for it any more and nothing new is started."""
+        log.warning("tier %s: %s; it is left alone for a while", self.name, text)
+        self.breaker.failed(asyncio.get_running_loop().time())
+        turns, self._turns = self._turns, deque()
+        for chunk in chunks:
+            chunk.tell(None)
+        for chunk in (one for slices, _ in turns for piece in slices for one in piece):
+            self.done(chunk, None)
+
+    def _start(self) -> None:
+        while self._turns and self.under_way_nbytes < self.most_nbytes:
+            slices, limit_s = self._turns.popleft()
+            piece = slices.popleft()
+            if slices:
+                self._turns.append((slices, limit_s))
+            wanted = [chunk for chunk in piece if chunk.waiters]
+            for chunk in piece:
+                if not chunk.waiters:
+                    self.done(chunk, None)  # whoever waited has given up before it began
+            if wanted:
+                task = asyncio.get_running_loop().create_task(self._load(wanted, limit_s))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                self.under_way_nbytes += sum(chunk.entry.nbytes for chunk in wanted)
+
+    async def _load(self, chunks: list[Coming], limit_s: float) -> None:
+        late = Lateness(self, chunks)
+        timer = asyncio.get_running_loop().call_later(limit_s, late.fall_due)
+        reads = [
+            Read(one.entry.key, one.sizes, self.memory[one.entry.offset : one.entry.offset + one.entry.nbytes])
+            for one in chunks
+        ]
+        sums: Sequence[bytes | None] = [None] * len(chunks)
+        try:
+            sums = await self.tier.load(reads)
+        except TierError as error:
+            self.overdue(chunks, str(error))
+        else:
+            self.breaker.succeeded()
+        finally:
+            timer.cancel()
+            nbytes = sum(chunk.entry.nbytes for chunk in chunks)
+            self.under_way_nbytes -= nbytes
+            self.quarantined_nbytes -= nbytes if late.due else 0
+        for chunk, got in zip(chunks, sums, strict=True):
+            self.done(chunk, got)
+        self._start()
+
+
+@dataclass
+class Lateness:
+    """Whether a slice has outlived its limit."""
+
+    loads: Loads
+    chunks: list[Coming]
+    due: bool = False
+
+    def fall_due(self) -> None:
+        """The limit is over and the tier has not answered."""
+        self.due = True
+        self.loads.quarantined_nbytes += sum(chunk.entry.nbytes for chunk in self.chunks)
+        self.loads.overdue(self.chunks, "no answer within its limit")

@@ -1,0 +1,447 @@
+"""Fetches down the tiers and writes to them: joins, deadlines, late reads, room, clears, trouble; and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.store.fetch import Found
+from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.store import Store, Why
+from kvkeep.store.walk import TierWalk
+from kvkeep.testing.gate_tier import GateTier, ManualLoop
+
+CHUNK = 8192
+SIZES = (4096, 4096)
+DEADLINE_S = 0.5
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(4, "big") * 8
+
+
+def payload(number: int) -> bytes:
+    return number.to_bytes(4, "big") * (CHUNK // 4)
+
+
+def sums(number: int) -> bytes:
+    return number.to_bytes(4, "big") * 8
+
+
+@dataclass
+class House:
+    """A store of `room` chunks over two tiers in a loop with its own time."""
+
+    loop: ManualLoop
+    room: int = 16
+    share: float = 0.5
+    fast: GateTier = field(default_factory=GateTier)
+    slow: GateTier = field(default_factory=GateTier)
+    tiers: int = 2
+
+    def __post_init__(self) -> None:
+        self.memory = np.zeros(self.room * CHUNK, dtype=np.uint8)
+        self.store = Store(Index(FreeList(self.room * CHUNK), policy_by_name("lru")), self.room * CHUNK, self.share)
+        self.walk = TierWalk(self.store, self.memory)
+        for name, tier in [("fast", self.fast), ("slow", self.slow)][: self.tiers]:
+            self.walk.add(name, tier)
+        self.session = self.join()
+
+    def join(self, name: str = "n") -> Session:
+        return self.store.open(Opening("test", name.encode() * 16, "", CHUNK, (), 0, SIZES))
+
+    def on(self, tier: GateTier, *numbers: int) -> None:
+        for number in numbers:
+            tier.keep(self.session.namespace + digest(number), payload(number), sums(number))
+
+    def ask(self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S) -> list[Found]:
+        """The answers of a fetch: one as soon as it is answered."""
+        found: list[Found] = []
+
+        async def go() -> None:
+            self.walk.promotions.fetch(session or self.session, [digest(n) for n in numbers], deadline_s, found.append)
+
+        self.loop.run_until_complete(go())
+        self.loop.turn()
+        return found
+
+    def holds(self, found: Found, *numbers: int) -> bool:
+        """Whether the pool has exactly the bytes of these chunks where the answer says."""
+        offsets = found.fetched.offsets
+        return len(offsets) == len(numbers) and all(
+            self.memory[offset : offset + CHUNK].tobytes() == payload(number)
+            for offset, number in zip(offsets, numbers, strict=True)
+        )
+
+    def put(self, *numbers: int, session: Session | None = None) -> list[int]:
+        """Stores chunks in the pool as an engine does; where they are."""
+        session = session or self.session
+        got = self.store.reserve(session, [digest(n) for n in numbers])
+        for number, offset in zip(numbers, got.places, strict=True):
+            assert isinstance(offset, int), offset
+            self.memory[offset : offset + CHUNK] = np.frombuffer(payload(number), dtype=np.uint8)
+        places = range(len(numbers))
+        entries = self.store.written(session, got.lease, places)
+        assert all(self.store.commit(session, got.lease, places, [sums(n) for n in numbers]))
+
+        async def go() -> None:
+            self.walk.committed(session, entries)
+
+        self.loop.run_until_complete(go())
+        self.store.release(session, got.lease)
+        return [place for place in got.places if isinstance(place, int)]
+
+    def settle(self) -> None:
+        """Everything is given back and adds up."""
+        for one in list(self.session.leases):
+            self.store.release(self.session, one)
+        self.loop.advance(1.0)
+        figures = self.store.figures()
+        assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
+        assert self.session.promised_nbytes == 0
+        self.store.index.check()
+        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.lines)
+
+
+@pytest.fixture
+def loop() -> Iterator[ManualLoop]:
+    loop = ManualLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def house(loop: ManualLoop) -> Iterator[House]:
+    house = House(loop)
+    yield house
+    house.settle()
+
+
+# ---- the walk --------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_spread_over_pool_and_tiers_is_one_hit(house: House) -> None:
+    house.put(1)
+    house.on(house.fast, 2, 4)
+    house.on(house.slow, 2, 3, 9)
+    (found,) = house.ask(1, 2, 3, 4, 5)
+    assert house.holds(found, 1, 2, 3, 4)
+    assert found.sources == {"pool": 1, "fast": 2, "slow": 1}
+    assert found.why is Why.ABSENT
+    (again,) = house.ask(1, 2, 3, 4)
+    assert again.sources == {"pool": 4}
+    assert again.why is None
+
+
+def test_a_fetch_for_what_no_tier_has_evicts_nothing_and_reads_nothing(loop: ManualLoop) -> None:
+    house = House(loop, room=4, share=1.0)
+    house.put(1, 2, 3, 4)
+    house.loop.turn()
+    (found,) = house.ask(7, 8)
+    assert (found.fetched.offsets, found.why) == ([], Why.ABSENT)
+    assert house.store.figures()["evictions"] == 0
+    assert [verb for verb, _ in house.fast.calls if verb == "load"] == []
+    house.settle()
+
+
+def test_a_hole_ends_the_run_and_nothing_behind_it_is_read(house: House) -> None:
+    house.on(house.fast, 1, 3)
+    (found,) = house.ask(1, 2, 3)
+    assert house.holds(found, 1)
+    assert house.store.index.contains([house.session.namespace + digest(3)]) == [False]
+
+
+def test_without_sizes_or_a_deadline_only_the_pool_is_looked_at(house: House) -> None:
+    house.on(house.fast, 1)
+    (found,) = house.ask(1, deadline_s=0.0)
+    assert found.why is Why.ABSENT
+    plain = house.store.open(Opening("test", b"n" * 16, "", CHUNK, ()))
+    (found,) = house.ask(1, session=plain)
+    assert found.why is Why.ABSENT
+    assert house.fast.calls == []
+    house.store.close(plain)
+
+
+def test_one_read_serves_all_who_wait_for_it(house: House) -> None:
+    house.on(house.fast, 1, 2)
+    house.fast.shut.add("load")
+    first, second = house.ask(1, 2), house.ask(1, 2)
+    assert (first, second) == ([], [])
+    house.fast.open("load")
+    house.loop.turn()
+    assert house.holds(first[0], 1, 2)
+    assert house.holds(second[0], 1, 2)
+    assert len([verb for verb, _ in house.fast.calls if verb == "load"]) == 1
+
+
+def test_a_chunk_of_another_shape_is_a_miss(house: House) -> None:
+    house.fast.keep(house.session.namespace + digest(1), b"x" * 4096, sums(1))
+    (found,) = house.ask(1)
+    assert (found.fetched.offsets, found.why) == ([], Why.NOT_LOADED)
+
+
+def test_what_a_bad_tier_lost_is_a_miss_and_what_was_before_it_a_hit(house: House) -> None:
+    house.on(house.fast, 1, 2, 3)
+    house.fast.shut.add("load")
+    waiting = house.ask(1, 2, 3)
+    del house.fast.chunks[house.session.namespace + digest(2)]  # it said that it had it
+    house.fast.open("load")
+    house.loop.turn()
+    assert house.holds(waiting[0], 1)
+    assert waiting[0].why is Why.NOT_LOADED
+
+
+# ---- room ------------------------------------------------------------------------------------------------------
+
+
+def test_it_takes_what_fits_now_and_never_waits_for_room(loop: ManualLoop) -> None:
+    house = House(loop, room=4, share=1.0)
+    house.put(11, 12)
+    (pinned,) = house.ask(11, 12)
+    house.on(house.fast, 1, 2, 3)
+    (found,) = house.ask(1, 2, 3)
+    assert found.why in (Why.NO_ROOM, Why.SHARE)
+    assert len(found.fetched.offsets) <= 2
+    assert pinned.fetched.lease
+    house.settle()
+
+
+def test_a_session_s_waiting_requests_pin_at_most_their_share(loop: ManualLoop) -> None:
+    house = House(loop, room=40, share=0.5)
+    house.on(house.fast, *range(100))
+    house.fast.shut.add("load")
+    waiting = [house.ask(*range(40)), house.ask(*range(40, 80))]
+    assert waiting[1][0].why is Why.SHARE
+    house.fast.open("load")
+    house.loop.turn()
+    assert house.holds(waiting[0][0], *range(20))
+    assert waiting[0][0].why is Why.SHARE
+    assert house.store.figures()["pinned_nbytes"] == 20 * CHUNK
+    house.settle()
+
+
+def test_eight_requests_in_the_queue_all_get_their_turn(loop: ManualLoop) -> None:
+    house = House(loop, room=40, share=0.5)
+    house.on(house.fast, *range(40), *range(100, 140))
+    for turn in range(8):
+        (found,) = house.ask(*(range(40) if turn % 2 else range(100, 140)))
+        assert len(found.fetched.offsets) == 20
+        house.store.release(house.session, found.fetched.lease)
+    assert loop.now_s == 0.0, "no deadline was needed"
+    house.settle()
+
+
+def test_promoted_chunks_age_tail_first(loop: ManualLoop) -> None:
+    house = House(loop, room=4, share=1.0)
+    house.on(house.fast, 1, 2, 3)
+    (found,) = house.ask(1, 2, 3)
+    house.store.release(house.session, found.fetched.lease)
+    house.put(7, 8)
+    keys = [house.session.namespace + digest(n) for n in (1, 2, 3)]
+    assert house.store.index.contains(keys) == [True, True, False]
+    house.settle()
+
+
+# ---- time ------------------------------------------------------------------------------------------------------
+
+
+def test_at_its_deadline_a_request_gets_what_has_come(house: House) -> None:
+    house.on(house.fast, 1)
+    house.on(house.slow, 2)
+    house.slow.shut.add("load")
+    found = house.ask(1, 2)
+    assert found == []
+    house.loop.advance(DEADLINE_S)
+    assert house.holds(found[0], 1)
+    assert found[0].why in (Why.DEADLINE, Why.NOT_LOADED)
+    house.slow.open("load")
+
+
+def test_a_hung_read_keeps_its_memory_and_costs_one_deadline(house: House) -> None:
+    house.on(house.fast, 1, 2)
+    house.fast.shut.add("load")
+    found = house.ask(1)
+    house.loop.advance(DEADLINE_S)
+    assert found[0].fetched.offsets == []
+    assert house.walk.lines[0].quarantined_nbytes == CHUNK
+    (second,) = house.ask(2)  # the breaker is open: nobody waits again
+    assert second.fetched.offsets == []
+    others = house.put(*range(20, 28))  # what is lent meanwhile is not the late read's
+    before = house.memory.copy()
+    house.fast.open("load")
+    house.loop.turn()
+    for offset in others:
+        assert (house.memory[offset : offset + CHUNK] == before[offset : offset + CHUNK]).all()
+    (third,) = house.ask(1)
+    assert house.holds(third, 1)
+    assert third.sources == {"pool": 1}, "what came late is there for others"
+    (fourth,) = house.ask(2)
+    assert house.holds(fourth, 2), "what came late showed that the tier works"
+
+
+def test_a_tier_that_does_not_say_what_it_has_costs_one_deadline(house: House) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add("contains")
+    found = house.ask(1)
+    assert found == []
+    house.loop.advance(DEADLINE_S)
+    assert found[0].why is Why.DEADLINE
+    assert len(house.ask(1)) == 1
+    house.fast.open("contains")
+
+
+def test_a_tier_that_failed_is_tried_with_a_probe_that_nobody_waits_for(house: House) -> None:
+    house.on(house.fast, 1)
+    house.fast.broken.add("load")
+    (found,) = house.ask(1)
+    assert found.why is Why.NOT_LOADED
+    calls = len(house.fast.calls)
+    (found,) = house.ask(1)
+    assert len(house.fast.calls) == calls, "it is left alone"
+    house.fast.broken.clear()
+    house.loop.advance(1.1)
+    (found,) = house.ask(1)
+    assert found.fetched.offsets == [], "the probe is not waited for"
+    (found,) = house.ask(1)
+    assert house.holds(found, 1)
+
+
+def test_a_later_request_does_not_queue_behind_a_long_one(loop: ManualLoop) -> None:
+    house = House(loop, room=80, share=1.0, tiers=1)
+    (line,) = house.walk.lines
+    line.slice_nbytes = line.most_nbytes = 2 * CHUNK
+    house.on(house.fast, *range(60))
+    house.fast.shut.add("load")
+    long, short = house.ask(*range(40)), house.ask(50, 51)
+    house.fast.open("load")
+    house.loop.turn()
+    assert house.holds(long[0], *range(40))
+    assert house.holds(short[0], 50, 51)
+    loads = [keys[0][16:] for verb, keys in house.fast.calls if verb == "load"]
+    assert loads.index(digest(50)) <= 2
+    house.settle()
+
+
+# ---- sessions and clears ---------------------------------------------------------------------------------------
+
+
+def test_the_fetches_of_a_session_that_ended_hold_nothing(house: House) -> None:
+    other = house.join()
+    house.on(house.fast, 1)
+    house.put(0)
+    house.fast.shut.add("load")
+    found = house.ask(0, 1, session=other)
+    house.walk.promotions.forget(other)
+    house.store.close(other)
+    house.fast.open("load")
+    house.loop.turn()
+    assert found == []
+
+
+def test_what_was_cleared_while_it_came_is_not_given(house: House) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add("load")
+    found = house.ask(1)
+    house.store.clear(house.session, everything=False)
+    house.fast.open("load")
+    house.loop.turn()
+    assert found[0].fetched.offsets == []
+
+
+def test_clear_reaches_every_tier(house: House) -> None:
+    house.on(house.fast, 1)
+    house.on(house.slow, 2)
+    house.slow.keep(b"x" * 16 + digest(2), payload(2), sums(2))
+    house.loop.run_until_complete(house.walk.clear(house.session.namespace))
+    assert (len(house.fast.chunks), len(house.slow.chunks)) == (0, 1)
+
+
+def test_a_chunk_that_failed_is_deleted_everywhere(house: House) -> None:
+    house.on(house.fast, 1, 2)
+    house.loop.run_until_complete(house.walk.discard(house.session, [digest(1)]))
+    assert list(house.fast.chunks) == [house.session.namespace + digest(2)]
+
+
+# ---- writes ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_stored_reaches_every_tier(house: House) -> None:
+    house.put(1, 2, 3)
+    house.loop.turn()
+    for tier in (house.fast, house.slow):
+        assert tier.chunks == {house.session.namespace + digest(n): (payload(n), sums(n)) for n in (1, 2, 3)}
+
+
+def test_a_chunk_from_a_lower_tier_is_written_to_those_above(house: House) -> None:
+    house.on(house.slow, 1)
+    house.ask(1)
+    house.loop.turn()
+    assert list(house.fast.chunks) == [house.session.namespace + digest(1)]
+
+
+def test_writes_wait_for_reads_and_hold_little(loop: ManualLoop) -> None:
+    house = House(loop, room=32, tiers=1)
+    house.on(house.fast, 50)
+    house.fast.shut |= {"load", "store"}
+    waiting = house.ask(50)
+    house.put(*range(10))
+    house.loop.advance(0.1)
+    assert "store" not in [verb for verb, _ in house.fast.calls]
+    house.fast.open("load")
+    house.loop.advance(0.1)
+    assert house.holds(waiting[0], 50)
+    assert 0 < house.walk.flushes[0].held_nbytes <= house.store.pool_nbytes // 8
+    house.fast.open("store")
+    for _ in range(20):
+        house.loop.advance(0.1)
+    assert len(house.fast.chunks) == 11
+    house.settle()
+
+
+def test_a_tier_that_takes_nothing_costs_writes_and_no_hits(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.on(house.fast, 9)
+    house.fast.broken.add("store")
+    house.put(1, 2)
+    house.loop.advance(0.1)
+    assert house.walk.flushes[0].figures["refused"] >= 1
+    (found,) = house.ask(9)
+    assert house.holds(found, 9)
+    house.fast.broken.clear()
+    house.loop.advance(2.0)
+    house.put(3)
+    house.loop.advance(0.1)
+    assert house.session.namespace + digest(3) in house.fast.chunks
+    house.settle()
+
+
+def test_writes_that_are_too_old_are_dropped(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.on(house.fast, 9)
+    house.fast.shut.add("load")
+    house.ask(9, deadline_s=1000.0)
+    house.put(1)
+    house.loop.advance(0.1)
+    house.loop.advance(61.0)
+    assert house.walk.flushes[0].figures["dropped"] == 1
+    house.fast.open("load")
+    house.loop.turn()
+    house.settle()
+
+
+def test_the_end_writes_what_waits_and_says_what_it_could_not(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.put(1, 2)
+    left = house.loop.create_task(house.walk.aclose(1.0))
+    house.loop.turn()
+    for _ in range(30):
+        house.loop.advance(0.1)
+    assert left.result() == 0
+    assert house.fast.closed
+    assert len(house.fast.chunks) == 2
