@@ -71,6 +71,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """The shared store's socket; None for a private store."""
         return self.store.removeprefix(_UNIX) if self.store.startswith(_UNIX) else None
 
+    @property
+    def verify_every(self) -> int:
+        """Of how many chunks that are read from the pool one is verified; 0: none."""
+        return {"off": 0, "sampled": 64, "always": 1}[self.verify_pool]
+
     def pool_nbytes(self, available_nbytes: int) -> int:
         """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
         if self.pool_size == "auto":

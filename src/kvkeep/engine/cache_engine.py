@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from kvkeep.config import VERIFY_EVERY, Config
+from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
 from kvkeep.engine.cuts import Cut, Mask, Tables, cut
@@ -82,8 +82,9 @@ class CacheEngine:
                 identity=described(identity),
                 chunk_nbytes=transfer.shard.nbytes,
                 holders=[os.getpid()],
-                verify_every=VERIFY_EVERY[config.verify_pool],
+                verify_every=config.verify_every,
                 resumes=resumes,
+                sizes=[one.padded_nbytes for one in transfer.shard.ranges],
             )
 
         link = Link(source, hello, [], clock)

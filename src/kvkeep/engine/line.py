@@ -26,6 +26,8 @@ from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats
 
 log = logging.getLogger("kvkeep")
 
+STORE_SHARE = 0.8  # of a deadline: what the store may spend on its tiers; the rest is the way there and back
+
 
 @dataclass(eq=False)
 class Held:
@@ -129,7 +131,7 @@ class Line:
             self._leave()  # else whoever has the turn takes it back on leaving
 
     def discard(self, held: Held, digest: bytes) -> None:
-        """This chunk is not what was written: it is not given out again."""
+        """The chunk is not what was written: it is not given out again."""
         with self._client() as client:
             if client is not None and client is held.client:
                 client.discard([digest])
@@ -224,7 +226,7 @@ class Line:
         return answer
 
     def _fetched(self, client: Client | None, digests: Sequence[bytes]) -> Matched | None:
-        answer = self._answer(client, lambda one: one.fetch(digests))
+        answer = self._answer(client, lambda one: one.fetch(digests, self._deadline_s * STORE_SHARE))
         return answer if isinstance(answer, Matched) and answer.lease else None
 
     def _found(self, client: Client, answer: Matched) -> Found:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.config import Config
+from kvkeep.errors import ConfigError, KVKeepError, StoreGone
+from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.handoff import send_pool
 from kvkeep.wire.messages import Hello
@@ -73,6 +75,19 @@ class SharedSource:
 
     def end(self, wait: bool) -> None:
         """The shared store outlives us."""
+
+
+def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
+    """Where the store comes from that is configured; ConfigError if a private pool would hold no chunk."""
+    if config.socket_path is not None:
+        return SharedSource(config.socket_path)
+    nbytes = config.pool_nbytes(read_limits().available_nbytes)
+    if nbytes < chunk_nbytes:
+        raise ConfigError(
+            f"pool_size: {nbytes} bytes hold no chunk of this model ({chunk_nbytes} bytes for {chunk_tokens} tokens); "
+            f"set it to at least {2 * chunk_nbytes}"
+        )
+    return PrivateSource(StoreOptions(nbytes, config.policy, config.max_pinned_share, config.log_level))
 
 
 @dataclass

@@ -40,24 +40,20 @@ from kvkeep.core.key import mixed_root, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
 from kvkeep.engine.fingerprint import Adapters, default_memory
-from kvkeep.engine.link import Link, PrivateSource, SharedSource
+from kvkeep.engine.link import Link, source_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions, Request
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
-from kvkeep.errors import ConfigError
-from kvkeep.memory.room import read_limits
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
-from kvkeep.wire.process import StoreOptions
 
 log = logging.getLogger("kvkeep")
 
 START_LIMIT_S = 30.0
-VERIFY_EVERY = {"off": 0, "sampled": 64, "always": 1}
 
 
 @dataclass
@@ -229,12 +225,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 identity=described(self.identity),
                 chunk_nbytes=layout.nbytes,
                 holders=[info.pid for info in ranks],
-                verify_every=VERIFY_EVERY[self.config.verify_pool],
+                verify_every=self.config.verify_every,
                 resumes=resumes,
                 sizes=[one.padded_nbytes for shard in layout.shards for one in shard.ranges],
             )
 
-        return Link(_source(self.config, layout), hello, [info.door for info in ranks])
+        return Link(source_of(self.config, layout.nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
@@ -357,18 +353,6 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
 def _config(extra: Mapping[str, object] | None) -> Config:
     return load_config(extra or {}, os.environ, lambda path: Path(path).read_text())
-
-
-def _source(config: Config, layout: ChunkLayout) -> PrivateSource | SharedSource:
-    if config.socket_path is not None:
-        return SharedSource(config.socket_path)
-    nbytes = config.pool_nbytes(read_limits().available_nbytes)
-    if nbytes < layout.nbytes:
-        raise ConfigError(
-            f"pool_size: {nbytes} bytes hold no chunk of this model ({layout.nbytes} bytes for "
-            f"{layout.chunk_tokens} tokens); set it to at least {2 * layout.nbytes}"
-        )
-    return PrivateSource(StoreOptions(nbytes, config.policy, config.max_pinned_share, config.log_level))
 
 
 def _fields(identity: Identity) -> dict[str, Any]:
