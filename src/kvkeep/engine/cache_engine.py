@@ -265,11 +265,11 @@ class CacheEngine:
             return Work()
         digests = self._prompts.digests(tokens, extra)[first:]
         found = self._line.fetch(digests, first)
-        if found is None:
-            self._miss(Miss.NOT_STORED)
+        if isinstance(found, Miss):
+            self._miss(found)
             return Work()
         if len(found.chunks) < len(digests):
-            self._miss(Miss.PARTLY_STORED)
+            self._miss(found.why or Miss.PARTLY_STORED)
         work = Work(found.held, chunks=list(found.chunks), digests=digests, first=first)
         work.sums = [found.sums.get(place, b"") for place in range(len(work.chunks))]
         work.blocks = span.blocks(range(first, first + len(work.chunks)))

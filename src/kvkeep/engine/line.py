@@ -18,15 +18,15 @@ from typing import NamedTuple
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
+from kvkeep.engine.planner import REASONS, STORE_SHARE
 from kvkeep.errors import KVKeepError, StoreGone
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
+from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Answer, Call, Client
 from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats
 
 log = logging.getLogger("kvkeep")
-
-STORE_SHARE = 0.8  # of a deadline: what the store may spend on its tiers; the rest is the way there and back
 
 
 @dataclass(eq=False)
@@ -40,11 +40,12 @@ class Held:
 
 
 class Found(NamedTuple):
-    """A run of present chunks, and the sums of those that shall be verified, by their place in the run."""
+    """A run of present chunks, the sums of those that shall be verified by their place in it, why it is no longer."""
 
     held: Held
     chunks: Sequence[Lease]
     sums: Mapping[int, bytes]
+    why: Miss | None = None
 
 
 class Room(NamedTuple):
@@ -80,7 +81,7 @@ class Line:
         """How many chunks are present from the first digest on; with `pin_id` they stay until it is unpinned."""
         with self._client() as client:
             answer = self._fetched(client, digests)
-            if client is None or answer is None:
+            if client is None or answer is None or not answer.lease:
                 return 0
             if pin_id is None:
                 client.release(answer.lease)
@@ -94,17 +95,21 @@ class Line:
         with self._client():
             self._drop_pins(list(self._pins) if pin_ids is None else pin_ids)
 
-    def fetch(self, digests: Sequence[bytes], first: int) -> Found | None:
+    def fetch(self, digests: Sequence[bytes], first: int) -> Found | Miss:
         """The longest run of present chunks from the first digest on, which is the `first` chunk of its request.
 
-        What is pinned in full is taken without asking. None: there is none, or no answer in time.
+        What is pinned in full is taken without asking.
         """
         with self._client() as client:
-            for pin in self._pins.values() if client is not None else ():
+            if client is None:
+                return Miss.STORE_GONE
+            for pin in self._pins.values():
                 if pin.found.held.client is client and pin.digests[first : first + len(digests)] == digests:
                     return self._part(pin.found, first, first + len(digests))
             answer = self._fetched(client, digests)
-            return None if client is None or answer is None else self._found(client, answer)
+            if answer is None:
+                return Miss.DEADLINE if client.alive else Miss.STORE_GONE
+            return self._found(client, answer) if answer.lease else REASONS.get(answer.why, Miss.NOT_STORED)
 
     def reserve(self, digests: Sequence[bytes]) -> Room | None:
         """Room for the chunks that are absent. None: no answer in time."""
@@ -227,11 +232,11 @@ class Line:
 
     def _fetched(self, client: Client | None, digests: Sequence[bytes]) -> Matched | None:
         answer = self._answer(client, lambda one: one.fetch(digests, self._deadline_s * STORE_SHARE))
-        return answer if isinstance(answer, Matched) and answer.lease else None
+        return answer if isinstance(answer, Matched) else None
 
     def _found(self, client: Client, answer: Matched) -> Found:
         held = self._hold(client, answer.lease, answer.offsets)
-        return Found(held, held.chunks, answer.sums)
+        return Found(held, held.chunks, answer.sums, REASONS.get(answer.why))
 
     def _part(self, found: Found, start: int, end: int) -> Found:
         """A part of a run for one more user of its lease."""
