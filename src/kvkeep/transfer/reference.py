@@ -39,21 +39,25 @@ class ReferenceTransfer:
         check_blocks(self._shard, self._num_blocks, blocks, unique)
 
     def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
-        """As `Transfer.gather`; a range is summed right after its copy, while it is in the CPU's cache."""
+        """As `Transfer.gather`; each part of a range is summed right after its copy, while it is in the CPU's cache."""
         by_group = _indexes(blocks)
         sums: list[bytes] = []
         for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
-            for first, ids in by_group.get(one.group, ()):
-                for pages, places in self._parts(one, view):
+            summed = xxhash.xxh3_128()
+            for pages, places in self._parts(one, view):
+                for first, ids in by_group.get(one.group, ()):
                     out = places[first : first + len(ids)]
                     if pages.flags.c_contiguous:
                         # the ids were checked with the plan; 'clip' is the mode that needs no buffer
                         np.take(pages, ids, axis=0, out=out, mode="clip")
                     else:
                         out[:] = pages[ids]  # take would first copy the whole cache to close its gaps
+                if seal:
+                    summed.update(places.data)
             if seal:
                 view[one.nbytes :] = 0
-                sums.append(xxhash.xxh3_128_digest(view.data))
+                summed.update(view[one.nbytes :].data)
+                sums.append(summed.digest())
         return b"".join(sums)
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
