@@ -58,8 +58,8 @@ def fresh(random_: np.random.Generator, count: int) -> Words:
 
 def verb_rows() -> list[Row]:
     """Microseconds a chunk of 512, hashing included where tokens are new; the yardstick is a bare round trip."""
-    layer = LayerLayout("layer", (64,))
-    shard = ShardLayout(CHUNK_TOKENS, (GroupLayout(BLOCK_TOKENS, 0, (layer,) * LAYERS),))
+    layers = tuple(LayerLayout(f"layer {n}", (64,)) for n in range(LAYERS))
+    shard = ShardLayout(CHUNK_TOKENS, (GroupLayout(BLOCK_TOKENS, 0, layers),))
     table = np.arange(1, CHUNKS * CHUNK_TOKENS // BLOCK_TOKENS + 1)
     numbers = np.random.default_rng(1)
     with engine(StillTransfer(shard), 3 * CHUNKS, []) as one:
@@ -92,16 +92,10 @@ def verb_rows() -> list[Row]:
         }
         made = []
         for name, (measure, goal) in actions.items():
-            tokens = one_kept(one, tokens, table)
+            one.store(tokens, [table])  # the stores before may have displaced them
             ours, trips = alternate(40, measure, trip)
             made.append(Case(name, "us", "a bare round trip, by as many chunks", goal=goal).row(ours, trips))
         return made
-
-
-def one_kept(one: CacheEngine, tokens: Words, table: npt.NDArray[np.intp]) -> Words:
-    """The same tokens, present again where other prompts have displaced them."""
-    one.store(tokens, [table])
-    return tokens
 
 
 # ---- copies --------------------------------------------------------------------------------------------------

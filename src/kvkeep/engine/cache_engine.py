@@ -68,11 +68,11 @@ class CacheEngine:
     ) -> None:
         self.figures = Figures()
         self._transfer = transfer
-        self._layers = layer_order(transfer, layers)
+        self._layers = transfer.shard.in_order(layers)
         self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
         self._counting = threading.Lock()
         self._frozen = False
-        self._bypassed = False
+        self._bypassed = not config.enabled
 
         def hello(resumes: int) -> Hello:
             return Hello(
@@ -193,7 +193,7 @@ class CacheEngine:
 
     def unpin(self, pin_id: str) -> None:
         """What this id pinned may be evicted again; an id that pins nothing is no error."""
-        self._line.unpin([pin_id])
+        self._line.unpin(pin_id)
 
     def freeze(self, on: bool) -> None:
         """While it is on, hits are served and nothing new is stored."""
@@ -241,7 +241,7 @@ class CacheEngine:
         if room is None:
             return Work()
         work = Work(room.held, list(room.chunks), list(room.chunks.values()), first=first)
-        full = sum(outcome == NO_ROOM for outcome in room.outcomes)
+        full = room.outcomes.count(NO_ROOM)
         self._count(skipped_full_chunks=full, skipped_present_chunks=len(room.outcomes) - full - len(work.places))
         work.blocks = span.blocks(first + place for place in work.places)
         self._check(work, unique=False)
@@ -272,6 +272,8 @@ class CacheEngine:
             self._miss(found.why or Miss.PARTLY_STORED)
         work = Work(found.held, chunks=list(found.chunks), digests=digests, first=first)
         work.sums = [found.sums.get(place, b"") for place in range(len(work.chunks))]
+        full = SUM_NBYTES * self.layers  # sums of another length hold for no layer
+        work.sums = [one if len(one) in (0, full) else bytes(full) for one in work.sums]
         work.blocks = span.blocks(range(first, first + len(work.chunks)))
         self._check(work, unique=True)
         return work
@@ -310,17 +312,3 @@ class CacheEngine:
     def _miss(self, why: Miss) -> None:
         with self._counting:
             self.figures.miss(why)
-
-
-def layer_order(transfer: Transfer, names: Sequence[str]) -> list[range]:
-    """The number of each layer's range, as a range of one, in the order of `names` (empty: that of the shard).
-
-    Raises ValueError unless every layer is named once.
-    """
-    shard = transfer.shard
-    known = [shard.groups[one.group].layers[one.layer].name for one in shard.ranges]
-    if names and sorted(names) != sorted(known):
-        differing = sorted(set(names) ^ set(known)) or [name for name in names if list(names).count(name) > 1]
-        raise ValueError(f"layers: every layer is named once; look at {differing[0]!r}")
-    numbers = {name: number for number, name in enumerate(known)}
-    return [range(number, number + 1) for number in ([numbers[name] for name in names] or range(len(known)))]

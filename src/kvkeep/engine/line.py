@@ -79,6 +79,8 @@ class Line:
 
     def present(self, digests: Sequence[bytes], pin_id: str | None) -> int:
         """How many chunks are present from the first digest on; with `pin_id` they stay until it is unpinned."""
+        if pin_id is not None:
+            self.unpin(pin_id)
         with self._client() as client:
             answer = self._fetched(client, digests)
             if client is None or answer is None or not answer.lease:
@@ -86,14 +88,14 @@ class Line:
             if pin_id is None:
                 client.release(answer.lease)
             else:
-                self._drop_pins([pin_id])
                 self._pins[pin_id] = Pin(digests[: len(answer.offsets)], self._found(client, answer))
             return len(answer.offsets)
 
-    def unpin(self, pin_ids: Sequence[str] | None) -> None:
-        """What these ids pinned may be evicted again (None: all); an id that pins nothing is no error."""
-        with self._client():
-            self._drop_pins(list(self._pins) if pin_ids is None else pin_ids)
+    def unpin(self, pin_id: str) -> None:
+        """What this id pinned may be evicted again; an id that pins nothing is no error. Never waits."""
+        pin = self._pins.pop(pin_id, None)
+        if pin is not None:
+            self.give_back(pin.found.held)
 
     def fetch(self, digests: Sequence[bytes], first: int) -> Found | Miss:
         """The longest run of present chunks from the first digest on, which is the `first` chunk of its request.
@@ -103,7 +105,7 @@ class Line:
         with self._client() as client:
             if client is None:
                 return Miss.STORE_GONE
-            for pin in self._pins.values():
+            for pin in list(self._pins.values()):
                 if pin.found.held.client is client and pin.digests[first : first + len(digests)] == digests:
                     return self._part(pin.found, first, first + len(digests))
             answer = self._fetched(client, digests)
@@ -143,8 +145,9 @@ class Line:
 
     def clear(self) -> int:
         """Drops every chunk of the namespace; how many. StoreGone if the store has not said that it did."""
+        for pin_id in list(self._pins):
+            self.unpin(pin_id)
         with self._client() as client:
-            self._drop_pins(list(self._pins))
             answer = self._answer(client, lambda one: one.clear())
             if not isinstance(answer, Cleared):
                 raise StoreGone("the store did not answer within the deadline: nothing is known to be cleared")
@@ -168,7 +171,7 @@ class Line:
                 self._link.client.drop()
             self._link.close()
             if self._pool is not None:
-                self._pool.close()
+                self._pool.close()  # whoever still holds a part of it keeps that mapped
                 self._pool = None
 
     @contextmanager
@@ -215,7 +218,7 @@ class Line:
         client = self._link.live(idle=not self._held)
         if client is not None and (self._pool is None or self._pool.boot != client.welcome.boot):
             if self._pool is not None:
-                self._pool.close()  # whoever still holds a part of it keeps that mapped
+                self._pool.close()
             self._pool = _mapped(client)
         return client if self._pool is not None else None
 
