@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.key import none_hash
+from kvkeep.engine import line
 from kvkeep.engine.prompts import Prompts
 from kvkeep.errors import StoreGone
 from kvkeep.testing.doubles import FaultyTransfer
 from kvkeep.testing.fake_model import FakeModel, GroupShape
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.transfer import SUM_NBYTES
 
 from .library import CHUNK, LAYOUTS, NB, Library, flash_attention, group, library, mla
 
@@ -266,6 +268,16 @@ def test_eviction_between_lookup_and_retrieve_is_a_miss_for_what_has_gone(small:
     assert mask.tolist() == [n < 16 for n in range(32)], "the tail goes first"
     assert small.pages() == small.after(before, [HERE[:8]], [THERE[:8]], mask)
     assert small.engine.figures.misses()["partly_stored"] == 1
+    small.settled()
+
+
+def test_sums_of_many_chunks_go_in_several_messages(small: Library, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(line, "COMMIT_NBYTES", 2 * SUM_NBYTES * small.engine.layers + 1)
+    assert small.engine.store(range(7 * CHUNK), [HERE]) == 7 * CHUNK
+    before = small.pages()
+    mask = small.engine.retrieve(range(7 * CHUNK), [THERE])
+    assert mask.all()
+    assert small.pages() == small.after(before, [HERE[:14]], [THERE[:14]], mask)
     small.settled()
 
 

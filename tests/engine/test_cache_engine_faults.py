@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import shared_store
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.wire.frames import framed
+from kvkeep.wire.messages import VERSION, Welcome, encoded
 from kvkeep.wire.process import StoreOptions
 
 from .library import CHUNK, MODEL, Library, flash_attention, group, library, mla
@@ -115,6 +120,35 @@ def test_a_store_that_stands_still_costs_a_deadline_and_no_more():
             pass
         while lib.engine.store_figures().get("pinned_nbytes") != 0:
             pass  # what came too late is given back as it comes
+
+
+@dataclass
+class Impostor:
+    """A store whose pool is no sealed memory."""
+
+    theirs: socket.socket | None = None
+
+    def connect(self) -> socket.socket:
+        ours, self.theirs = socket.socketpair()
+        welcome = Welcome(VERSION, b"b" * 16, 1, os.getpid(), 4096)
+        with tempfile.TemporaryFile() as file:
+            file.truncate(4096)
+            socket.send_fds(self.theirs, [framed(encoded(welcome))], [file.fileno()])
+        return ours
+
+    def end(self, wait: bool) -> None:
+        if self.theirs is not None:
+            self.theirs.close()
+
+
+def test_a_pool_that_cannot_be_mapped_is_no_store(caplog: pytest.LogCaptureFixture):
+    with library([group(mla, 1)], Impostor()) as lib:
+        for _ in range(10):
+            assert (lib.engine.lookup(TOKENS), lib.engine.store(TOKENS, [HERE])) == (0, 0)
+            assert not lib.engine.retrieve(TOKENS, [THERE]).any()
+        assert lib.engine.figures.misses() == {"store_gone": 10}
+    said = [one.message for one in caplog.records if "not sealed" in one.message or "no memfd" in one.message]
+    assert 0 < len(said) <= 4, "once, not with every verb"
 
 
 def test_threads_of_one_engine_have_their_turns():

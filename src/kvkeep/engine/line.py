@@ -7,13 +7,13 @@ or layers.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from kvkeep.core.layout import ShardLayout
@@ -26,7 +26,7 @@ from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Answer, Call, Client
 from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats
 
-log = logging.getLogger("kvkeep")
+COMMIT_NBYTES = 1 << 20  # of sums in one message: well under a frame's bound
 
 
 @dataclass(eq=False)
@@ -124,12 +124,19 @@ class Line:
             return Room(held, dict(zip(places, held.chunks, strict=True)), answer.offsets)
 
     def commit(self, held: Held, places: Sequence[int], sums: Sequence[bytes]) -> int:
-        """Makes written chunks readable; how many of them are."""
+        """Makes written chunks readable, in as many messages as their sums need; how many of them are."""
+        done, step = 0, max(1, COMMIT_NBYTES // max(map(len, sums), default=1))
         with self._client() as client:
-            if client is not held.client:
-                return 0
-            answer = self._answer(client, lambda one: one.commit(held.lease, places, sums))
-            return sum(answer.done) if isinstance(answer, Committed) else 0
+            for start in range(0, len(places), step):
+                if client is not held.client:
+                    break
+                part = slice(start, start + step)
+                ask = partial(Client.commit, lease=held.lease, places=places[part], sums=sums[part])
+                answer = self._answer(client, ask)
+                if not isinstance(answer, Committed):
+                    break
+                done += sum(answer.done)
+        return done
 
     def give_back(self, held: Held) -> None:
         """One user less. Never waits, so that it may be called wherever an object ends, even amid another call."""
@@ -254,9 +261,9 @@ class Line:
 
 
 def _mapped(client: Client) -> Pool | None:
-    """The pool of a client's store in this process; None, with a line in the log, if it cannot be mapped."""
+    """The pool of a client's store in this process; a store whose pool cannot be mapped is as good as gone."""
     try:
         return Pool(client.welcome.boot, Region.attach(os.dup(client.pool_fd), client.welcome.pool_nbytes))
     except (OSError, KVKeepError) as error:
-        log.error("kvkeep: the pool cannot be used here: %s", error)
+        client.lose(f"its pool cannot be used here: {error}")
         return None
