@@ -91,6 +91,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Whether what is kept may be there after the engine that made it, or for another one."""
         return self.socket_path is not None or bool(self.disk_directories)
 
+    @property
+    def verify_every(self) -> int:
+        """Of how many chunks that are read from the pool one is verified; 0: none."""
+        return {"off": 0, "sampled": 64, "always": 1}[self.verify_pool]
+
     def pool_nbytes(self, available_nbytes: int) -> int:
         """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
         if self.pool_size == "auto":

@@ -10,7 +10,7 @@ then all V pages; an engine whose page is one piece has one part), each part's p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -84,6 +84,21 @@ class ShardLayout:
                 ranges.append(Range(number, place, offset, nbytes, padded))
                 offset += padded
         return tuple(ranges)
+
+    def chosen(self, layers: range | None) -> Sequence[Range]:
+        """The ranges with these numbers; None: all."""
+        return self.ranges if layers is None else [self.ranges[number] for number in layers]
+
+    def in_order(self, names: Sequence[str]) -> list[range]:
+        """Each layer's range, as a range of one number, in the order of `names` (none: as they are arranged).
+
+        Raises ValueError unless every layer is named once.
+        """
+        known = {self.groups[one.group].layers[one.layer].name: number for number, one in enumerate(self.ranges)}
+        wrong = set(names) ^ set(known) or {name for name in names if names.count(name) > 1}
+        if names and wrong:
+            raise ValueError(f"every layer is named once: look at {min(wrong)!r}")
+        return [range(known[name], known[name] + 1) for name in names or known]
 
     @cached_property
     def nbytes(self) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvkeep.config import Config
-from kvkeep.core.layout import ChunkLayout
 from kvkeep.errors import ConfigError, KVKeepError, StoreGone
 from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Client, Joining
@@ -78,15 +77,15 @@ class SharedSource:
         """The shared store outlives us."""
 
 
-def source_of(config: Config, layout: ChunkLayout) -> PrivateSource | SharedSource:
-    """The store that the settings name, for chunks of this layout; ConfigError if its pool could hold none of them."""
+def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
+    """Where the store comes from that is configured; ConfigError if a private pool would hold no chunk."""
     if config.socket_path is not None:
         return SharedSource(config.socket_path)
     nbytes = config.pool_nbytes(read_limits().available_nbytes)
-    if nbytes < layout.nbytes:
+    if nbytes < chunk_nbytes:
         raise ConfigError(
-            f"pool_size: {nbytes} bytes hold no chunk of this model ({layout.nbytes} bytes for "
-            f"{layout.chunk_tokens} tokens); set it to at least {2 * layout.nbytes}"
+            f"pool_size: {nbytes} bytes hold no chunk of this model ({chunk_nbytes} bytes for {chunk_tokens} tokens); "
+            f"set it to at least {2 * chunk_nbytes}"
         )
     return PrivateSource(store_options(config, nbytes))
 

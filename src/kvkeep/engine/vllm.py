@@ -54,7 +54,6 @@ from kvkeep.wire.messages import VERSION, Hello
 log = logging.getLogger("kvkeep")
 
 START_LIMIT_S = 30.0
-VERIFY_EVERY = {"off": 0, "sampled": 64, "always": 1}
 
 
 HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
@@ -227,12 +226,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 identity=described(self.identity),
                 chunk_nbytes=layout.nbytes,
                 holders=[info.pid for info in ranks],
-                verify_every=VERIFY_EVERY[self.config.verify_pool],
+                verify_every=self.config.verify_every,
                 resumes=resumes,
                 sizes=[one.padded_nbytes for shard in layout.shards for one in shard.ranges],
             )
 
-        return Link(source_of(self.config, layout), hello, [info.door for info in ranks])
+        return Link(source_of(self.config, layout.nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""

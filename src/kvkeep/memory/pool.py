@@ -30,12 +30,12 @@ class Lease:
         self._memory: Bytes | None = memory
         self._shard = shard
 
-    def views(self) -> list[Bytes]:
-        """One writable view a range (with its padding)."""
+    def views(self, layers: range | None = None) -> list[Bytes]:
+        """One writable view a range (with its padding); `layers` are numbers of ranges, None all of them."""
         memory = self._memory
         if memory is None:
             raise LeaseExpired("this chunk's memory was given back")
-        return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.ranges]
+        return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.chosen(layers)]
 
     def close(self) -> None:
         """Ends the lease; idempotent."""
@@ -59,13 +59,20 @@ class Pool:
 
     @contextmanager
     def lend(self, offset: int, shard: ShardLayout) -> Iterator[Lease]:
-        """A lease on the shard whose bytes start at `offset` of the pool; an offset outside of it is an assertion."""
-        assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
-        lease = Lease(self._region.array[offset : offset + shard.nbytes], shard)
+        """A lease on the shard whose bytes start at `offset` of the pool, closed with the block."""
+        lease = self.lease(offset, shard)
         try:
             yield lease
         finally:
             lease.close()
+
+    def lease(self, offset: int, shard: ShardLayout) -> Lease:
+        """The same for a use that outlives a block: whoever takes it closes it.
+
+        An offset outside of the pool is an assertion. The mapping lives as long as its last lease.
+        """
+        assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
+        return Lease(self._region.array[offset : offset + shard.nbytes], shard)
 
     def close(self) -> None:
         """Unmaps the pool once the thread that populates it has stopped; idempotent."""

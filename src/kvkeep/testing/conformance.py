@@ -93,6 +93,29 @@ def check_pieces(case: TransferCase) -> None:
     assert _pages(case) == _moved(case, before, origin, part), "a part of a chunk is scattered from its own place"
 
 
+def check_layers(case: TransferCase) -> None:
+    """A chunk that is gathered layer by layer equals one gathered at once, sums included; a scatter of one layer writes
+    that layer alone and looks at no other's sum.
+    """
+    before = _filled(case, seed=6)
+    whole, whole_lease = _memory(case.transfer.shard)
+    parts, parts_lease = _memory(case.transfer.shard)
+    sources, targets = _picks(case)
+    sums = case.transfer.gather(sources, whole_lease, True)
+    ranges = case.transfer.shard.ranges
+    singles = [range(number, number + 1) for number in range(len(ranges))]
+    got = [case.transfer.gather(sources, parts_lease, True, one) for one in singles]
+    assert b"".join(got) == sums, "the sums of the layers are not those of the chunk"
+    assert bytes(whole) == bytes(parts), "layers make another chunk"
+    last = ranges[-1]
+    for number, view in enumerate(whole_lease.views()):
+        view[0] ^= number < len(ranges) - 1  # every range but the last is broken
+    assert case.transfer.scatter(whole_lease, targets, got[-1], singles[-1]), "a layer fails for another one's bytes"
+    after, moved = _pages(case), _moved(case, before, sources, targets)
+    wanted = {**before, (last.group, last.layer): moved[last.group, last.layer]}
+    assert after == wanted, "a layer that is scattered alone brings other bytes, or touches other layers"
+
+
 def check_flipped_bits(case: TransferCase) -> None:
     """One flipped bit anywhere in a range, its padding included, fails the scatter before it writes anything."""
     _filled(case, seed=4)
@@ -133,6 +156,7 @@ CHECKS: tuple[Check, ...] = (
     check_round_trip,
     check_arrangement,
     check_pieces,
+    check_layers,
     check_flipped_bits,
     check_wrong_blocks,
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.transfer import Blocks, Transfer
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer, check_blocks
 
 
 @dataclass
@@ -48,19 +48,38 @@ class FaultyTransfer:
         """As `Transfer.shard`."""
         return self.inner.shard
 
-    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """As `Transfer.gather`."""
-        return self.inner.gather(blocks, lease, seal)
+        return self.inner.gather(blocks, lease, seal, layers)
 
-    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`, unless this one is to fail."""
         number, self.calls = self.calls, self.calls + 1
         named = {block_id for one in blocks for block_id in one.block_ids}
         if number in self.failing_calls or named & self.failing_blocks:
             self.failures += 1
             return False
-        return self.inner.scatter(lease, blocks, sums)
+        return self.inner.scatter(lease, blocks, sums, layers)
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`."""
         self.inner.check(blocks, unique)
+
+
+@dataclass
+class StillTransfer:
+    """Moves nothing and finds every sum right: what is left is the cost of everything around the copies."""
+
+    shard: ShardLayout
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+        """Sums that are all zero."""
+        return bytes(SUM_NBYTES * len(self.shard.chosen(layers))) if seal else b""
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        """Always succeeds."""
+        return True
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`, for as many blocks as there are."""
+        check_blocks(self.shard, [1 << 31] * len(self.shard.groups), blocks, unique=unique)

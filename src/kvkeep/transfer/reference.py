@@ -38,31 +38,35 @@ class ReferenceTransfer:
         """As `Transfer.check`."""
         check_blocks(self._shard, self._num_blocks, blocks, unique)
 
-    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
-        """As `Transfer.gather`; a range is summed right after its copy, while it is in the CPU's cache."""
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+        """As `Transfer.gather`; each part of a range is summed right after its copy, while it is in the CPU's cache."""
         by_group = _indexes(blocks)
         sums: list[bytes] = []
-        for one, view in zip(self._shard.ranges, lease.views(), strict=True):
-            for first, ids in by_group.get(one.group, ()):
-                for pages, places in self._parts(one, view):
+        for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
+            summed = xxhash.xxh3_128()
+            for pages, places in self._parts(one, view):
+                for first, ids in by_group.get(one.group, ()):
                     out = places[first : first + len(ids)]
                     if pages.flags.c_contiguous:
                         # the ids were checked with the plan; 'clip' is the mode that needs no buffer
                         np.take(pages, ids, axis=0, out=out, mode="clip")
                     else:
                         out[:] = pages[ids]  # take would first copy the whole cache to close its gaps
+                if seal:
+                    summed.update(places.data)
             if seal:
                 view[one.nbytes :] = 0
-                sums.append(xxhash.xxh3_128_digest(view.data))
+                summed.update(view[one.nbytes :].data)
+                sums.append(summed.digest())
         return b"".join(sums)
 
-    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`."""
-        views = lease.views()
+        views = lease.views(layers)
         if sums and not ranges_hold(views, sums):
             return False
         by_group = _indexes(blocks)
-        for one, view in zip(self._shard.ranges, views, strict=True):
+        for one, view in zip(self._shard.chosen(layers), views, strict=True):
             for first, ids in by_group.get(one.group, ()):
                 for pages, places in self._parts(one, view):
                     pages[ids] = places[first : first + len(ids)]
@@ -80,5 +84,5 @@ class ReferenceTransfer:
 def _indexes(blocks: Sequence[Blocks]) -> dict[int, list[tuple[int, npt.NDArray[np.intp]]]]:
     by_group: dict[int, list[tuple[int, npt.NDArray[np.intp]]]] = {}
     for group, first, block_ids in blocks:
-        by_group.setdefault(group, []).append((first, np.array(block_ids, dtype=np.intp)))
+        by_group.setdefault(group, []).append((first, np.asarray(block_ids, dtype=np.intp)))
     return by_group

@@ -40,11 +40,11 @@ class StagedTransfer:
         """As `Transfer.check`."""
         check_blocks(self._shard, self._num_blocks, blocks, unique)
 
-    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """As `Transfer.gather`."""
         indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
         sums: list[bytes] = []
-        for one, view in zip(self._shard.ranges, lease.views(), strict=True):
+        for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
             for group, first, ids in indexes:
                 for pages, places in self._parts(one, view) if group == one.group else ():
                     places[first : first + len(ids)].copy_(pages.index_select(0, ids))
@@ -53,13 +53,13 @@ class StagedTransfer:
                 sums.append(xxhash.xxh3_128_digest(view.data))
         return b"".join(sums)
 
-    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`."""
-        views = lease.views()
+        views = lease.views(layers)
         if sums and not ranges_hold(views, sums):
             return False
         indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
-        for one, view in zip(self._shard.ranges, views, strict=True):
+        for one, view in zip(self._shard.chosen(layers), views, strict=True):
             for group, first, ids in indexes:
                 for pages, places in self._parts(one, view) if group == one.group else ():
                     # not asynchronous: the pool's memory may be lent to another as soon as this returns
@@ -67,7 +67,7 @@ class StagedTransfer:
         return True
 
     def _ids(self, blocks: Blocks) -> torch.Tensor:
-        return torch.tensor(blocks.block_ids, dtype=torch.int64, device=self._device)
+        return torch.as_tensor(blocks.block_ids, dtype=torch.int64, device=self._device)
 
     def _parts(self, one: Range, view: Bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         count, start = self._shard.blocks(one.group), 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from kvkeep.core.layout import ShardLayout
@@ -22,20 +24,23 @@ class Blocks(NamedTuple):
 
     group: int
     first: int
-    block_ids: Sequence[int]
+    block_ids: Sequence[int] | npt.NDArray[np.intp]
 
 
 class Transfer(Protocol):
-    """Moves whole blocks of one rank. Both verbs have finished with source and destination when they return."""
+    """Moves whole blocks of one rank. Both verbs have finished with source and destination when they return.
+
+    `layers` are the numbers of the shard's ranges that are moved (None: all), and sums are those of these ranges.
+    """
 
     @property
     def shard(self) -> ShardLayout:
         """How this rank's part of a chunk is arranged."""
 
-    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """Copies blocks into a chunk; with `seal` returns the 16-byte sum of every range in order, else nothing."""
 
-    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """Copies a chunk's blocks out; with `sums` it verifies every range first and copies nothing if one differs."""
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
@@ -47,16 +52,20 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
 
     A plan is checked once, before anything is copied: NumPy's clipping take would silently read another block.
     """
-    seen: set[tuple[int, int]] = set()
     for group, first, block_ids in blocks:
         assert first >= 0, f"place {first} is outside of a chunk"
         assert first + len(block_ids) <= shard.blocks(group), f"place {first + len(block_ids)} is outside of a chunk"
-        for block_id in block_ids:
+    for group, count in enumerate(num_blocks):
+        runs = [np.asarray(one.block_ids, np.intp) for one in blocks if one.group == group]
+        ids = np.concatenate(runs) if runs else np.zeros(0, np.intp)
+        wrong = (ids <= 0) | (ids >= count)
+        if wrong.any():
+            block_id = int(ids[wrong][0])
             assert block_id != NULL_BLOCK, f"the null block of group {group}"
-            assert 0 < block_id < num_blocks[group], f"block {block_id} of group {group} does not exist"
-            if unique:
-                assert (group, block_id) not in seen, f"block {block_id} of group {group} is named twice"
-                seen.add((group, block_id))
+            raise AssertionError(f"block {block_id} of group {group} does not exist")
+        if unique and ids.size:
+            named = np.bincount(ids)
+            assert named.max() == 1, f"block {named.argmax()} of group {group} is named twice"
 
 
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:

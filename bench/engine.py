@@ -1,0 +1,265 @@
+"""What `CacheEngine` costs: its verbs without any copying, a chunk; and its copies, beside a block-wise memmove.
+
+    python bench/engine.py [--only verbs bulk layerwise] [--json FILE]
+
+A private store process each, one thread here. The copies are those of 2,048 tokens: 32 layers, K and V apart, blocks of
+16 tokens of 32 KiB each, in random order; the yardstick moves the same blocks of the same cache to and from memory of
+the same kind with ctypes.memmove. Wall time: the verbs wait for the store's answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rows import Case, Row, alternate, say, seconds, show, write
+
+from kvkeep.config import Config
+from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
+from kvkeep.engine.cache_engine import CacheEngine
+from kvkeep.engine.library import Model, identity_of
+from kvkeep.engine.link import source_of
+from kvkeep.memory.pool import Lease
+from kvkeep.memory.region import Region
+from kvkeep.testing.doubles import StillTransfer
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.transfer import Blocks, Transfer
+
+CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
+CHUNKS = 512  # of a prompt of 131,072 tokens
+COPIED_TOKENS = 2048
+PAGE_NBYTES = 32 << 10  # K, or V, of one block in one layer: 8 heads of 128, bf16
+Words = npt.NDArray[np.uint32]
+
+
+def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> CacheEngine:
+    """An engine whose pool has room for so many chunks; it waits long rather than miss on a busy machine."""
+    config = Config(pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, log_level="error")
+    source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
+    return CacheEngine(transfer, identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
+
+
+def fresh(random_: np.random.Generator, count: int) -> Words:
+    """A prompt that nobody has seen."""
+    return random_.integers(0, 150_000, count, dtype=np.uint32)
+
+
+# ---- the verbs, without copies -------------------------------------------------------------------------------
+
+
+def verb_rows() -> list[Row]:
+    """Microseconds a chunk of 512, hashing included where tokens are new; the yardstick is a bare round trip."""
+    layers = tuple(LayerLayout(f"layer {n}", (64,)) for n in range(LAYERS))
+    shard = ShardLayout(CHUNK_TOKENS, (GroupLayout(BLOCK_TOKENS, 0, layers),))
+    table = np.arange(1, CHUNKS * CHUNK_TOKENS // BLOCK_TOKENS + 1)
+    numbers = np.random.default_rng(1)
+    with engine(StillTransfer(shard), 3 * CHUNKS, []) as one:
+        tokens = fresh(numbers, CHUNKS * CHUNK_TOKENS)
+        one.store(tokens, [table])
+
+        def each(action: Callable[[], int]) -> float:
+            def checked() -> None:
+                done = action()
+                assert done == len(tokens), f"{done} tokens"
+
+            return seconds(checked) / CHUNKS * 1e6
+
+        def store() -> float:
+            new = fresh(numbers, len(tokens))
+            return each(lambda: one.store(new, [table]))
+
+        def lookup_fresh() -> float:
+            one._prompts._known = ()
+            return each(lambda: one.lookup(tokens))
+
+        def trip() -> float:
+            return seconds(one.store_figures) / CHUNKS * 1e6
+
+        actions = {
+            "store-chunk": (store, "<= 15 us"),
+            "retrieve-chunk": (lambda: each(lambda: int(one.retrieve(tokens, [table]).sum())), "<= 15 us"),
+            "lookup-chunk": (lambda: each(lambda: one.lookup(tokens)), "<= 3 us"),
+            "lookup-chunk-new-tokens": (lookup_fresh, ""),
+        }
+        made = []
+        for name, (measure, goal) in actions.items():
+            one.store(tokens, [table])  # the stores before may have displaced them
+            ours, trips = alternate(40, measure, trip)
+            made.append(Case(name, "us", "a bare round trip, by as many chunks", goal=goal).row(ours, trips))
+        return made
+
+
+# ---- copies --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NoSums:
+    """`inner`, but a gather's sums are zeros: what the sums cost is the difference."""
+
+    inner: Transfer
+
+    @property
+    def shard(self) -> ShardLayout:
+        return self.inner.shard
+
+    def gather(self, blocks: list[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+        self.inner.gather(blocks, lease, False, layers)
+        return bytes(16 * len(self.shard.chosen(layers)))
+
+    def scatter(self, lease: Lease, blocks: list[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        return self.inner.scatter(lease, blocks, b"", layers)
+
+    def check(self, blocks: list[Blocks], unique: bool) -> None:
+        self.inner.check(blocks, unique)
+
+
+@dataclass
+class Bench:
+    """A cache full of random bytes, two engines over it (with and without sums), and memory for the yardstick."""
+
+    engines: dict[str, CacheEngine]
+    tables: tuple[list[npt.NDArray[np.intp]], list[npt.NDArray[np.intp]]]
+    moves: tuple[list[tuple[int, int]], list[tuple[int, int]]]
+    tokens: Words
+    numbers: np.random.Generator
+
+    def rate(self, action: Callable[[], int]) -> float:
+        """GB/s of an action that moves all of the prompt."""
+
+        def checked() -> None:
+            done = action()
+            assert done == COPIED_TOKENS, f"{done} tokens"
+
+        return COPIED_TOKENS * 2 * LAYERS * PAGE_NBYTES / BLOCK_TOKENS / 1e9 / seconds(checked)
+
+    def store(self, which: str, layerwise: bool) -> float:
+        one, new = self.engines[which], fresh(self.numbers, COPIED_TOKENS)
+
+        def action() -> int:
+            if not layerwise:
+                return one.store(new, self.tables[0])
+            before = one.figures.count("stored_tokens")
+            for _ in one.store_layer(new, self.tables[0]):
+                pass
+            return one.figures.count("stored_tokens") - before
+
+        return self.rate(action)
+
+    def retrieve(self, which: str, layerwise: bool) -> float:
+        one = self.engines[which]
+        one.store(self.tokens, self.tables[0])  # stores of others may have displaced it
+
+        def action() -> int:
+            if not layerwise:
+                return int(one.retrieve(self.tokens, self.tables[1]).sum())
+            *_, mask = one.retrieve_layer(self.tokens, self.tables[1])
+            return int(mask.sum())
+
+        return self.rate(action)
+
+    def memmove(self, out: bool) -> float:
+        pairs = self.moves[0 if out else 1]
+
+        def action() -> int:
+            move = ctypes.memmove
+            for to, source in pairs:
+                move(to, source, PAGE_NBYTES)
+            return COPIED_TOKENS
+
+        return self.rate(action)
+
+
+@contextmanager
+def bench() -> Iterator[Bench]:
+    """Everything allocated and touched."""
+    per_prompt = COPIED_TOKENS // BLOCK_TOKENS
+    num_blocks = 1 + 2 * per_prompt
+    shape = (2, num_blocks, BLOCK_TOKENS, 8, 128)
+    layers = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) for _ in range(LAYERS)]
+    groups = [GroupCaches({f"layer {n}": one for n, one in enumerate(layers)}, num_blocks, BLOCK_TOKENS, 0)]
+    transfer = ReferenceTransfer(groups, CHUNK_TOKENS)
+    ids = random.Random(2).sample(range(1, num_blocks), 2 * per_prompt)
+    tables = ([np.array(ids[:per_prompt])], [np.array(ids[per_prompt:])])
+    pool_chunks = 3 * COPIED_TOKENS // CHUNK_TOKENS
+    engines = {name: engine(one, pool_chunks, groups) for name, one in (("", transfer), ("-no-sums", NoSums(transfer)))}
+    numbers = np.random.default_rng(3)
+    region = Region.create(pool_chunks * transfer.shard.nbytes)
+    region.populate(0, region.nbytes)
+    region.array[:] = 1
+    try:
+        for one in engines.values():
+            for _ in range(4):  # every page of the pool has been touched after these
+                one.store(fresh(numbers, COPIED_TOKENS), tables[0])
+        moves = moved(layers, tables[0][0], region, transfer.shard), moved(layers, tables[1][0], region, transfer.shard)
+        back = [(there, here) for here, there in moves[1]]
+        yield Bench(engines, tables, (moves[0], back), fresh(numbers, COPIED_TOKENS), numbers)
+    finally:
+        for one in engines.values():
+            one.close()
+        region.close()
+
+
+def moved(
+    layers: list[torch.Tensor], ids: npt.NDArray[np.intp], region: Region, shard: ShardLayout
+) -> list[tuple[int, int]]:
+    """The addresses (memory, cache) of every page, in the order in which a bulk store copies them."""
+    base, per_chunk, pairs = region.array.ctypes.data, shard.blocks(0), []
+    for number in range(len(ids) // per_chunk):
+        chunk = ids[number * per_chunk : (number + 1) * per_chunk].tolist()
+        for one, layer in zip(shard.ranges, layers, strict=True):
+            there = base + number * shard.nbytes + one.offset
+            for part in (layer[0].data_ptr(), layer[1].data_ptr()):
+                pairs += [(there + n * PAGE_NBYTES, part + i * PAGE_NBYTES) for n, i in enumerate(chunk)]
+                there += per_chunk * PAGE_NBYTES
+    return pairs
+
+
+def copy_rows(layerwise: bool) -> list[Row]:
+    """Store and retrieve of the same prompt's length, each beside the same blocks' memmove."""
+    name, goal = ("layerwise", ">= 0.9") if layerwise else ("bulk", ">= 1.0")
+    made = []
+    with bench() as one:
+        for which in one.engines:
+            pairs = [
+                (f"{name}-store{which}", lambda which=which: one.store(which, layerwise), lambda: one.memmove(True)),
+                (
+                    f"{name}-retrieve{which}",
+                    lambda which=which: one.retrieve(which, layerwise),
+                    lambda: one.memmove(False),
+                ),
+            ]
+            for case, ours, theirs in pairs if not which else pairs[:1]:
+                asked = "" if which else goal
+                row = Case(case, "GB/s", "memmove of each block", "higher", asked).row(*alternate(15, ours, theirs))
+                made.append(row)
+    return made
+
+
+GROUPS = {"verbs": verb_rows, "bulk": lambda: copy_rows(False), "layerwise": lambda: copy_rows(True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    made: list[Row] = []
+    for name in options.only:
+        say(f"{name} ...")
+        made += GROUPS[name]()
+    show(made, "CacheEngine")
+    write(made, options.json)
+
+
+if __name__ == "__main__":
+    main()

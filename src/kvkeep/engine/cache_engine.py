@@ -1,0 +1,314 @@
+"""`CacheEngine`: the door for engines in one process: store and retrieve whole chunks, at once or layer by layer.
+
+Knows nothing about models, sockets or devices: a `Transfer` reaches the engine's cache, a `Line` the store. It changes
+nothing of the process: no signal handlers, environment, logging settings or module state.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from kvkeep.config import Config
+from kvkeep.core.identity import Identity, described, namespace
+from kvkeep.core.key import Tokens, none_hash
+from kvkeep.engine.cuts import Cut, Mask, Tables, cut
+from kvkeep.engine.line import Held, Line
+from kvkeep.engine.link import Link, Source
+from kvkeep.engine.prompts import Extra, Prompts
+from kvkeep.memory.pool import Lease
+from kvkeep.telemetry import Figures, Miss
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
+from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
+
+START_LIMIT_S = 30.0
+
+Flags = Mask | Sequence[bool] | None
+
+
+@dataclass
+class Work:
+    """The copies of one request: each chunk's memory, its blocks, its digest, the sums to verify (none: no check)."""
+
+    held: Held | None = None
+    places: list[int] = field(default_factory=list)
+    chunks: list[Lease] = field(default_factory=list)
+    blocks: list[list[Blocks]] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    sums: list[bytes] = field(default_factory=list)
+    first: int = 0
+
+
+class CacheEngine:
+    """Keeps the KV cache of prompts in the store of `source`, for the cache that `transfer` reaches.
+
+    `tokens` are all of a request's tokens, `blocks` one block table a group from the first token on, `mask` false for
+    what the engine has already and true from there on (None: true), `extra` what the bytes depend on besides the tokens
+    (adapter, tenant's salt). ValueError for a mask with a hole and for tables that are too short; AssertionError for a
+    block that does not exist, is the null block 0, or is to be written twice.
+
+    Any number of threads may call at the same time: each call to the store has its turn, copies run side by side. No
+    verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. `layers` are
+    all layers' names in the order in which the engine computes them (empty: as they were registered).
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        identity: Identity,
+        source: Source,
+        config: Config,
+        layers: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.figures = Figures()
+        self._transfer = transfer
+        self._layers = transfer.shard.in_order(layers)
+        self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
+        self._counting = threading.Lock()
+        self._frozen = False
+        self._bypassed = not config.enabled
+
+        def hello(resumes: int) -> Hello:
+            return Hello(
+                version=VERSION,
+                name=f"library {identity.model}",
+                namespace=namespace(identity),
+                identity=described(identity),
+                chunk_nbytes=transfer.shard.nbytes,
+                holders=[os.getpid()],
+                verify_every=config.verify_every,
+                resumes=resumes,
+                sizes=[one.padded_nbytes for one in transfer.shard.ranges],
+            )
+
+        link = Link(source, hello, [], clock)
+        link.start(START_LIMIT_S)
+        self._line = Line(link, transfer.shard, config.deadline_s)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the layerwise verbs go through."""
+        return len(self._layers)
+
+    # ---- bulk ------------------------------------------------------------------------------------------------------
+
+    def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
+        """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
+        work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
+        try:
+            sums = [self._transfer.gather(*one, True) for one in zip(work.blocks, work.chunks, strict=True)]
+            return self._commit(work, sums)
+        finally:
+            self._give_back(work)
+
+    def retrieve(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> Mask:
+        """Fills the engine's blocks; the mask is true exactly for the tokens whose bytes have arrived in every layer.
+
+        They follow the mask's false part without a gap, and end with a chunk. What the mask leaves false is not
+        written; where it does not end with a block of every group, that is a miss.
+        """
+        span = self._cut(tokens, blocks, mask)
+        work = self._found(span, tokens, extra)
+        try:
+            arrived = 0
+            for chunk, one, sums in zip(work.chunks, work.blocks, work.sums, strict=True):
+                if not self._transfer.scatter(chunk, one, sums):
+                    break
+                arrived += 1
+            return self._arrived(span, work, arrived)
+        finally:
+            self._give_back(work)
+
+    # ---- layerwise -------------------------------------------------------------------------------------------------
+
+    def store_layer(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None
+    ) -> Generator[None]:
+        """As `store`, layer by layer: yields layers + 1 times, whatever happens.
+
+        The k-th step copies the k-th layer, which the engine must have computed by then; the last one makes the chunks
+        readable. Closed before that, nothing of it is kept.
+        """
+        return self._storing(self._cut(tokens, blocks, mask), tokens, extra)
+
+    def retrieve_layer(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None
+    ) -> Generator[int | Mask | None]:
+        """As `retrieve`, layer by layer: yields layers + 2 times, whatever happens.
+
+        First how many tokens are about to come; then, a layer a step, None once that layer has been written; last the
+        mask, which is the only word on what has arrived in every layer.
+        """
+        return self._retrieving(self._cut(tokens, blocks, mask), tokens, extra)
+
+    def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
+        work = self._room(span, tokens, extra)
+        try:
+            sums = [[b""] * self.layers for _ in work.chunks]
+            for layer in self._layers:
+                for place, chunk in enumerate(work.chunks):
+                    sums[place][layer.start] = self._transfer.gather(work.blocks[place], chunk, True, layer)
+                yield
+            self._commit(work, [b"".join(one) for one in sums])
+            yield
+        finally:
+            self._give_back(work)
+
+    def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[int | Mask | None]:
+        work = self._found(span, tokens, extra)
+        try:
+            arrived = len(work.chunks)
+            yield self._reach(span, work, arrived) - span.start if arrived else 0
+            for layer in self._layers:
+                part = slice(layer.start * SUM_NBYTES, layer.stop * SUM_NBYTES)
+                for place in range(arrived):
+                    if not self._transfer.scatter(
+                        work.chunks[place], work.blocks[place], work.sums[place][part], layer
+                    ):
+                        arrived = place
+                        break
+                yield None
+            yield self._arrived(span, work, arrived)
+        finally:
+            self._give_back(work)
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: Tokens, pin_id: str | None = None, extra: Extra | None = None) -> int:
+        """How many tokens from the first one on could be retrieved now; with `pin_id` they stay until it is unpinned.
+
+        An id pins one prompt at a time. What is pinned counts against `max_pinned_share` of the pool.
+        """
+        if self._bypassed:
+            return 0
+        hit = self._line.present(self._prompts.digests(tokens, extra), pin_id) * self._transfer.shard.chunk_tokens
+        self._count(lookups=1, lookup_tokens=len(tokens))
+        return hit
+
+    def unpin(self, pin_id: str) -> None:
+        """What this id pinned may be evicted again; an id that pins nothing is no error."""
+        self._line.unpin(pin_id)
+
+    def freeze(self, on: bool) -> None:
+        """While it is on, hits are served and nothing new is stored."""
+        self._frozen = on
+
+    def bypass(self, on: bool) -> None:
+        """While it is on, nothing is looked up and nothing is stored."""
+        self._bypassed = on
+
+    def clear(self) -> int:
+        """Drops every chunk of this identity, in every tier, and every pin; how many chunks.
+
+        What is being stored at this moment is dropped as well. StoreGone if the store has not said that it is done.
+        """
+        return self._line.clear()
+
+    def store_figures(self) -> dict[str, int]:
+        """What the store says of its pool (bytes and counts by name); empty if it does not answer."""
+        return self._line.figures()
+
+    def close(self) -> None:
+        """Ends the session and a private store; every verb after it is a miss. Idempotent."""
+        self._line.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- parts of the verbs ----------------------------------------------------------------------------------------
+
+    def _cut(self, tokens: Tokens, blocks: Tables, mask: Flags) -> Cut:
+        return cut(self._transfer.shard, len(tokens), blocks, mask)
+
+    def _room(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
+        """Memory for the chunks that are to be stored and are absent; empty if there is nothing to do."""
+        first = -(-span.start // span.shard.chunk_tokens)
+        if self._frozen or self._bypassed or first >= span.chunks:
+            return Work()
+        digests = self._prompts.digests(tokens, extra)
+        room = self._line.reserve(digests[first:])
+        if room is None:
+            return Work()
+        work = Work(room.held, list(room.chunks), list(room.chunks.values()), first=first)
+        full = room.outcomes.count(NO_ROOM)
+        self._count(skipped_full_chunks=full, skipped_present_chunks=len(room.outcomes) - full - len(work.places))
+        work.blocks = span.blocks(first + place for place in work.places)
+        self._check(work, unique=False)
+        return work
+
+    def _commit(self, work: Work, sums: list[bytes]) -> int:
+        """Makes what was gathered readable, unless storing was switched off meanwhile; how many tokens."""
+        if work.held is None or not sums or self._frozen or self._bypassed:
+            return 0
+        chunks = self._line.commit(work.held, work.places, sums)
+        stored = chunks * self._transfer.shard.chunk_tokens
+        self._count(stored_chunks=chunks, stored_tokens=stored, dropped_chunks=len(sums) - chunks)
+        return stored
+
+    def _found(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
+        """The chunks that can be retrieved, in the pool and pinned; empty on a miss."""
+        first = span.start // span.shard.chunk_tokens
+        if self._bypassed or not span.aligned or first >= span.chunks:
+            why = Miss.BYPASS if self._bypassed else Miss.SHORT if span.aligned else Miss.UNALIGNED
+            self._miss(why)
+            return Work()
+        digests = self._prompts.digests(tokens, extra)[first:]
+        found = self._line.fetch(digests, first)
+        if isinstance(found, Miss):
+            self._miss(found)
+            return Work()
+        if len(found.chunks) < len(digests):
+            self._miss(found.why or Miss.PARTLY_STORED)
+        work = Work(found.held, chunks=list(found.chunks), digests=digests, first=first)
+        work.sums = [found.sums.get(place, b"") for place in range(len(work.chunks))]
+        full = SUM_NBYTES * self.layers  # sums of another length hold for no layer
+        work.sums = [one if len(one) in (0, full) else bytes(full) for one in work.sums]
+        work.blocks = span.blocks(range(first, first + len(work.chunks)))
+        self._check(work, unique=True)
+        return work
+
+    def _check(self, work: Work, unique: bool) -> None:
+        """Every block of the request at once, before anything is copied; a lease does not survive its failure."""
+        try:
+            self._transfer.check([one for blocks in work.blocks for one in blocks], unique)
+        except AssertionError:
+            self._give_back(work)
+            raise
+
+    def _reach(self, span: Cut, work: Work, arrived: int) -> int:
+        """The token behind the last chunk that has arrived."""
+        return (work.first + arrived) * span.shard.chunk_tokens
+
+    def _arrived(self, span: Cut, work: Work, arrived: int) -> Mask:
+        """The mask of a retrieve. The first chunk that was not what had been written is not given out again."""
+        end = self._reach(span, work, arrived) if arrived else span.start
+        failed = len(work.chunks) - arrived
+        if failed and work.held is not None:
+            self._line.discard(work.held, work.digests[arrived])
+        self._count(delivered_tokens=end - span.start, failed_tokens=failed * span.shard.chunk_tokens)
+        return span.mask(end)
+
+    def _give_back(self, work: Work) -> None:
+        held, work.held = work.held, None
+        if held is not None:
+            self._line.give_back(held)
+
+    def _count(self, **amounts: int) -> None:
+        with self._counting:
+            for name, amount in amounts.items():
+                self.figures.add(name, amount)
+
+    def _miss(self, why: Miss) -> None:
+        with self._counting:
+            self.figures.miss(why)

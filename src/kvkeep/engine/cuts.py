@@ -1,0 +1,83 @@
+"""Where a request's tokens, its mask and its block tables meet whole chunks.
+
+Pure. Knows nothing about digests, memory or the store. A mask is false for what the engine has already, then true: its
+true part is what a verb is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.transfer.transfer import Blocks
+
+Mask = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.intp]
+Tables = Sequence[Sequence[int] | Ids]
+"""One block table a group: the engine's block for each place from the request's first token on."""
+
+
+class Cut(NamedTuple):
+    """Tokens [start, end) of a request of `length` tokens, in whole chunks up to `chunks`; its tables as arrays."""
+
+    shard: ShardLayout
+    length: int
+    start: int
+    tables: Sequence[Ids]
+
+    @property
+    def chunks(self) -> int:
+        """How many whole chunks the request has."""
+        return self.length // self.shard.chunk_tokens
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the tokens start at a block of every group: a block with the engine's own tokens is not written."""
+        return all(self.start % group.block_tokens == 0 for group in self.shard.groups)
+
+    def blocks(self, numbers: Iterable[int]) -> list[list[Blocks]]:
+        """The blocks of each of these chunks that hold tokens from `start` on, group by group."""
+        sizes = [(group.block_tokens, self.shard.blocks(number)) for number, group in enumerate(self.shard.groups)]
+        firsts = [self.start // block_tokens for block_tokens, _ in sizes]
+        return [
+            [
+                Blocks(group, max(0, first - number * count), table[max(first, number * count) : (number + 1) * count])
+                for group, ((_, count), first, table) in enumerate(zip(sizes, firsts, self.tables, strict=True))
+            ]
+            for number in numbers
+        ]
+
+    def mask(self, end: int) -> Mask:
+        """True for the tokens from `start` up to `end`."""
+        mask = np.zeros(self.length, np.bool_)
+        mask[self.start : end] = True
+        return mask
+
+
+def cut(shard: ShardLayout, length: int, tables: Tables, mask: Mask | Sequence[bool] | None) -> Cut:
+    """The cut of a request of `length` tokens; without a mask all of them are meant.
+
+    Raises ValueError, saying what would be right, for a mask of another length or with a hole (a false after a true),
+    for another number of tables than there are groups, and for a table that does not reach over all whole chunks.
+    """
+    start = 0
+    if mask is not None:
+        flags = np.asarray(mask, np.bool_)
+        if flags.shape != (length,):
+            raise ValueError(f"a mask of shape {flags.shape} for {length} tokens")
+        start = length - int(np.count_nonzero(flags))
+        if not flags[start:].all():
+            hole = int(flags.argmax() + (~flags[flags.argmax() :]).argmax())
+            raise ValueError(f"the mask has a hole at token {hole}: it must be false, then true up to the end")
+    if len(tables) != len(shard.groups):
+        raise ValueError(f"{len(tables)} block tables for {len(shard.groups)} groups")
+    arrays = [np.asarray(table, np.intp) for table in tables]
+    for number, table in enumerate(arrays):
+        need = length // shard.chunk_tokens * shard.blocks(number)
+        if table.ndim != 1 or len(table) < need:
+            raise ValueError(f"group {number}: a table of shape {table.shape}, its whole chunks have {need} blocks")
+    return Cut(shard, length, start, arrays)

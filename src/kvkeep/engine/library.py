@@ -1,0 +1,121 @@
+"""From what a program says of its model, its cache and its settings to an open `CacheEngine`.
+
+Knows nothing about requests. What decides whether bytes may be reused is written into the identity: what the program
+says, and what its tensors show (shapes, dtypes, the order of their dimensions).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from kvkeep import __version__
+from kvkeep.config import Config
+from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
+from kvkeep.core.key import DEFAULT_SEED
+from kvkeep.core.layout import chunk_tokens_for
+from kvkeep.engine.cache_engine import CacheEngine
+from kvkeep.engine.link import Source, source_of
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.staged import StagedTransfer
+from kvkeep.transfer.transfer import Transfer
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a program says of its model.
+
+    `weights` is a fingerprint of their content (`engine.fingerprint` makes one of a folder): without one nothing is
+    shared with another engine. `rank` of `ranks` says which part of a model that is cut this engine has. Whatever else
+    the bytes depend on belongs into `notes`.
+    """
+
+    name: str
+    weights: str = ""
+    revision: str | None = None
+    quantization: str | None = None
+    compute_dtype: str = ""
+    attention: str = ""
+    rope: str = ""
+    rank: int = 0
+    ranks: int = 1
+    notes: str = ""
+
+
+def open_engine(
+    groups: Sequence[GroupCaches], model: Model, config: Config | None = None, layers: Sequence[str] = ()
+) -> CacheEngine:
+    """An engine over these caches, with a private store or the shared one that `config.store` names.
+
+    `layers`: see `CacheEngine`. Raises ConfigError or StoreGone if the store cannot be started or joined,
+    LayoutMismatch for a cache that cannot be copied.
+    """
+    config = config or Config()
+    tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])
+    on_cpu = all(cache.device.type == "cpu" for group in groups for cache in group.caches.values())
+    transfer: Transfer = ReferenceTransfer(groups, tokens) if on_cpu else StagedTransfer(groups, tokens)
+    source: Source = source_of(config, transfer.shard.nbytes, tokens)
+    return CacheEngine(transfer, identity_of(model, groups, tokens), source, config, layers)
+
+
+def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) -> Identity:
+    """The identity of a model over these caches; that of an engine of its own where the weights are not named."""
+    dtypes = sorted({str(cache.dtype) for group in groups for cache in group.caches.values()})
+    return Identity(
+        schema=SCHEMA,
+        model=model.name,
+        revision=model.revision,
+        weights=model.weights or f"not named: only this start, {secrets.token_hex(16)}",
+        load_format="",
+        load_seed=None,
+        epoch=0,
+        quantization=model.quantization,
+        compute_dtype=model.compute_dtype,
+        kv_dtype=", ".join(dtypes),
+        kv_scales=None,
+        groups=tuple(_group(group) for group in groups),
+        rope=model.rope,
+        max_model_len=None,
+        engine="kvkeep.CacheEngine",
+        engine_version=__version__,
+        attention_backend=model.attention,
+        kv_layout="; ".join([f"rank {model.rank}", model.notes, *map(_arrangement, groups)]),
+        instruction_set=None,
+        tp=model.ranks,
+        pp=1,
+        dcp=1,
+        chunk_tokens=chunk_tokens,
+        chain="kvkeep",
+        hash_name="sha256_cbor",
+        hash_seed=DEFAULT_SEED,
+        codec=None,
+    )
+
+
+def _group(group: GroupCaches) -> GroupIdentity:
+    return GroupIdentity(
+        kind="sliding_window" if group.window else "full",
+        layers=tuple(group.caches),
+        kv_heads=0,  # it is in the layout: the shapes that the tensors have
+        head_size=0,
+        block_tokens=group.block_tokens,
+        window=group.window or None,
+    )
+
+
+def _arrangement(group: GroupCaches) -> str:
+    """How the layers' pages are arranged, without the number of blocks, as "32 x torch.bfloat16 ..."."""
+    pages = [_page(cache, group.num_blocks) for cache in group.caches.values()]
+    return ", ".join(f"{len(list(same))} x {page}" for page, same in groupby(pages))
+
+
+def _page(cache: torch.Tensor, num_blocks: int) -> str:
+    """A page's dtype, its dimensions and the steps between their elements; K and V apart where blocks come second."""
+    apart = cache.dim() > 2 and cache.shape[0] == 2 and cache.shape[1] % num_blocks == 0
+    page = cache[0, 0] if apart else cache[0]
+    return f"{cache.dtype} {'k,v ' if apart else ''}{list(page.shape)} by {list(page.stride())}"
