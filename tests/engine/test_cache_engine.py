@@ -295,7 +295,7 @@ def test_frozen_serves_and_stores_nothing_bypassed_does_neither(small: Library):
     engine = small.engine
     engine.store(range(16), [HERE])
     engine.freeze(True)
-    assert engine.store(range(100, 116), [HERE]) == 0
+    assert engine.store(range(100, 100 + 16 * CHUNK), [HERE]) == 0, "and nothing is evicted for it"
     assert (engine.lookup(range(16)), int(engine.retrieve(range(16), [THERE]).sum())) == (16, 16)
     engine.freeze(False)
     engine.bypass(True)
@@ -327,6 +327,8 @@ def test_closed_everything_is_a_miss_and_clear_says_so():
         assert lib.engine.figures.misses()["store_gone"] == 1
         with pytest.raises(StoreGone):
             lib.engine.clear()
+        assert isinstance(lib.source, ThreadSource)
+        assert len(lib.source.boots) == 1, "no verb starts a store again"
 
 
 def test_a_changed_chunk_is_dropped_and_what_precedes_it_delivered():

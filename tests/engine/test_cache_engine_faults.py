@@ -205,7 +205,9 @@ def test_engines_that_agree_share_chunks_and_others_do_not(folder: Path):
             for model, hits in [
                 (MODEL, 32),
                 (Model("test"), 0),  # weights that are not named are those of no other engine
-                (Model("test", weights="same weights", rank=1, ranks=2), 0),
+                (Model("test", weights="same weights", ranks=2), 0),
+                (Model("test", weights="same weights", rank=1), 0),
+                (Model("test", weights="same weights", notes="scaled"), 0),
                 (Model("test", weights="other weights"), 0),
             ]:
                 with open_engine(groups, model, config) as two:
@@ -238,6 +240,31 @@ def test_closed_with_a_generator_open_its_memory_is_lent_to_nobody(folder: Path)
             assert mask.all()
             assert lib.pages() == lib.after(before, [HERE[:8]], [THERE[:8]], mask)
             assert not np.array_equal(region, kept), "something was stored meanwhile, elsewhere"
+
+
+def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Path):
+    """Resuming is our word that nobody touches what the old session was lent: it would be lent to others."""
+    groups, clock = [group(mla, 2)], ManualClock()
+    with shared_store(folder / "store", StoreOptions(POOL_NBYTES)):
+        transfer = ReferenceTransfer(groups, CHUNK)
+        source = SharedSource(str(folder / "store"))
+        config = Config(deadline_s=20.0)
+        with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config, (), clock) as one:
+            one.store(TOKENS, [HERE])
+            one.lookup(TOKENS, "pin")
+            retrieving = one.retrieve_layer(TOKENS, [THERE])
+            next(retrieving)
+            client = one._line._link.client
+            assert client is not None
+            client.lose("on purpose")
+            for _ in range(3):
+                assert one.lookup(TOKENS) == 0
+                clock.advance(FIRST_PAUSE_S + 0.1)
+            assert one._line._link._joining is None, "it joins again while a generator reads"
+            assert list(retrieving)[-1].all()
+            while one.lookup(TOKENS) != 32:
+                pass  # the welcome is on its way; the pin of the old session holds nothing up
+            assert one.store_figures()["pinned_nbytes"] == 0
 
 
 def test_a_start_that_fails_says_why(folder: Path):
