@@ -46,8 +46,8 @@ def copy_pages(parts, batch, TO_POOL: tl.constexpr, WIDTH: tl.constexpr, TILE: t
             page = tl.load(part + 1) + tl.load(row) * tl.load(part + 2) + start
             place = tl.load(row + 1) + tl.load(part + 4) + tl.load(row + 2) * nbytes + start
             inside = lanes < tl.multiple_of((nbytes - start) // size, WIDTH // size)
-            pages = tl.multiple_of(page, WIDTH).to(tl.pointer_type(word)) + lanes
-            pool = tl.multiple_of(place, WIDTH).to(tl.pointer_type(word)) + lanes
+            pages = tl.multiple_of(page.to(tl.pointer_type(word)), WIDTH) + lanes
+            pool = tl.multiple_of(place.to(tl.pointer_type(word)), WIDTH) + lanes
             if TO_POOL:
                 tl.store(pool, tl.load(pages, mask=inside), mask=inside)
             else:

@@ -59,6 +59,15 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
                 seen.add((group, block_id))
 
 
+def seal_ranges(shard: ShardLayout, views: Sequence[Bytes]) -> bytes:
+    """Zeroes the padding of every range and gives their sums in order: the end of a gather that completes a chunk."""
+    sums = []
+    for one, view in zip(shard.ranges, views, strict=True):
+        view[one.nbytes :] = 0
+        sums.append(xxhash.xxh3_128_digest(view.data))
+    return b"".join(sums)
+
+
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:
     """Whether every range has the sum that was taken when it was written."""
     wanted = [sums[i : i + SUM_NBYTES] for i in range(0, len(sums), SUM_NBYTES)]
