@@ -25,13 +25,15 @@ class TransferCase:
     """A transfer over a cache, and a way round it: `read(group, layer)` and `write(group, layer, pages)` copy all pages
     of a layer as uint8 (num_blocks[group], page bytes), in the order of the engine's own bytes (K, then V).
 
-    Every group must have at least twice as many blocks as a chunk, the null block not counted.
+    Every group must have at least twice as many blocks as a chunk, the null block not counted. `lend` makes a lease on
+    memory, for transfers that ask more of it (to be page-locked, say).
     """
 
     transfer: Transfer
     num_blocks: Sequence[int]
     read: Callable[[int, int], Bytes]
     write: Callable[[int, int, Bytes], None]
+    lend: Callable[[Bytes, ShardLayout], Lease] = Lease
 
 
 Check = Callable[[TransferCase], None]
@@ -40,7 +42,7 @@ Check = Callable[[TransferCase], None]
 def check_round_trip(case: TransferCase) -> None:
     """What was gathered arrives byte for byte in other blocks; no other block and no byte beside the lease changes."""
     before = _filled(case, seed=1)
-    memory, lease = _memory(case.transfer.shard)
+    memory, lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     assert _pages(case) == before, "a gather changed the cache"
@@ -76,8 +78,8 @@ def check_arrangement(case: TransferCase) -> None:
 def check_pieces(case: TransferCase) -> None:
     """A chunk that is gathered block by block equals one gathered at once, and can be scattered in part."""
     before = _filled(case, seed=3)
-    whole, whole_lease = _memory(case.transfer.shard)
-    pieces, pieces_lease = _memory(case.transfer.shard)
+    whole, whole_lease = _memory(case)
+    pieces, pieces_lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, whole_lease, True)
     singles = [Blocks(g, first + n, (ids[n],)) for g, first, ids in sources for n in range(len(ids))]
@@ -96,7 +98,7 @@ def check_pieces(case: TransferCase) -> None:
 def check_flipped_bits(case: TransferCase) -> None:
     """One flipped bit anywhere in a range, its padding included, fails the scatter before it writes anything."""
     _filled(case, seed=4)
-    _, lease = _memory(case.transfer.shard)
+    _, lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     before = _pages(case)
@@ -164,10 +166,11 @@ def _pages(case: TransferCase) -> dict[tuple[int, int], bytes]:
     }
 
 
-def _memory(shard: ShardLayout) -> tuple[Bytes, Lease]:
+def _memory(case: TransferCase) -> tuple[Bytes, Lease]:
     """A chunk's shard between two guards, all of it 0xA5, and a lease on it."""
+    shard = case.transfer.shard
     memory = np.full(shard.nbytes + 2 * GUARD_NBYTES, 0xA5, np.uint8)
-    return memory, Lease(memory[GUARD_NBYTES:-GUARD_NBYTES], shard)
+    return memory, case.lend(memory[GUARD_NBYTES:-GUARD_NBYTES], shard)
 
 
 def _picks(case: TransferCase) -> tuple[list[Blocks], list[Blocks]]:
