@@ -87,4 +87,6 @@ class Pin:
         share = f"{self.pinned_nbytes >> 20} of {self._nbytes >> 20} MiB of the pool are page-locked"
         if not self.refusal:
             return share
-        return f"{share} ({self.refusal}): each copy of the rest goes through a staging buffer and stops the step for it"
+        return (
+            f"{share} ({self.refusal}): each copy of the rest goes through a staging buffer and stops the step for it"
+        )

@@ -90,6 +90,4 @@ class DeviceTransfer:
 
 def _pages(group: GroupCaches) -> list[list[Pages]]:
     """The group's pages as numbers."""
-    return [
-        [Pages(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts] for parts in group_rows(group)
-    ]
+    return [[Pages(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts] for parts in group_rows(group)]

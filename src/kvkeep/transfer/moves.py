@@ -6,6 +6,7 @@ Pure. Addresses are integers; knows nothing about devices, tensors, streams or w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -88,7 +89,7 @@ def places(jobs: Sequence[Job], group: int) -> Numbers:
 
 
 def copies(parts: Sequence[Part], jobs: Sequence[Job]) -> Numbers:
-    """Every page to copy: [n, 3] of address in the engine, address in the pool, bytes; neighbours in the pool in order."""
+    """Every page to copy: [n, 3] of address in the engine, address in the pool, bytes; in the pool's order."""
     found = [np.empty((0, 3), np.int64)]
     by_group = {group: places(jobs, group) for group in {part.group for part in parts}}
     for group, _, pages, offset in parts:
@@ -120,7 +121,7 @@ def cut(rows: Numbers, edges: Sequence[int]) -> Numbers:
 def _cut(rows: Numbers, edges: Numbers, crossed: Numbers) -> Iterator[tuple[int, int, int]]:
     for (page, place, nbytes), (first, last) in zip(rows.tolist(), crossed.tolist(), strict=True):
         stops = [place, *edges[first:last].tolist(), place + nbytes]
-        for start, stop in zip(stops, stops[1:], strict=False):
+        for start, stop in pairwise(stops):
             yield page + start - place, start, stop - start
 
 

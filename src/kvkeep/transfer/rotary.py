@@ -31,9 +31,7 @@ class Turn(NamedTuple):
     sin: torch.Tensor
 
 
-def turn_between(
-    old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]
-) -> Turn:
+def turn_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> Turn:
     """The turn of tokens from old to new: (positions [tokens], frequencies [pairs]) each.
 
     The two frequencies differ only for a scaling that depends on the length. Angles are rounded to float32 one by one,
@@ -81,7 +79,9 @@ def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "") -> to
     instruction set, say): then its bytes are no numbers in a row, and LayoutMismatch says so.
     """
     if packed:
-        raise LayoutMismatch(f"{name}: K cannot be moved: {packed} packs its bytes into tiles, so no head lies in a row")
+        raise LayoutMismatch(
+            f"{name}: K cannot be moved: {packed} packs its bytes into tiles, so no head lies in a row"
+        )
     check_keys(cache, name)
     if sorted(axes) not in (sorted("2bthd"), sorted("bthd"), sorted("btd")) or len(axes) != cache.dim():
         raise LayoutMismatch(f"{name}: K cannot be moved: axes {axes!r} do not describe shape {tuple(cache.shape)}")
@@ -89,8 +89,7 @@ def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "") -> to
         cache, axes = cache.select(axes.index("2"), 0), axes.replace("2", "")
     if "h" not in axes:
         cache, axes = cache.unsqueeze(-1), axes + "h"
-    pages = cache.permute([axes.index(letter) for letter in "bthd"])
-    return pages
+    return cache.permute([axes.index(letter) for letter in "bthd"])
 
 
 def check_keys(keys: torch.Tensor, name: str = "K") -> None:
