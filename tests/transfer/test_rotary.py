@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gptj.modeling_gptj import rotate_every_two
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate, rotate_blocks, turn_between
+from kvkeep.transfer.rotary_kernel import turn_blocks, turn_pages
 
 HEAD = 64
 MODEL = 512
@@ -177,6 +180,13 @@ def test_nothing_moves_by_nothing_and_a_partial_rotary_leaves_the_rest_bit_for_b
     assert torch.equal(same.view(torch.int16), keys.view(torch.int16))
 
 
+def by_torch(pages: list[torch.Tensor], ids: list[int], turn: Turn, pairing: Pairing) -> None:
+    for one in pages:
+        rotate_blocks(one, ids, turn, pairing)
+
+
+WAYS = {"torch": by_torch, "kernel": partial(turn_blocks, kernel=InterpretedFunction(turn_pages.fn))}
+
 LAYOUTS = {
     "2bthd": lambda keys, values: torch.stack((keys, values)),
     "b2thd": lambda keys, values: torch.stack((keys, values), 1),
@@ -185,30 +195,42 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axes", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_only_k_of_the_named_blocks_turns(axes: str, dtype: torch.dtype):
-    keys, values = (some_keys(7 * 4, 2, seed).to(dtype).unflatten(0, (7, 4)) for seed in (1, 2))
-    cache = LAYOUTS[axes](keys, values)
-    pages = key_pages("l", cache, axes)
-    assert torch.equal(pages, keys)
-    assert pages.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
-    pace = frequencies(PARAMETERS["default"], HEAD, Span(MODEL))
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_only_k_of_the_named_blocks_turns(way: str, axes: str, dtype: torch.dtype, interleaved: bool):
+    keys, values = (some_keys(7 * 4, 3, seed, 24).to(dtype).unflatten(0, (7, 4)) for seed in (1, 2))
+    caches = [LAYOUTS[axes](keys, values), LAYOUTS[axes](keys + 1, values)]
+    pages = [key_pages("l", cache, axes) for cache in caches]
+    assert torch.equal(pages[0], keys)
+    assert pages[0].untyped_storage().data_ptr() == caches[0].untyped_storage().data_ptr()
+    pace = frequencies(PARAMETERS["partial"], 24, Span(MODEL))
     p, ids = torch.arange(12), [5, 1, 3]
-    turn = turn_between((p, pace), (p + 100, pace))
-    rotate_blocks(pages, ids, turn, Pairing())
-    wanted = keys.clone()
-    wanted[ids] = rotate(keys[ids].flatten(0, 1), turn, Pairing()).unflatten(0, (3, 4))
-    assert torch.equal(cache, LAYOUTS[axes](wanted, values))
+    turn, pairing = turn_between((p, pace), (p + 100, pace)), Pairing(interleaved)
+    WAYS[way](pages, ids, turn, pairing)
+    for before, cache in zip((keys, keys + 1), caches, strict=True):
+        wanted = before.clone()
+        wanted[ids] = rotate(before[ids].flatten(0, 1), turn, pairing).unflatten(0, (3, 4))
+        assert torch.equal(cache, LAYOUTS[axes](wanted, values))
 
 
-def test_mla_turns_behind_its_latent():
+@pytest.mark.parametrize("way", WAYS)
+def test_no_block_is_nothing_to_do(way: str):
+    pages = some_keys(8, 1).unflatten(0, (2, 4))
+    before = pages.clone()
+    WAYS[way]([pages], [], Turn(torch.ones(0, 4), torch.zeros(0, 4)), Pairing())
+    assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mla_turns_behind_its_latent(way: str):
     cache = some_keys(6, 1, head_size=24).reshape(3, 2, 24)
     before = cache.clone()
     pace = frequencies(PARAMETERS["default"], 8, Span(MODEL))
     p = torch.arange(2)
     turn = turn_between((p, pace), (p + 3, pace))
-    rotate_blocks(key_pages("l", cache, "btd"), [2], turn, Pairing(interleaved=True, start=16))
+    WAYS[way]([key_pages("l", cache, "btd")], [2], turn, Pairing(interleaved=True, start=16))
     assert torch.equal(cache[:2], before[:2])
     assert torch.equal(cache[2, :, :16], before[2, :, :16])
     torch.testing.assert_close(

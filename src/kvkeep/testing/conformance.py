@@ -58,7 +58,7 @@ def check_arrangement(case: TransferCase) -> None:
     """A range is its pages in the order of the blocks, all K then all V, then zeros; the sums are xxh3-128 over all."""
     before = _filled(case, seed=2)
     shard = case.transfer.shard
-    _, lease = _memory(shard)
+    _, lease = _memory(case)
     sources, _ = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     ids = {one.group: list(one.block_ids) for one in sources}

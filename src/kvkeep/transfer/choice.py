@@ -26,7 +26,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """From which page size (bytes) on the copy engine is used, in each direction; on which device, from which samples."""
+    """From which page size (bytes) on the copy engine is used, in each direction, on which device and why."""
 
     device: str
     to_pool_nbytes: int

@@ -18,7 +18,7 @@ class Driver(Protocol):
     """What starts copies on a stream."""
 
     def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
-        """Starts copies between addresses (contiguous int64 arrays of one length, in bytes); none depends on another."""
+        """Starts copies between addresses, sizes in bytes (contiguous int64 arrays); none depends on another."""
 
 
 class CopyMover:

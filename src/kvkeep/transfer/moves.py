@@ -21,7 +21,7 @@ WIDTHS = (16, 8, 4, 2, 1)
 
 
 class Pages(NamedTuple):
-    """One part (K, V, or all) of a layer's pages in the engine: address of block 0, bytes to the next, bytes of each."""
+    """One part (K, V, or all) of a layer's pages in the engine: where block 0 is, bytes to the next, bytes of each."""
 
     address: int
     stride: int
