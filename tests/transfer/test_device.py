@@ -199,7 +199,7 @@ def conformance_case(groups: list[list[torch.Tensor]], tokens: list[int], chunk:
             rows.copy_(torch.from_numpy(pages[:, start : start + rows.shape[1]]))
             start += rows.shape[1]
 
-    return TransferCase(transfer_of(caches, chunk, MOVERS[way]), [blocks] * len(groups), read, write, reachable)
+    return TransferCase(transfer_of(caches, chunk, MOVERS[way]), [blocks] * len(groups), read, write, pieces=(0,))
 
 
 CASES = {

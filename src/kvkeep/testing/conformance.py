@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks, Transfer
 
@@ -20,20 +19,25 @@ SUM_NBYTES = 16
 GUARD_NBYTES = 4096
 
 
+def _empty(nbytes: int) -> Bytes:
+    return np.empty(nbytes, np.uint8)
+
+
 @dataclass(frozen=True)
 class TransferCase:
     """A transfer over a cache, and a way round it: `read(group, layer)` and `write(group, layer, pages)` copy all pages
     of a layer as uint8 (num_blocks[group], page bytes), in the order of the engine's own bytes (K, then V).
 
-    Every group must have at least twice as many blocks as a chunk, the null block not counted. `lend` makes a lease on
-    memory, for transfers that ask more of it (to be page-locked, say).
+    Every group must have at least twice as many blocks as a chunk, the null block not counted. `allocate`
+    gives a chunk's memory and `pieces` says how it is page-locked, for transfers that ask that of it (see `Lease`).
     """
 
     transfer: Transfer
     num_blocks: Sequence[int]
     read: Callable[[int, int], Bytes]
     write: Callable[[int, int, Bytes], None]
-    lend: Callable[[Bytes, ShardLayout], Lease] = Lease
+    allocate: Callable[[int], Bytes] = _empty
+    pieces: tuple[int, ...] = ()
 
 
 Check = Callable[[TransferCase], None]
@@ -169,8 +173,9 @@ def _pages(case: TransferCase) -> dict[tuple[int, int], bytes]:
 def _memory(case: TransferCase) -> tuple[Bytes, Lease]:
     """A chunk's shard between two guards, all of it 0xA5, and a lease on it."""
     shard = case.transfer.shard
-    memory = np.full(shard.nbytes + 2 * GUARD_NBYTES, 0xA5, np.uint8)
-    return memory, case.lend(memory[GUARD_NBYTES:-GUARD_NBYTES], shard)
+    memory = case.allocate(shard.nbytes + 2 * GUARD_NBYTES)
+    memory[:] = 0xA5
+    return memory, Lease(memory[GUARD_NBYTES:-GUARD_NBYTES], shard, case.pieces)
 
 
 def _picks(case: TransferCase) -> tuple[list[Blocks], list[Blocks]]:
