@@ -6,7 +6,7 @@ SHELL  := /bin/bash
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers
+.PHONY: help demo test check fast bench venv clean peers gpu-test gpu-bench
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -37,6 +37,14 @@ check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests
 bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,micro}.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench --json bench/results/core.json
 	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
+
+GPU_PY ?= python3
+
+gpu-test:       ## on a machine with a CUDA device: the tests of the device path (torch, triton, pytest, msgspec in GPU_PY)
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) -m pytest -p no:cacheprovider tests/transfer tests/memory -m "not slow"
+
+gpu-bench:      ## there: bandwidth and what it costs the model, as a table and bench/results/gpu.json
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) bench/gpu.py --json bench/results/gpu.json
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
 	$(PY) bench/ttft.py --json bench/results/ttft.json

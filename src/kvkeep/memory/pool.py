@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import ConfigError, LeaseExpired
+from kvkeep.memory.pin import Pin, PinCalls
 from kvkeep.memory.region import Region
 
 Bytes = npt.NDArray[np.uint8]
@@ -24,11 +25,13 @@ class Lease:
     """The right to use one shard of one chunk until it is closed.
 
     `views` gives one uint8 array a range, padding included, in the layout's order. LeaseExpired after `close`.
+    `pieces` are the offsets at which the memory's page-locked pieces begin; () where not all of it is page-locked.
     """
 
-    def __init__(self, memory: Bytes, shard: ShardLayout) -> None:
+    def __init__(self, memory: Bytes, shard: ShardLayout, pieces: tuple[int, ...] = ()) -> None:
         self._memory: Bytes | None = memory
         self._shard = shard
+        self.pieces = pieces
 
     def views(self, layers: range | None = None) -> list[Bytes]:
         """One writable view a range (with its padding); `layers` are numbers of ranges, None all of them."""
@@ -43,10 +46,14 @@ class Lease:
 
 
 class Pool:
-    """The store's pool mapped into this process; `boot` says of which start of the store."""
+    """The store's pool mapped into this process; `boot` says of which start of the store.
 
-    def __init__(self, boot: bytes, region: Region) -> None:
+    With `pin_calls` it is page-locked as well, as it is populated.
+    """
+
+    def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:
         self.boot = boot
+        self.pin = Pin(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
         self._region = region
         self._closing = threading.Event()
         self._populating = threading.Thread(target=self._populate, daemon=True, name="kvkeep-populate")
@@ -72,12 +79,15 @@ class Pool:
         An offset outside of the pool is an assertion. The mapping lives as long as its last lease.
         """
         assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
-        return Lease(self._region.array[offset : offset + shard.nbytes], shard)
+        pieces = self.pin.pieces(offset, shard.nbytes) if self.pin is not None else ()
+        return Lease(self._region.array[offset : offset + shard.nbytes], shard, pieces)
 
     def close(self) -> None:
-        """Unmaps the pool once the thread that populates it has stopped; idempotent."""
+        """Unlocks and unmaps the pool once the thread that populates it has stopped; idempotent."""
         self._closing.set()
         self._populating.join(timeout=5.0)
+        if self.pin is not None:
+            self.pin.release()
         self._region.close()
 
     def _populate(self) -> None:
@@ -87,6 +97,9 @@ class Pool:
             if self._closing.is_set():
                 return
             try:
-                region.populate(start, min(POPULATE_PIECE_NBYTES, region.nbytes - start))
+                end = min(start + POPULATE_PIECE_NBYTES, region.nbytes)
+                region.populate(start, end - start)
             except ConfigError:
                 return  # the pages come one by one then, when they are touched
+            if self.pin is not None:
+                self.pin.grow(end)

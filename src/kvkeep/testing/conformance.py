@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks, Transfer
 
@@ -20,18 +19,25 @@ SUM_NBYTES = 16
 GUARD_NBYTES = 4096
 
 
+def _empty(nbytes: int) -> Bytes:
+    return np.empty(nbytes, np.uint8)
+
+
 @dataclass(frozen=True)
 class TransferCase:
     """A transfer over a cache, and a way round it: `read(group, layer)` and `write(group, layer, pages)` copy all pages
     of a layer as uint8 (num_blocks[group], page bytes), in the order of the engine's own bytes (K, then V).
 
-    Every group must have at least twice as many blocks as a chunk, the null block not counted.
+    Every group must have at least twice as many blocks as a chunk, the null block not counted. `allocate`
+    gives a chunk's memory and `pieces` says how it is page-locked, for transfers that ask that of it (see `Lease`).
     """
 
     transfer: Transfer
     num_blocks: Sequence[int]
     read: Callable[[int, int], Bytes]
     write: Callable[[int, int, Bytes], None]
+    allocate: Callable[[int], Bytes] = _empty
+    pieces: tuple[int, ...] = ()
 
 
 Check = Callable[[TransferCase], None]
@@ -40,7 +46,7 @@ Check = Callable[[TransferCase], None]
 def check_round_trip(case: TransferCase) -> None:
     """What was gathered arrives byte for byte in other blocks; no other block and no byte beside the lease changes."""
     before = _filled(case, seed=1)
-    memory, lease = _memory(case.transfer.shard)
+    memory, lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     assert _pages(case) == before, "a gather changed the cache"
@@ -56,7 +62,7 @@ def check_arrangement(case: TransferCase) -> None:
     """A range is its pages in the order of the blocks, all K then all V, then zeros; the sums are xxh3-128 over all."""
     before = _filled(case, seed=2)
     shard = case.transfer.shard
-    _, lease = _memory(shard)
+    _, lease = _memory(case)
     sources, _ = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     ids = {one.group: list(one.block_ids) for one in sources}
@@ -76,8 +82,8 @@ def check_arrangement(case: TransferCase) -> None:
 def check_pieces(case: TransferCase) -> None:
     """A chunk that is gathered block by block equals one gathered at once, and can be scattered in part."""
     before = _filled(case, seed=3)
-    whole, whole_lease = _memory(case.transfer.shard)
-    pieces, pieces_lease = _memory(case.transfer.shard)
+    whole, whole_lease = _memory(case)
+    pieces, pieces_lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, whole_lease, True)
     singles = [Blocks(g, first + n, (ids[n],)) for g, first, ids in sources for n in range(len(ids))]
@@ -119,7 +125,7 @@ def check_layers(case: TransferCase) -> None:
 def check_flipped_bits(case: TransferCase) -> None:
     """One flipped bit anywhere in a range, its padding included, fails the scatter before it writes anything."""
     _filled(case, seed=4)
-    _, lease = _memory(case.transfer.shard)
+    _, lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     before = _pages(case)
@@ -188,10 +194,12 @@ def _pages(case: TransferCase) -> dict[tuple[int, int], bytes]:
     }
 
 
-def _memory(shard: ShardLayout) -> tuple[Bytes, Lease]:
+def _memory(case: TransferCase) -> tuple[Bytes, Lease]:
     """A chunk's shard between two guards, all of it 0xA5, and a lease on it."""
-    memory = np.full(shard.nbytes + 2 * GUARD_NBYTES, 0xA5, np.uint8)
-    return memory, Lease(memory[GUARD_NBYTES:-GUARD_NBYTES], shard)
+    shard = case.transfer.shard
+    memory = case.allocate(shard.nbytes + 2 * GUARD_NBYTES)
+    memory[:] = 0xA5
+    return memory, Lease(memory[GUARD_NBYTES:-GUARD_NBYTES], shard, case.pieces)
 
 
 def _picks(case: TransferCase) -> tuple[list[Blocks], list[Blocks]]:

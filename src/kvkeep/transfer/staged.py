@@ -1,6 +1,7 @@
 """Gather and scatter of whole blocks for any device that torch knows: through a staging copy, on the current stream.
 
-Simple and right on a GPU rather than fast: one indexed copy and one transfer a layer. Knows nothing about keys, the
+Simple and right rather than fast, one indexed copy and one transfer a layer: for devices that are not CUDA's, and for
+memory that is not page-locked. Knows nothing about keys, the
 store or requests.
 """
 
@@ -9,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.pages import GroupCaches, group_rows, shard_of
-from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold
+from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold, seal_ranges
 
 
 class StagedTransfer:
@@ -43,15 +43,12 @@ class StagedTransfer:
     def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """As `Transfer.gather`."""
         indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
-        sums: list[bytes] = []
-        for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
+        ranges, views = self._shard.chosen(layers), lease.views(layers)
+        for one, view in zip(ranges, views, strict=True):
             for group, first, ids in indexes:
                 for pages, places in self._parts(one, view) if group == one.group else ():
                     places[first : first + len(ids)].copy_(pages.index_select(0, ids))
-            if seal:
-                view[one.nbytes :] = 0
-                sums.append(xxhash.xxh3_128_digest(view.data))
-        return b"".join(sums)
+        return seal_ranges(ranges, views) if seal else b""
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`."""

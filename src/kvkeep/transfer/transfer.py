@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from kvkeep.core.layout import ShardLayout
+from kvkeep.core.layout import Range, ShardLayout
 from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0
@@ -66,6 +66,15 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
         if unique and ids.size:
             named = np.bincount(ids)
             assert named.max() == 1, f"block {named.argmax()} of group {group} is named twice"
+
+
+def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
+    """Zeroes the padding of every range and gives their sums in order: the end of a gather that completes a chunk."""
+    sums = []
+    for one, view in zip(ranges, views, strict=True):
+        view[one.nbytes :] = 0
+        sums.append(xxhash.xxh3_128_digest(view.data))
+    return b"".join(sums)
 
 
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:

@@ -1,0 +1,213 @@
+"""The device path on a CUDA device: how near it comes to one large page-locked copy, and what it costs the model.
+
+`make gpu-bench`, about 3 minutes, no network, no model. Pages lie in no order, so that no two are neighbours: the worst
+case for the copy engine. Rates are of the device's own clock, behind a wait that hides the host's work; what the host
+does is a row of its own. Each case runs in turn with its yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rows import Case, Row, alternate, say, seconds, show, write
+
+from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
+from kvkeep.memory.pool import Lease
+from kvkeep.transfer.choice import decide
+from kvkeep.transfer.cuda import CudaDriver, load_driver
+from kvkeep.transfer.kernels import PROGRAMS, KernelMover
+from kvkeep.transfer.lanes import CudaLane
+from kvkeep.transfer.memcpy import CopyMover
+from kvkeep.transfer.moves import Job, Mover, Pages, Part, parts_of
+from kvkeep.transfer.probe import probe, scattered
+from kvkeep.transfer.transfer import Blocks
+
+PAGE_SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
+NBYTES = 256 << 20
+SMALL_NBYTES = 64 << 20  # of pages that take the host long to list
+RUNS = 7
+HIDDEN_CYCLES = 60_000_000  # some 30 ms in which the host prepares
+WAYS = ("kernel", "engine")
+NAMES = {True: "store", False: "load"}
+GOALS = {8 << 10: ">= 0.8"} | dict.fromkeys(PAGE_SIZES[3:], ">= 0.9")
+Copy = Callable[[], None]
+
+
+def mover(way: str, parts: tuple[Part, ...]) -> Mover:
+    if way == "kernel":
+        return KernelMover(parts, torch.device("cuda", 0))
+    return CopyMover(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
+
+
+class Memory:
+    """The same number of bytes on the device and, page-locked, on the host."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.inside = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+        self.outside = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def whole(self, to_pool: bool) -> Copy:
+        """One large copy."""
+        target, source = (self.outside, self.inside) if to_pool else (self.inside, self.outside)
+        return lambda: target.copy_(source, non_blocking=True) and None
+
+    def paged(self, way: str, page_nbytes: int, to_pool: bool) -> Copy:
+        job, parts = scattered(self.inside, self.outside, page_nbytes)
+        copier = mover(way, parts)
+        return lambda: copier.start([job], to_pool, None)
+
+
+@contextmanager
+def timed(stream: torch.cuda.Stream) -> Iterator[list[float]]:
+    """Seconds that the device takes for what is launched inside, put into the list at the end."""
+    taken: list[float] = []
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(HIDDEN_CYCLES)
+        first.record()
+        yield taken
+        last.record()
+    last.synchronize()
+    taken.append(first.elapsed_time(last) / 1e3)
+
+
+def rate(copy: Copy, nbytes: int) -> float:
+    """GB/s of one copy alone."""
+    with timed(torch.cuda.Stream()) as taken:
+        copy()
+    return nbytes / taken[0] / 1e9
+
+
+def rate_of_both(copies: tuple[Copy, Copy], nbytes: int) -> float:
+    """GB/s of two copies at once, both directions together, until the later one is complete."""
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    start, ends = torch.cuda.Event(enable_timing=True), [torch.cuda.Event(enable_timing=True) for _ in copies]
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(HIDDEN_CYCLES)
+        start.record()
+    streams[1].wait_event(start)
+    for stream, copy, end in zip(streams, copies, ends, strict=True):
+        with torch.cuda.stream(stream):
+            copy()
+            end.record()
+    for end in ends:
+        end.synchronize()
+    return 2 * nbytes / max(start.elapsed_time(end) for end in ends) / 1e6
+
+
+def bandwidth_rows() -> list[Row]:
+    """Every page size, direction and way, beside one large copy."""
+    rows = []
+    for page_nbytes in PAGE_SIZES:
+        nbytes = NBYTES if page_nbytes >= 64 << 10 else SMALL_NBYTES
+        memory = Memory(nbytes)
+        for to_pool in (True, False):
+            for way in WAYS:
+                paged, whole = memory.paged(way, page_nbytes, to_pool), memory.whole(to_pool)
+                ours, theirs = alternate(RUNS, partial(rate, paged, nbytes), partial(rate, whole, nbytes))
+                name = f"{NAMES[to_pool]}-{page_nbytes >> 10}KiB-{way}"
+                case = Case(name, "GB/s", "one large page-locked copy", "higher", GOALS.get(page_nbytes, ""))
+                rows.append(case.row(ours, theirs))
+                say(f"{name}: {rows[-1].median:.1f} GB/s, {rows[-1].ratio:.2f} of a large copy")
+    return rows
+
+
+def both_rows() -> list[Row]:
+    """Store and load at once, beside two large copies at once."""
+    rows, stored, loaded = [], Memory(NBYTES), Memory(NBYTES)
+    whole = stored.whole(True), loaded.whole(False)
+    for way in WAYS:
+        paged = stored.paged(way, 64 << 10, True), loaded.paged(way, 64 << 10, False)
+        ours, theirs = alternate(RUNS, partial(rate_of_both, paged, NBYTES), partial(rate_of_both, whole, NBYTES))
+        case = Case(f"both-64KiB-{way}", "GB/s", "two large copies at once", "higher", ">= 0.85")
+        rows.append(case.row(ours, theirs))
+    return rows
+
+
+def product_rows() -> list[Row]:
+    """A matrix product beside a copy that lasts longer than it, and alone."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    memory, stream = Memory(NBYTES), torch.cuda.Stream()
+
+    def products(copy: Copy | None) -> float:
+        beside = torch.cuda.Stream()
+        with timed(stream) as taken:
+            if copy is not None:
+                beside.wait_stream(stream)  # the hidden wait
+                with torch.cuda.stream(beside):
+                    for _ in range(4):
+                        copy()
+            for _ in range(8):
+                torch.mm(left, right)
+        torch.cuda.synchronize()
+        return taken[0] * 1e3
+
+    rows = []
+    for to_pool in (True, False):
+        for way in WAYS:
+            copy = memory.paged(way, 64 << 10, to_pool)
+            ours, theirs = alternate(RUNS, partial(products, copy), partial(products, None))
+            name = f"product-beside-{NAMES[to_pool]}-{way}"
+            goal = "<= 1.10" if way == "kernel" else "<= 1.03"
+            rows.append(Case(name, "ms", "the product alone", goal=goal).row(ours, theirs))
+    return rows
+
+
+def host_rows() -> list[Row]:
+    """What the host does for 8,192 tokens of a model of 32 layers: 32 chunks in one batch, until the call is back."""
+    layers, blocks, page_nbytes = 32, 513, 32 << 10
+    cache = torch.zeros((layers, 2, blocks, page_nbytes), dtype=torch.uint8, device="cuda")
+    shard = ShardLayout(
+        256, (GroupLayout(16, 0, tuple(LayerLayout(f"l{n}", (page_nbytes,) * 2) for n in range(layers))),)
+    )
+    pages = [
+        [Pages(cache[layer, half].data_ptr(), page_nbytes, page_nbytes) for half in (0, 1)] for layer in range(layers)
+    ]
+    memory = torch.zeros(32 * shard.nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    ids = np.random.default_rng(0).permutation(np.arange(1, blocks)).reshape(32, 16).tolist()
+    jobs = [
+        Job([Blocks(0, 0, tuple(one))], Lease(memory[n * shard.nbytes : (n + 1) * shard.nbytes], shard, (0,)))
+        for n, one in enumerate(ids)
+    ]
+    outside, inside = torch.from_numpy(memory), torch.zeros(len(memory), dtype=torch.uint8, device="cuda")
+
+    def until_complete() -> float:
+        return seconds(lambda: (outside.copy_(inside, non_blocking=True), torch.cuda.synchronize())) * 1e3
+
+    rows = []
+    for way in WAYS:
+        copier, lane = mover(way, parts_of(shard, [pages])), CudaLane(torch.device("cuda", 0))
+
+        def launched(copier: Mover = copier, lane: CudaLane = lane) -> float:
+            flights = []
+            taken = seconds(lambda: flights.append(lane.run(lambda: copier.start(jobs, True, None)))) * 1e3
+            flights[0].wait()
+            return taken
+
+        ours, theirs = alternate(RUNS, launched, until_complete)
+        rows.append(Case(f"host-32-chunks-{way}", "ms", "the bytes in one large copy").row(ours, theirs))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: nothing to measure")
+    device = torch.device("cuda", 0)
+    rows = [row for part in (bandwidth_rows, both_rows, product_rows, host_rows) for row in part()]
+    show(rows, f"{torch.cuda.get_device_name(0)}, {PROGRAMS} programs a launch")
+    write(rows, options.json)
+    samples = probe(device, CudaLane(device), partial(mover, "kernel"), partial(mover, "engine"))
+    print(decide(torch.cuda.get_device_name(0), samples))
+
+
+if __name__ == "__main__":
+    main()

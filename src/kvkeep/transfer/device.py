@@ -1,0 +1,98 @@
+"""Gather and scatter for caches on a device that reads and writes the pool itself.
+
+A `Transfer`, and in its batches what it is made of: many chunks at once, one layer or all, complete when its flight is.
+Memory that is not page-locked goes through `StagedTransfer`. Knows nothing about keys, requests or how bytes move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.memory.pool import Lease
+from kvkeep.transfer.lanes import Flight, Lane
+from kvkeep.transfer.moves import Job, Mover, Pages, Part, parts_of
+from kvkeep.transfer.pages import GroupCaches, group_rows
+from kvkeep.transfer.staged import StagedTransfer
+from kvkeep.transfer.transfer import Blocks, ranges_hold, seal_ranges
+
+
+class Path(NamedTuple):
+    """How one direction is copied, and where beside the model's work."""
+
+    mover: Mover
+    lane: Lane
+
+
+class DeviceTransfer:
+    """Copies for one rank. `paths` makes the two paths, to the pool and from it, once the parts are known.
+
+    Raises LayoutMismatch, naming the layer, for a cache that has no dense pages.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupCaches],
+        chunk_tokens: int,
+        paths: Callable[[tuple[Part, ...]], tuple[Path, Path]],
+    ) -> None:
+        self._staged = StagedTransfer(groups, chunk_tokens)
+        self._shard = self._staged.shard
+        self._to_pool, self._from_pool = paths(parts_of(self._shard, [_pages(group) for group in groups]))
+
+    @property
+    def shard(self) -> ShardLayout:
+        """As `Transfer.shard`."""
+        return self._shard
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`."""
+        self._staged.check(blocks, unique)
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+        """As `Transfer.gather`."""
+        if not lease.pieces:
+            return self._staged.gather(blocks, lease, seal, layers)
+        for flight in [self.start_gather([Job(blocks, lease)], only) for only in _each(layers)]:
+            flight.wait()
+        return seal_ranges(self._shard.chosen(layers), lease.views(layers)) if seal else b""
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        """As `Transfer.scatter`."""
+        if not lease.pieces:
+            return self._staged.scatter(lease, blocks, sums, layers)
+        if sums and not ranges_hold(lease.views(layers), sums):
+            return False
+        for flight in [self.start_scatter([Job(blocks, lease)], only) for only in _each(layers)]:
+            flight.order()
+            flight.wait()
+        return True
+
+    def start_gather(self, jobs: Sequence[Job], only: int | None = None) -> Flight:
+        """Starts to copy blocks into chunks, all after what the current stream has now: every range, or number `only`.
+
+        Every lease must be page-locked and stay open until the flight is done; then `seal_ranges` may sum.
+        """
+        return self._start(self._to_pool, jobs, True, only)
+
+    def start_scatter(self, jobs: Sequence[Job], only: int | None = None) -> Flight:
+        """Starts to copy chunks into blocks, likewise; sums are the caller's business.
+
+        What reads the blocks must come after the flight's `order`, and a layer's attention after that of its `only`.
+        """
+        return self._start(self._from_pool, jobs, False, only)
+
+    def _start(self, path: Path, jobs: Sequence[Job], to_pool: bool, only: int | None) -> Flight:
+        assert all(job.lease.pieces for job in jobs), "memory that is not page-locked"
+        return path.lane.run(lambda: path.mover.start(jobs, to_pool, only))
+
+
+def _each(layers: range | None) -> Sequence[int | None]:
+    """What a batch is limited to, one after the other; once to nothing where all ranges are meant."""
+    return (None,) if layers is None else layers
+
+
+def _pages(group: GroupCaches) -> list[list[Pages]]:
+    """The group's pages as numbers."""
+    return [[Pages(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts] for parts in group_rows(group)]

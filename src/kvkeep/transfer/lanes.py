@@ -1,0 +1,97 @@
+"""In which order copies run beside the model's own work: one stream a direction, joined by events, never by a sync.
+
+Knows nothing about blocks, chunks or how bytes are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Flight(Protocol):
+    """Copies under way. Their memory, in the pool and in the engine, belongs to them until `done`."""
+
+    def done(self) -> bool:
+        """Whether every copy is complete; never waits."""
+
+    def wait(self) -> None:
+        """Returns once every copy is complete; other work on the device is not waited for."""
+
+    def order(self) -> None:
+        """Makes what is launched on the current stream from here on run after the copies; the caller does not wait."""
+
+
+class Lane(Protocol):
+    """Where the copies of one direction run, one batch after the other."""
+
+    def run(self, start: Callable[[], None]) -> Flight:
+        """Lets `start` launch copies that run after everything launched on the current stream until now."""
+
+
+class Landed:
+    """The flight of copies that were complete at once."""
+
+    def done(self) -> bool:
+        """True."""
+        return True
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def order(self) -> None:
+        """Nothing to order."""
+
+
+class InlineLane:
+    """Copies that are made while they are started: on a CPU."""
+
+    def run(self, start: Callable[[], None]) -> Flight:
+        """As `Lane.run`."""
+        start()
+        return Landed()
+
+
+class CudaFlight:
+    """Copies that are complete when an event is."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def done(self) -> bool:
+        """As `Flight.done`."""
+        return bool(self._event.query())
+
+    def wait(self) -> None:
+        """As `Flight.wait`; the thread sleeps meanwhile. Bounded only by CUDA's own end of a lost device."""
+        self._event.synchronize()
+
+    def order(self) -> None:
+        """As `Flight.order`."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+class CudaLane:
+    """A stream of its own on one device.
+
+    A batch waits for the compute stream both ways: a gather reads what the step has written, and a scatter writes
+    into blocks that an earlier step may still be reading.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, start: Callable[[], None]) -> Flight:
+        """As `Lane.run`."""
+        before = torch.cuda.Event()
+        before.record(torch.cuda.current_stream(self._device))
+        self._stream.wait_event(before)
+        with torch.cuda.stream(self._stream):
+            start()
+            complete = torch.cuda.Event(blocking=True)
+            complete.record(self._stream)
+        return CudaFlight(complete, self._device)

@@ -1,0 +1,98 @@
+"""Moves K to another position: R(q) R(p)^-1 K, pair by pair, so that a chunk can be used where it was not computed.
+
+The torch path for any device; `rotary_kernel` does the same in Triton. Only K turns: V carries no position. The result
+is K as the model would compute it at q from the same hidden states; what a token saw before it does not change. Knows
+nothing about chunks, leases or which chunks are moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvkeep.errors import LayoutMismatch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Pairing(NamedTuple):
+    """Which dimensions of a head turn together: the first at `start`, neighbours (GPT-J) or halves apart (NeoX)."""
+
+    interleaved: bool = False
+    start: int = 0
+
+
+class Turn(NamedTuple):
+    """The rotation of each token and pair: cosine and sine, float32 [tokens, pairs]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def turn_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> Turn:
+    """The turn of tokens from old to new: (positions [tokens], frequencies [pairs]) each.
+
+    The two frequencies differ only for a scaling that depends on the length. Angles are rounded to float32 one by one,
+    as models round them, and subtracted without a further loss.
+    """
+    angles = [positions.to(torch.float32)[:, None] * pace[None, :] for positions, pace in (old, new)]
+    by = angles[1].double() - angles[0].double()
+    return Turn(by.cos().float(), by.sin().float())
+
+
+def rotate(keys: torch.Tensor, turn: Turn, pairing: Pairing) -> torch.Tensor:
+    """`keys` [tokens, heads, head_size], turned; float32 inside, rounded once to the dtype of `keys`.
+
+    What a partial rotary leaves alone is returned bit for bit.
+    """
+    check_keys(keys)
+    pairs = turn.cos.shape[1]
+    end = pairing.start + 2 * pairs
+    assert end <= keys.shape[-1], f"{pairs} pairs from {pairing.start} on do not fit a head of {keys.shape[-1]}"
+    out = keys.clone()
+    split = (pairs, 2) if pairing.interleaved else (2, pairs)
+    axis = -1 if pairing.interleaved else -2
+    first, second = keys[..., pairing.start : end].float().unflatten(-1, split).unbind(axis)
+    cos, sin = turn.cos[:, None, :], turn.sin[:, None, :]
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis)
+    out[..., pairing.start : end] = turned.flatten(-2).to(keys.dtype)
+    return out
+
+
+def rotate_blocks(pages: torch.Tensor, block_ids: Sequence[int], turn: Turn, pairing: Pairing) -> None:
+    """Turns K in place in these blocks of `pages` [blocks, tokens, heads, head_size] (see `key_pages`).
+
+    The tokens of `turn` are those of the blocks, in their order; a block must be named once.
+    """
+    ids = torch.tensor(block_ids, dtype=torch.int64, device=pages.device)
+    keys = pages.index_select(0, ids)
+    pages[ids] = rotate(keys.flatten(0, 1), turn, pairing).view_as(keys)
+
+
+def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "") -> torch.Tensor:
+    """K of a layer's cache as a view [blocks, tokens, heads, head_size].
+
+    `axes` names the cache's dimensions: b(locks), t(okens), h(eads), d (of a head), 2 (K, then V), e.g. "2bthd" for
+    flash-attention, "btd" for MLA (one head). `packed` says what packs an engine's K where something does (an
+    instruction set, say): then its bytes are no numbers in a row, and LayoutMismatch says so.
+    """
+    if packed:
+        raise LayoutMismatch(
+            f"{name}: K cannot be moved: {packed} packs its bytes into tiles, so no head lies in a row"
+        )
+    check_keys(cache, name)
+    if sorted(axes) not in (sorted("2bthd"), sorted("bthd"), sorted("btd")) or len(axes) != cache.dim():
+        raise LayoutMismatch(f"{name}: K cannot be moved: axes {axes!r} do not describe shape {tuple(cache.shape)}")
+    if "2" in axes:
+        cache, axes = cache.select(axes.index("2"), 0), axes.replace("2", "")
+    if "h" not in axes:
+        cache, axes = cache.unsqueeze(-1), axes + "h"
+    return cache.permute([axes.index(letter) for letter in "bthd"])
+
+
+def check_keys(keys: torch.Tensor, name: str = "K") -> None:
+    """LayoutMismatch for numbers that cannot be turned: FP8 would be rounded a second time and could overflow."""
+    if keys.dtype not in DTYPES:
+        raise LayoutMismatch(f"{name}: K cannot be moved: {keys.dtype} is not one of {', '.join(map(str, DTYPES))}")

@@ -1,0 +1,323 @@
+"""The device's path on a device: bytes, order, page-locked memory. `make gpu-test` runs it where there is one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path as File
+
+import numpy as np
+import pytest
+import torch
+
+from kvkeep.memory.pin import Pin
+from kvkeep.memory.pool import Lease, Pool
+from kvkeep.memory.region import Region
+from kvkeep.testing.conformance import CHECKS, TransferCase
+from kvkeep.transfer.choice import Sample, decide, read_choice
+from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
+from kvkeep.transfer.device import DeviceTransfer, Path
+from kvkeep.transfer.kernels import KernelMover
+from kvkeep.transfer.lanes import CudaLane
+from kvkeep.transfer.memcpy import CopyMover
+from kvkeep.transfer.moves import Job, Mover, Part
+from kvkeep.transfer.open import open_transfer
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.rope import Span, frequencies
+from kvkeep.transfer.rotary import Pairing, key_pages, rotate_blocks, turn_between
+from kvkeep.transfer.rotary_kernel import turn_blocks
+from kvkeep.transfer.transfer import Blocks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+NB = 9
+TURNS = 200  # of a race
+WAYS = ("kernel", "engine")
+Groups = list[list[torch.Tensor]]
+
+
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+def mover(way: str, parts: tuple[Part, ...]) -> Mover:
+    if way == "kernel":
+        return KernelMover(parts, device())
+    return CopyMover(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
+
+
+def transfer_of(groups: list[GroupCaches], chunk_tokens: int, way: str) -> DeviceTransfer:
+    lanes = CudaLane(device()), CudaLane(device())
+    return DeviceTransfer(
+        groups, chunk_tokens, lambda parts: (Path(mover(way, parts), lanes[0]), Path(mover(way, parts), lanes[1]))
+    )
+
+
+def locked(nbytes: int) -> np.ndarray:
+    return torch.full((nbytes,), 0xEE, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool(b"boot", Region.create(64 << 20), CudaMemory(load_driver(), 0).calls)
+    pool._populating.join(timeout=30.0)
+    assert pool.pin is not None
+    assert pool.pin.refusal == ""
+    yield pool
+    pool.close()
+
+
+def on_device(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=device()).view(dtype).view(shape)
+
+
+def one_allocation(layers: int, *page: int) -> list[torch.Tensor]:
+    whole = on_device(NB, layers, *page)
+    return [whole[:, n] for n in range(layers)]
+
+
+LAYOUTS: dict[str, tuple[Callable[[], Groups], list[int], int]] = {
+    "flash attention": (lambda: [[on_device(2, NB, 16, 8, 128) for _ in range(4)]], [16], 64),
+    "flashinfer": (lambda: [[on_device(NB, 2, 16, 8, 128) for _ in range(4)]], [16], 64),
+    "heads first": (lambda: [[on_device(NB, 8, 16, 64).permute(0, 2, 1, 3)]], [16], 64),
+    "mla": (lambda: [[on_device(NB, 64, 576) for _ in range(3)]], [64], 256),
+    "one allocation": (lambda: [one_allocation(3, 2, 16, 32)], [16], 64),
+    "fp8": (lambda: [[on_device(2, NB, 16, 2, 64, dtype=torch.float8_e4m3fn)]], [16], 64),
+    "fp32": (lambda: [[on_device(NB, 2, 16, 64, dtype=torch.float32)]], [16], 64),
+    "odd pages": (
+        lambda: [[on_device(NB, 656, dtype=torch.uint8), on_device(NB, 131, dtype=torch.uint8)]],
+        [1],
+        3,
+    ),
+    "one token": (lambda: [[on_device(2, NB, 1, 1, 5, dtype=torch.float16)]], [1], 2),
+    "two groups": (lambda: [[on_device(2, NB, 16, 8)], [on_device(NB, 32, 24)]], [16, 32], 64),
+}
+
+
+def case_of(name: str, way: str) -> TransferCase:
+    make, tokens, chunk = LAYOUTS[name]
+    groups = make()
+    caches = [
+        GroupCaches({f"l{n}": cache for n, cache in enumerate(layers)}, NB, size, 0)
+        for layers, size in zip(groups, tokens, strict=True)
+    ]
+
+    def parts(group: int, layer: int) -> list[torch.Tensor]:
+        cache = groups[group][layer]
+        found = [cache] if cache.shape[0] == NB else [cache[0], cache[1]]
+        return [one.permute(0, 2, 1, 3) if name == "heads first" else one for one in found]
+
+    def read(group: int, layer: int) -> np.ndarray:
+        pages = [one.contiguous().view(torch.uint8).reshape(NB, -1) for one in parts(group, layer)]
+        return torch.cat(pages, 1).cpu().numpy()
+
+    def write(group: int, layer: int, pages: np.ndarray) -> None:
+        start = 0
+        for one in parts(group, layer):
+            nbytes = one[0].numel() * one.element_size()
+            rows = torch.from_numpy(pages[:, start : start + nbytes].copy()).to(device())
+            one.copy_(rows.view(one.dtype).view(one.shape))
+            start += nbytes
+
+    return TransferCase(transfer_of(caches, chunk, way), [NB] * len(groups), read, write, locked, (0,))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_conforms(way: str, name: str, check: Callable[[TransferCase], None]):
+    check(case_of(name, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("only", [None, 1])
+def test_a_batch_is_bit_equal_to_the_reference(way: str, only: int | None):
+    caches = {f"l{n}": on_device(2, 65, 16, 8, 128) for n in range(4)}
+    transfer = transfer_of([GroupCaches(caches, 65, 16, 0)], 256, way)
+    reference = ReferenceTransfer([GroupCaches({n: c.cpu() for n, c in caches.items()}, 65, 16, 0)], 256)
+    order = np.random.default_rng(1).permutation(np.arange(1, 65)).tolist()
+    jobs = [
+        Job([Blocks(0, 0, tuple(order[n : n + 16]))], Lease(locked(transfer.shard.nbytes), transfer.shard, (0,)))
+        for n in range(0, 64, 16)
+    ]
+    transfer.start_gather(jobs, only).wait()
+    for job in jobs:
+        wanted = Lease(np.full(transfer.shard.nbytes, 0xEE, np.uint8), transfer.shard)
+        reference.gather(job.blocks, wanted, False)
+        for number, (mine, theirs) in enumerate(zip(job.lease.views(), wanted.views(), strict=True)):
+            assert np.array_equal(mine, theirs) if only in (None, number) else (mine == 0xEE).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_of_more_than_two_gib(way: str):
+    cache = torch.zeros((5, 640 << 20), dtype=torch.uint8, device=device())
+    cache[4, :64] = torch.arange(64, dtype=torch.uint8, device=device())
+    part = cache[:, :64]
+    transfer = transfer_of([GroupCaches({"l": part}, 5, 1, 0)], 2, way)
+    memory = locked(transfer.shard.nbytes)
+    lease = Lease(memory, transfer.shard, (0,))
+    transfer.gather([Blocks(0, 1, (4,))], lease, False)
+    assert memory[64:128].tolist() == list(range(64))
+    assert transfer.scatter(lease, [Blocks(0, 1, (3,))], b"")
+    assert torch.equal(cache[3, :64], cache[4, :64])
+
+
+# ---- page-locked memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_pool_itself_is_read_and_written(way: str, pool: Pool):
+    cache = on_device(2, NB, 16, 8, 128)
+    transfer = transfer_of([GroupCaches({"l": cache}, NB, 16, 0)], 64, way)
+    with pool.lend(4096, transfer.shard) as lease:
+        assert lease.pieces == (0,)
+        sums = transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, True)
+        assert transfer.scatter(lease, [Blocks(0, 0, (5, 6, 7, 8))], sums)
+    assert torch.equal(cache.view(torch.int16)[:, 5:9], cache.view(torch.int16)[:, 1:5])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chunk_may_cross_from_one_locked_piece_to_the_next(way: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Pin.__init__, "__defaults__", (4 << 20,))
+    pool = Pool(b"boot", Region.create(16 << 20), CudaMemory(load_driver(), 0).calls)
+    pool._populating.join(timeout=30.0)
+    cache = on_device(NB, 16, 1024)
+    transfer = transfer_of([GroupCaches({"l": cache}, NB, 16, 0)], 64, way)
+    with pool.lend((4 << 20) - 40960, transfer.shard) as lease:
+        assert lease.pieces == (0, 40960)
+        sums = transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, True)
+        assert transfer.scatter(lease, [Blocks(0, 0, (5, 6, 7, 8))], sums)
+    assert torch.equal(cache.view(torch.int16)[5:9], cache.view(torch.int16)[1:5])
+    pool.close()
+
+
+def test_a_pool_that_is_not_locked_is_staged():
+    pool = Pool(b"boot", Region.create(1 << 20))
+    cache = on_device(2, NB, 16, 64)
+    transfer = transfer_of([GroupCaches({"l": cache}, NB, 16, 0)], 64, "kernel")
+    with pool.lend(0, transfer.shard) as lease:
+        sums = transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, True)
+        assert transfer.scatter(lease, [Blocks(0, 0, (5, 6, 7, 8))], sums)
+    assert torch.equal(cache.view(torch.int16)[:, 5:9], cache.view(torch.int16)[:, 1:5])
+    pool.close()
+
+
+def test_a_refusal_leaves_no_error_for_torch_to_find():
+    calls = CudaMemory(load_driver(), 0).calls
+    assert "CUDA error" in calls.lock(4096, 4096)
+    assert "CUDA error" in calls.unlock(4096)
+    assert int(torch.ones(3, device=device()).sum()) == 3
+
+
+# ---- order ---------------------------------------------------------------------------------------------------
+
+
+def busy() -> None:
+    """Keeps the current stream busy for about a millisecond, so that what follows there is late."""
+    torch.cuda._sleep(2_000_000)
+
+
+def racing(way: str) -> tuple[torch.Tensor, DeviceTransfer, np.ndarray, Lease]:
+    cache = torch.zeros((NB, 16 << 10), dtype=torch.uint8, device=device())
+    transfer = transfer_of([GroupCaches({"l": cache}, NB, 1, 0)], 8, way)
+    memory = locked(transfer.shard.nbytes)
+    return cache, transfer, memory, Lease(memory, transfer.shard, (0,))
+
+
+ALL = Blocks(0, 0, tuple(range(1, 9)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_store_reads_what_the_step_wrote_and_not_what_is_written_after_it(way: str):
+    cache, transfer, memory, lease = racing(way)
+    for turn in range(TURNS):
+        busy()
+        cache.fill_(turn % 251)  # late, on the compute stream
+        transfer.gather([ALL], lease, False)
+        cache.fill_(255)  # at once
+        assert (memory == turn % 251).all(), f"turn {turn}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_that_is_ordered_is_not_overtaken(way: str):
+    cache, transfer, memory, lease = racing(way)
+    for turn in range(TURNS):
+        busy()
+        cache.fill_(turn % 251)
+        flight = transfer.start_gather([Job([ALL], lease)])
+        flight.order()
+        cache.fill_(255)
+        flight.wait()
+        assert flight.done()
+        assert (memory == turn % 251).all(), f"turn {turn}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_load_overwrites_what_was_written_before_it_and_is_seen_by_what_comes_after(way: str):
+    cache, transfer, memory, lease = racing(way)
+    seen = torch.zeros_like(cache)
+    for turn in range(TURNS):
+        memory[:] = turn % 251
+        busy()
+        cache.fill_(255)  # late: an earlier step still writes there
+        flight = transfer.start_scatter([Job([ALL], lease)])
+        flight.order()
+        seen.copy_(cache)  # as attention would
+        flight.wait()
+        memory[:] = 254  # the chunk's memory is lent to another
+        assert bool((seen[1:] == turn % 251).all()), f"turn {turn}"
+        assert bool((seen[0] == 255).all())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nobody_waits_for_work_of_others(way: str):
+    cache, transfer, _, lease = racing(way)
+    transfer.gather([ALL], lease, False)  # compiled
+    other, done = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(2_000_000_000)
+        done.record()
+    transfer.gather([ALL], lease, False)
+    assert transfer.scatter(lease, [ALL], b"")
+    assert not done.query(), "a device-wide wait"
+    other.synchronize()
+    assert not cache[1:].any()
+
+
+# ---- position, and what is chosen ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_kernel_turns_k_as_torch_does(dtype: torch.dtype, interleaved: bool):
+    pace = frequencies({"rope_theta": 500_000.0}, 128, Span(8192)).to(device())
+    mine = [torch.randn((2, NB, 16, 8, 128), device=device()).to(dtype) for _ in range(3)]
+    theirs = [one.clone() for one in mine]
+    ids, p = [3, 8, 1], torch.arange(48, device=device())
+    turn, pairing = turn_between((p, pace), (p + 70_000, pace)), Pairing(interleaved)
+    turn_blocks([key_pages("l", one, "2bthd") for one in mine], ids, turn, pairing)
+    for one, other in zip(mine, theirs, strict=True):
+        before = other.clone()
+        rotate_blocks(key_pages("l", other, "2bthd"), ids, turn, pairing)
+        assert torch.equal(one[1], before[1]), "V turned"
+        still = [n for n in range(NB) if n not in ids]
+        assert torch.equal(one[0][still], before[0][still])
+        # a fused multiply-add rounds once less
+        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_opening_measures_once_and_keeps_it(tmp_path: File):
+    caches = GroupCaches({"l": on_device(2, NB, 16, 64)}, NB, 16, 0)
+    kept = tmp_path / "transfer.json"
+    first = open_transfer([caches], 64, kept)
+    assert isinstance(first.transfer, DeviceTransfer)
+    assert first.pin_calls is not None
+    choice = read_choice(kept, torch.cuda.get_device_name(0))
+    assert choice is not None
+    assert all(isinstance(sample, Sample) and sample.kernel_rate > 1e8 for sample in choice.samples)
+    assert decide(choice.device, choice.samples) == choice
+    written = os.stat(kept).st_mtime_ns
+    assert open_transfer([caches], 64, kept).text == first.text == str(choice)
+    assert os.stat(kept).st_mtime_ns == written
