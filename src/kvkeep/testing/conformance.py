@@ -104,8 +104,8 @@ def check_layers(case: TransferCase) -> None:
     that layer alone and looks at no other's sum.
     """
     before = _filled(case, seed=6)
-    whole, whole_lease = _memory(case.transfer.shard)
-    parts, parts_lease = _memory(case.transfer.shard)
+    whole, whole_lease = _memory(case)
+    parts, parts_lease = _memory(case)
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, whole_lease, True)
     ranges = case.transfer.shard.ranges
