@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ THERE = list(range(79, 43, -1))
 TOKENS = range(32)
 LAYERS = 3
 POOL_NBYTES = 16 << 20
+LIMIT_S = 10.0
 
 
 @contextmanager
@@ -58,6 +59,13 @@ def kill(source: PrivateSource) -> None:
     assert child is not None
     os.kill(child.process.pid, signal.SIGKILL)
     child.process.wait(10)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Asks until it holds; every question looks on at what the store has said."""
+    end = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < end, "it never came"
 
 
 def found_again(lib: Library, source: PrivateSource, clock: ManualClock) -> None:
@@ -103,8 +111,7 @@ def test_a_killed_store_is_a_miss_half_way_and_is_found_again():
 def test_a_store_that_stands_still_costs_a_deadline_and_no_more():
     with private(ManualClock(), deadline_s=0.15) as (lib, source):
         assert source._child is not None
-        while lib.engine.store(TOKENS, [HERE]) != 32 and lib.engine.lookup(TOKENS) != 32:
-            pass  # a busy machine: the answer came late
+        until(lambda: lib.engine.store(TOKENS, [HERE]) == 32 or lib.engine.lookup(TOKENS) == 32)  # or it came late
         os.kill(source._child.process.pid, signal.SIGSTOP)
         try:
             start = time.monotonic()
@@ -116,10 +123,8 @@ def test_a_store_that_stands_still_costs_a_deadline_and_no_more():
         finally:
             os.kill(source._child.process.pid, signal.SIGCONT)
         select.select([source._child.sock], [], [], 10)
-        while lib.engine.lookup(TOKENS) != 32:
-            pass
-        while lib.engine.store_figures().get("pinned_nbytes") != 0:
-            pass  # what came too late is given back as it comes
+        until(lambda: lib.engine.lookup(TOKENS) == 32)
+        until(lambda: lib.engine.store_figures().get("pinned_nbytes") == 0)  # what came too late is given back
 
 
 @dataclass
@@ -262,8 +267,7 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
                 clock.advance(FIRST_PAUSE_S + 0.1)
             assert one._line._link._joining is None, "it joins again while a generator reads"
             assert list(retrieving)[-1].all()
-            while one.lookup(TOKENS) != 32:
-                pass  # the welcome is on its way; the pin of the old session holds nothing up
+            until(lambda: one.lookup(TOKENS) == 32)  # the pin of the old session holds nothing up
             assert one.store_figures()["pinned_nbytes"] == 0
 
 
