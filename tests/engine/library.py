@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,13 +56,11 @@ LAYOUTS: dict[str, Callable[[], list[GroupCaches]]] = {
 }
 
 
-@dataclass(repr=False)
 class Library:
     """An engine over `groups` and the store behind it."""
 
-    engine: CacheEngine
-    groups: list[GroupCaches]
-    source: Source
+    def __init__(self, engine: CacheEngine, groups: list[GroupCaches], source: Source) -> None:
+        self.engine, self.groups, self.source = engine, groups, source
 
     def fill(self, seed: int) -> None:
         """Random bytes, NaNs among them, in every block."""
