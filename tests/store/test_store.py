@@ -409,3 +409,16 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_one_answer_carries_no_more_sums_than_a_frame_takes() -> None:
+    sizes = (4096,) * 65_536
+    pool_nbytes = 8 * sum(sizes)
+    store = Store(Index(FreeList(pool_nbytes), lru()), pool_nbytes, 1.0)
+    session = store.open(Opening("test", b"n" * 16, "", sum(sizes), (), 1, sizes))
+    digests = [bytes([number]) * 32 for number in range(4)]
+    lease = store.reserve(session, digests).lease
+    assert all(store.commit(session, lease, range(4), [bytes(16 * len(sizes))] * 4))
+    fetched = store.fetch(session, digests)
+    assert len(fetched.offsets) == 2
+    assert sum(map(len, fetched.sums.values())) <= 2 << 20

@@ -281,7 +281,7 @@ def test_a_hanging_read_delays_nobody_else_and_no_end(run: Any, opened: Any) -> 
             disk.hanging = frozenset({"readv"})
             read, memory = memory_for(SMALL[0].key, (4096,))
             load = asyncio.create_task(_ignored(tier, read))
-            while not disk.paths:
+            while not disk.hung:
                 await asyncio.sleep(0)
             disk.hanging = frozenset()
             assert await holds(tier, SMALL[1])

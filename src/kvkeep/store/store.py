@@ -19,6 +19,8 @@ from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
 NAMESPACE_NBYTES = 16
 DIGEST_NBYTES = 32
+SUM_NBYTES = 16
+MAX_SUMS_NBYTES = 2 << 20  # of one answer: a frame has a bound
 
 
 class Why(Enum):
@@ -80,9 +82,11 @@ class Store:
         return padded_nbytes(session.opening.chunk_nbytes)
 
     def room(self, session: Session) -> int:
-        """How many chunks more the session may pin."""
+        """How many chunks more the session may pin, and of how many one answer can carry the sums to verify."""
         pinned_nbytes = session.pinned_nbytes + session.promised_nbytes
-        return max(0, (int(self.pool_nbytes * self.max_pinned_share) - pinned_nbytes) // self.taken(session))
+        room = max(0, (int(self.pool_nbytes * self.max_pinned_share) - pinned_nbytes) // self.taken(session))
+        every, sums_nbytes = session.opening.verify_every, SUM_NBYTES * len(session.opening.sizes)
+        return min(room, every * (MAX_SUMS_NBYTES // sums_nbytes)) if every and sums_nbytes else room
 
     def pin(self, session: Session, keys: Sequence[bytes]) -> list[Entry]:
         """Pins the longest run of present chunks; one of another size under the same key is not what was asked for."""
