@@ -25,14 +25,14 @@ test: $(VENV)/.ready   ## every test, real vLLM included: some 30 engine starts,
 	$(PY) -m pytest tests
 
 fast: $(VENV)/.ready   ## the tests that need no engine
-	$(PY) -m pytest tests -m "not vllm and not slow"
+	$(PY) -m pytest tests -m "not vllm and not slow and not gpu"
 
 check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: under a minute
 	$(VENV)/bin/ruff format --check src tests bench demo scripts
 	$(VENV)/bin/ruff check src tests bench demo scripts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
-	$(PY) -m pytest tests -m "not vllm and not slow"
+	$(PY) -m pytest tests -m "not vllm and not slow and not gpu"
 
 bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,micro}.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench --json bench/results/core.json
