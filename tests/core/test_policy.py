@@ -181,7 +181,7 @@ def test_keys_that_evict_has_passed_go_in_the_order_in_which_it_last_did(hidden_
     policy.touch(A)
     policy.hide(A)
     policy.insert(KEYS[5])
-    assert policy.evict() == KEYS[5]  # past A again: the number of its first time is stale
+    assert policy.evict() == KEYS[5]  # past A again, which is the last of them now
     for key in (A, C, B):
         policy.show(key)
     if hidden_at_last:

@@ -113,8 +113,8 @@ class Queue:
         queue, aside, hidden = self._queue, self._aside, self._hidden
         while len(queue) + len(aside) > len(hidden):
             if self._returned:
-                number, key = heappop(self._returned)
-                if aside.get(key) == number and key not in hidden:
+                _, key = heappop(self._returned)  # nothing goes aside while there is one: its number cannot be stale
+                if key in aside and key not in hidden:
                     del aside[key]
                     return key
             else:
