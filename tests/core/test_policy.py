@@ -165,9 +165,9 @@ def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
             policy.show(key)
         for key in KEYS[:-1]:
             policy.hide(key)
-    assert len(policy._returned) <= 2 * len(KEYS) + 65
+    assert len(policy._candidates) <= 2 * len(KEYS) + 65
     assert policy.evict() == KEYS[-1]
-    assert policy._returned == []
+    assert policy._candidates == []
 
 
 @pytest.mark.parametrize("hidden_at_last", [False, True])
