@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Protocol
 
 _SLACK = 64  # stale ranks that are not worth a clean-up
+_MOST_ASIDE = 1024  # keys at a time: about 3 ms
 _STAMP_BITS = 48  # a million stamps a second last for nine years
 _SLOT_BITS = 32
 _SLOT = (1 << _SLOT_BITS) - 1
@@ -48,8 +49,8 @@ class Queue:
     """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key moves there again.
 
     The queue is a plain dict, which keeps the order of entry and is quick but for its head, since what has left there
-    is skipped at each look. So evict looks there for a 64th of the keys at a time: they go aside, numbered in the
-    order of their places, which are before all that are still in the queue; the visible ones become candidates, and a
+    is skipped at each look. So evict looks there for many keys at a time: they go aside, numbered in the order of
+    their places, which are before all that are still in the queue; the visible ones become candidates, and a
     hidden one does when it is shown. Each operation is O(1) amortised whatever is hidden, but for the heap of
     candidates. Takes 42 to 60 bytes a key, the key not counted.
     """
@@ -120,7 +121,7 @@ class Queue:
 
     def _set_aside(self) -> None:
         """Take keys from the queue's head; only while there is no candidate, whose number would become stale."""
-        for key in list(islice(self._queue, len(self._queue) // 64 + _SLACK)):
+        for key in list(islice(self._queue, min(len(self._queue) // 64, _MOST_ASIDE) + _SLACK)):
             del self._queue[key]
             self._last += 1
             self._aside[key] = self._last
