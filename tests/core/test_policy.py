@@ -165,9 +165,9 @@ def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
             policy.show(key)
         for key in KEYS[:-1]:
             policy.hide(key)
-    assert len(policy._returned) <= 2 * len(KEYS) + 65
+    assert len(policy._candidates) <= 2 * len(KEYS) + 65
     assert policy.evict() == KEYS[-1]
-    assert policy._returned == []
+    assert policy._candidates == []
 
 
 @pytest.mark.parametrize("hidden_at_last", [False, True])
@@ -181,7 +181,7 @@ def test_keys_that_evict_has_passed_go_in_the_order_in_which_it_last_did(hidden_
     policy.touch(A)
     policy.hide(A)
     policy.insert(KEYS[5])
-    assert policy.evict() == KEYS[5]  # past A again: the number of its first time is stale
+    assert policy.evict() == KEYS[5]  # past A again, which is the last of them now
     for key in (A, C, B):
         policy.show(key)
     if hidden_at_last:

@@ -5,12 +5,13 @@ It knows NOTHING about sizes, memory, clocks, locks, or why a key is hidden.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Protocol
 
 _SLACK = 64  # stale ranks that are not worth a clean-up
+_MOST_ASIDE = 1024  # keys at a time: about 3 ms
 _STAMP_BITS = 48  # a million stamps a second last for nine years
 _SLOT_BITS = 32
 _SLOT = (1 << _SLOT_BITS) - 1
@@ -47,21 +48,22 @@ class EvictionPolicy(Protocol):
 class Queue:
     """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key moves there again.
 
-    A hidden key keeps its place until it comes up at the head; then it goes aside. Keys go aside in the order of their
-    places and are before all that are still in the queue, so when they are shown the number of their going aside is
-    their place. Each operation is O(1) whatever is hidden, but for keys that went aside and were shown: O(log) of
-    their number. Takes about 110 bytes a key, the key not counted.
+    The queue is a plain dict, which keeps the order of entry and is quick but for its head, since what has left there
+    is skipped at each look. So evict looks there for many keys at a time: they go aside, numbered in the order of
+    their places, which are before all that are still in the queue; the visible ones become candidates, and a
+    hidden one does when it is shown. Each operation is O(1) amortised whatever is hidden, but for the heap of
+    candidates. Takes 42 to 60 bytes a key, the key not counted.
     """
 
-    __slots__ = ("_aside", "_hidden", "_last", "_queue", "_returned", "_touch_moves")
+    __slots__ = ("_aside", "_candidates", "_hidden", "_last", "_queue", "_touch_moves")
 
     def __init__(self, touch_moves: bool) -> None:
         self._touch_moves = touch_moves
-        self._queue: OrderedDict[bytes, None] = OrderedDict()
+        self._queue: dict[bytes, None] = {}
         self._hidden: set[bytes] = set()
         self._aside: dict[bytes, int] = {}  # key -> its number; not in the queue
         self._last = 0  # number given
-        self._returned: list[tuple[int, bytes]] = []  # heap of keys aside that were shown, some of them stale
+        self._candidates: list[tuple[int, bytes]] = []  # heap of visible keys aside, and of some that were
 
     def insert(self, key: bytes) -> None:
         """Add a key that is not there yet, visible."""
@@ -71,14 +73,11 @@ class Queue:
 
     def touch(self, key: bytes) -> None:
         """Count one use of a key, hidden or not."""
-        if key in self._queue:
-            if self._touch_moves:
-                self._queue.move_to_end(key)
-        else:
-            assert key in self._aside, f"{key.hex()} was never inserted"
-            if self._touch_moves:
-                del self._aside[key]
-                self._queue[key] = None
+        home = self._queue if key in self._queue else self._aside
+        assert key in home, f"{key.hex()} was never inserted"
+        if self._touch_moves:
+            del home[key]
+            self._queue[key] = None
 
     def remove(self, key: bytes) -> None:
         """Forget a key, hidden or not."""
@@ -103,27 +102,31 @@ class Queue:
         self._hidden.remove(key)
         number = self._aside.get(key)
         if number is not None:
-            heappush(self._returned, (number, key))
-            if len(self._returned) > 2 * len(self._aside) + _SLACK:
-                self._returned = [(number, key) for key, number in self._aside.items() if key not in self._hidden]
-                heapify(self._returned)
+            heappush(self._candidates, (number, key))
+            if len(self._candidates) > 2 * len(self._aside) + _SLACK:
+                self._candidates = [(number, key) for key, number in self._aside.items() if key not in self._hidden]
+                heapify(self._candidates)
 
     def evict(self) -> bytes | None:
         """Forget and return the first candidate; None: there is none."""
-        queue, aside, hidden = self._queue, self._aside, self._hidden
-        while len(queue) + len(aside) > len(hidden):
-            if self._returned:
-                number, key = heappop(self._returned)
-                if aside.get(key) == number and key not in hidden:
+        aside, hidden = self._aside, self._hidden
+        while len(self._queue) + len(aside) > len(hidden):
+            while self._candidates:
+                _, key = heappop(self._candidates)
+                if key in aside and key not in hidden:
                     del aside[key]
                     return key
-            else:
-                key, _ = queue.popitem(last=False)
-                if key not in hidden:
-                    return key
-                self._last += 1
-                aside[key] = self._last
+            self._set_aside()
         return None
+
+    def _set_aside(self) -> None:
+        """Take keys from the queue's head; only while there is no candidate, whose number would become stale."""
+        for key in list(islice(self._queue, min(len(self._queue) // 64, _MOST_ASIDE) + _SLACK)):
+            del self._queue[key]
+            self._last += 1
+            self._aside[key] = self._last
+            if key not in self._hidden:
+                self._candidates.append((self._last, key))  # a heap, since numbers rise
 
 
 class Ranked:
