@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import kvkeep
+from kvkeep.cli.check import check
 from kvkeep.cli.doctor import doctor
 from kvkeep.cli.serve import serve, stats
 from kvkeep.errors import KVKeepError
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(check)
 app.command()(doctor)
 app.command()(serve)
 app.command()(stats)
