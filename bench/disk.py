@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from rows import Case, Row, alternate, say, seconds, show, write
 
+from kvkeep.cli.rows import Case, Row, alternate, say, seconds, show, write
 from kvkeep.tiers.directio import aligned_bytes
 from kvkeep.tiers.disk import DiskOptions, DiskTier, open_disk
 from kvkeep.tiers.record import first_bad_range, record_nbytes
@@ -35,11 +35,16 @@ TINY = 4096
 class Bench:
     """A tier in a directory of its own, `count` chunks of `nbytes`, and the loop that drives it."""
 
-    def __init__(self, root: Path, nbytes: int, count: int, durability: Durability = Durability.NONE) -> None:
+    def __init__(self, root: Path, nbytes: int, count: int, durability: Durability, direct: bool) -> None:
         self.root = root
         self.loop = asyncio.new_event_loop()
         options = DiskOptions(
-            directories=(str(root),), limit_nbytes=64 << 30, threads=THREADS, durability=durability, min_free_nbytes=0
+            directories=(str(root),),
+            limit_nbytes=64 << 30,
+            threads=THREADS,
+            durability=durability,
+            min_free_nbytes=0,
+            direct=direct,
         )
         self.tier: DiskTier = self.loop.run_until_complete(open_disk(options))
         self.loop.run_until_complete(self.tier.looked_through())
@@ -74,8 +79,9 @@ class Bench:
         assert stored == [Stored.STORED] * len(self.writes)
         return elapsed
 
-    def load(self) -> float:
-        self._cold()
+    def load(self, cold: bool = True) -> float:
+        if cold:
+            self._cold()
         found: list[bytes | None] = []
         elapsed = seconds(lambda: found.extend(self.loop.run_until_complete(self.tier.load(self.reads))))
         assert None not in found
@@ -84,8 +90,9 @@ class Bench:
     def delete(self) -> None:
         self.loop.run_until_complete(self.tier.delete([one.key for one in self.writes]))
 
-    def raw_load(self) -> float:
-        self._cold()
+    def raw_load(self, cold: bool = True) -> float:
+        if cold:
+            self._cold()
         return seconds(lambda: list(self.pool.map(self._raw_read, range(len(self.writes)))))
 
     def raw_store(self) -> float:
@@ -167,14 +174,14 @@ def verify_rows(make: Callable[..., Bench]) -> list[Row]:
 
 
 def metadata_rows(make: Callable[..., Bench]) -> list[Row]:
-    """All that is not the transfer itself, a chunk: chunks of one page, 512 a call; one page written is in it."""
-    bench = make(TINY, 512)
+    """All that is not the transfer itself, a chunk: chunks of one page that are in the page cache, 512 a call."""
+    bench = make(TINY, 512, Durability.NONE, False)
     per_chunk = 1e6 / 512
     stored, wrote = alternate(
         8, lambda: (bench.store() * per_chunk, bench.delete())[0], lambda: bench.raw_store() * per_chunk
     )
     bench.store()
-    loaded, read = alternate(8, lambda: bench.load() * per_chunk, lambda: bench.raw_load() * per_chunk)
+    loaded, read = alternate(8, lambda: bench.load(False) * per_chunk, lambda: bench.raw_load(False) * per_chunk)
     bench.close()
     return [
         Case("disk-metadata", "us", "open, preadv, close", goal="<= 60 us").row(loaded, read),
@@ -268,8 +275,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.dir, prefix="kvkeep-bench-") as directory:
         numbers = iter(range(1000))
 
-        def make(nbytes: int, count: int, durability: Durability = Durability.NONE) -> Bench:
-            return Bench(Path(directory) / str(next(numbers)), nbytes, count, durability)
+        def make(nbytes: int, count: int, durability: Durability = Durability.NONE, direct: bool = True) -> Bench:
+            return Bench(Path(directory) / str(next(numbers)), nbytes, count, durability, direct)
 
         groups: dict[str, Callable[[], list[Row]]] = {
             "32m": lambda: transfers(make, "32m", 32 << 20, 8, 7, ">= 0.95"),

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from rows import Case, Row, alternate, say, seconds, show, write
 
+from kvkeep.cli.rows import Case, Row, alternate, say, seconds, show, write
 from kvkeep.config import Config
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.cache_engine import CacheEngine

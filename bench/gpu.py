@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rows import Case, Row, alternate, say, seconds, show, write
 
+from kvkeep.cli.rows import Case, Row, alternate, say, seconds, show, write
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.choice import decide

@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rows import Case, Row, say, show, write
 from ttft import BUILD, KVKEEP, ROOT, Asked, Engine, engine, lmcache_server, times
+
+from kvkeep.cli.rows import Case, Row, say, show, write
 
 DISK = BUILD / "bench" / "disk"
 DROP = Path("/proc/sys/vm/drop_caches")

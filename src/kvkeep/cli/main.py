@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import kvkeep
 from kvkeep.cli.bench import bench
+from kvkeep.cli.check import check
 from kvkeep.cli.doctor import doctor
 from kvkeep.cli.serve import serve, stats
 from kvkeep.errors import KVKeepError
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bench)
+app.command()(check)
 app.command()(doctor)
 app.command()(serve)
 app.command()(stats)

@@ -196,9 +196,9 @@ def posix_files() -> Files:
 
 def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> int:
     """Fill the buffers from the file's beginning; bytes read, fewer only where the file ends."""
-    done, wanted = 0, sum(one.nbytes for one in buffers)
+    done, wanted = 0, sum([one.nbytes for one in buffers])
     while done < wanted:
-        got = data.readv(fd, _rest(buffers, done), done)
+        got = data.readv(fd, _rest(buffers, done) if done else buffers, done)
         if got == 0:
             break
         done += got
@@ -207,9 +207,9 @@ def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> int:
 
 def write_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> None:
     """Write the buffers from the file's beginning; OSError if not all of it can be written."""
-    done, wanted = 0, sum(one.nbytes for one in buffers)
+    done, wanted = 0, sum([one.nbytes for one in buffers])
     while done < wanted:
-        put = data.writev(fd, _rest(buffers, done), done)
+        put = data.writev(fd, _rest(buffers, done) if done else buffers, done)
         if put == 0:
             raise OSError(errno.EIO, "the device takes no more bytes")
         done += put

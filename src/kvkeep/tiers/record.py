@@ -27,7 +27,7 @@ KEY_NBYTES = NAMESPACE_NBYTES + DIGEST_NBYTES
 
 _MAGIC = b"kvkeep\r\n"  # a transfer that converts line ends breaks it
 _FIXED = struct.Struct("<8sHHIIIQ16s32s")
-_RANGE = np.dtype([("nbytes", "<u8"), ("sum", "V16")])
+_RANGE = struct.Struct("<Q16s")
 _MAX_PAGES = 1024  # room for 174,000 ranges; bounds what a reader allocates for bytes that are no header
 _MAX_RANGE_NBYTES = 1 << 48
 
@@ -49,7 +49,7 @@ class Header(NamedTuple):
 
 def header_nbytes(ranges: int) -> int:
     """How many bytes the header of a record of so many ranges takes."""
-    return padded_nbytes(_FIXED.size + ranges * _RANGE.itemsize + SUM_NBYTES)
+    return padded_nbytes(_FIXED.size + ranges * _RANGE.size + SUM_NBYTES)
 
 
 def record_nbytes(sizes: Sequence[int]) -> int:
@@ -70,9 +70,9 @@ def encode_header(header: Header, out: Bytes) -> None:
     fixed = (_MAGIC, VERSION, pages, count, header.codec, 0, header.epoch, namespace, digest)
     out[:] = 0
     _FIXED.pack_into(out.data, 0, *fixed)
-    table = out[_FIXED.size : _FIXED.size + count * _RANGE.itemsize].view(_RANGE)
-    table["nbytes"] = header.sizes
-    table["sum"] = np.frombuffer(header.sums, "V16")
+    for number, size in enumerate(header.sizes):
+        one = header.sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES]
+        _RANGE.pack_into(out.data, _FIXED.size + number * _RANGE.size, size, one)
     out[-SUM_NBYTES:] = np.frombuffer(_sum(out[:-SUM_NBYTES]), np.uint8)
 
 
@@ -98,18 +98,18 @@ def decode_header(octets: Bytes) -> Header:
     nbytes = announced_header_nbytes(octets)
     if octets.nbytes < nbytes:
         raise CorruptChunk(f"torn: {octets.nbytes} of the header's {nbytes} bytes")
-    octets = octets[:nbytes]
-    if _sum(octets[:-SUM_NBYTES]) != octets[-SUM_NBYTES:].tobytes():
+    data = octets[:nbytes].tobytes()
+    if xxhash.xxh3_128_digest(data[:-SUM_NBYTES]) != data[-SUM_NBYTES:]:
         raise CorruptChunk("the header's checksum does not hold")
-    _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(octets.data)
-    end = _FIXED.size + count * _RANGE.itemsize
-    table = octets[_FIXED.size : end].view(_RANGE)
-    sizes = table["nbytes"]
-    if ((sizes == 0) | (sizes >= _MAX_RANGE_NBYTES) | (sizes % ALIGN_NBYTES != 0)).any():
+    _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(data)
+    end = _FIXED.size + count * _RANGE.size
+    table = list(_RANGE.iter_unpack(data[_FIXED.size : end]))
+    sizes = tuple([nbytes for nbytes, _ in table])
+    if any(not 0 < size < _MAX_RANGE_NBYTES or size % ALIGN_NBYTES for size in sizes):
         raise CorruptChunk("a range's size is no multiple of 4 KiB")
-    if reserved or octets[end:-SUM_NBYTES].any():
+    if reserved or data[end:-SUM_NBYTES].strip(b"\0"):
         raise CorruptChunk("bytes that version 1 does not use are not zero")
-    return Header(namespace + digest, epoch, tuple(sizes.tolist()), table["sum"].tobytes(), codec)
+    return Header(namespace + digest, epoch, sizes, b"".join([one for _, one in table]), codec)
 
 
 def first_bad_range(payload: Bytes, sizes: Sequence[int], sums: bytes) -> int | None:

@@ -1,0 +1,73 @@
+"""`kvkeep check DIR`: reads every record of a disk tier's directory, says what is wrong, removes it if asked to.
+
+Knows nothing about a running store beyond the lock on its directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from contextlib import nullcontext, suppress
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.boot import lock_directory
+from kvkeep.tiers.directio import Files, posix_files
+from kvkeep.tiers.scrub import Condition, Finding, known_epochs, record_paths, scrub
+
+_SHOWN = 100  # lines of a report that a person reads
+
+
+def check(
+    directory: Annotated[str, typer.Argument(help="A directory of the disk tier.")],
+    repair: Annotated[bool, typer.Option(help="Remove what is bad; no store may use the directory.")] = False,
+) -> None:
+    """Verify every record; exit status 1 if something is bad and still there."""
+    if not os.path.isdir(directory):
+        raise TierUnavailable(f"{directory} is no directory")
+    files = posix_files()
+    with open(lock_directory(files, directory), "rb") if repair else nullcontext():
+        bad, counts = examine(files, directory)
+        left = [one for one in bad if not (repair and _removed(files, one.path))]
+    console = Console(soft_wrap=True, highlight=False)
+    for one in bad[:_SHOWN]:
+        console.print(f"{one.condition.value}: {one.path}: {one.why}", markup=False)
+    if len(bad) > _SHOWN:
+        console.print(f"... and {len(bad) - _SHOWN} more")
+    total = sum(counts.values())
+    parts = [f"{counts[one]} {one.value}" for one in Condition if counts[one] or one is Condition.GOOD]
+    console.print(f"{total} records: {', '.join(parts)}" + (f"; {len(bad) - len(left)} removed" if repair else ""))
+    if left:
+        raise typer.Exit(1)
+
+
+def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condition]]:
+    """The bad records, and how many there are of each kind; shows a bar on a terminal."""
+    try:
+        records, epochs = record_paths(files, directory), known_epochs(files, directory)
+    except OSError as error:
+        raise TierUnavailable(f"{directory} cannot be read: {error}") from error
+    console = Console(stderr=True)
+    findings = track(
+        scrub(files, records, epochs), "verifying", len(records), console=console, disable=not console.is_terminal
+    )
+    bad: list[Finding] = []
+    counts: Counter[Condition] = Counter()
+    for one in findings:
+        if one is None:
+            continue
+        counts[one.condition] += 1
+        if one.condition is not Condition.GOOD:
+            bad.append(one)
+    return bad, counts
+
+
+def _removed(files: Files, path: str) -> bool:
+    with suppress(OSError):
+        files.names.unlink(path)
+        return True
+    return False

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvkeep.cli.main import app
+from kvkeep.testing.faulty_files import flip_bit
+from kvkeep.testing.tier_conformance import holds, key, write_of
+from kvkeep.tiers.disk import DiskOptions, open_disk
+
+WRITES = [write_of(key(number)) for number in range(6)]
+
+
+def path_of(root: Path, number: int) -> str:
+    one = WRITES[number].key
+    return f"{root}/{one[:16].hex()}/{one[16:17].hex()}/{one[16:].hex()}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    asyncio.run(use(tmp_path / "disk", True))
+    return tmp_path / "disk"
+
+
+async def use(root: Path, stores: bool) -> list[bool]:
+    tier = await open_disk(DiskOptions(directories=(str(root),), limit_nbytes=1 << 20, min_free_nbytes=0))
+    await tier.looked_through()
+    if stores:
+        await tier.store(WRITES)
+    there = [await holds(tier, one) for one in WRITES]
+    await tier.aclose()
+    return there
+
+
+def spoil(root: Path) -> None:
+    os.truncate(path_of(root, 0), 5000)
+    os.truncate(path_of(root, 1), 100)
+    flip_bit(path_of(root, 2), 8 * 5000)
+    flip_bit(path_of(root, 3), 8 * 50)
+    shutil.copy(path_of(root, 5), path_of(root, 4))
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["check", *arguments])
+
+
+def test_good_records_are_good(root: Path) -> None:
+    result = invoke(str(root))
+    assert (result.exit_code, result.output) == (0, "6 records: 6 good\n")
+
+
+def test_every_kind_of_bad_record_is_named(root: Path) -> None:
+    spoil(root)
+    result = invoke(str(root))
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == "6 records: 1 good, 2 torn, 1 foreign, 2 corrupt"
+    for number, kind in enumerate(("torn", "torn", "corrupt", "corrupt", "foreign")):
+        assert f"{kind}: {path_of(root, number)}: " in result.output
+    assert os.path.exists(path_of(root, 0)), "a check alone removes nothing"
+
+
+def test_a_repair_leaves_what_is_good(root: Path) -> None:
+    spoil(root)
+    result = invoke(str(root), "--repair")
+    assert result.exit_code == 0
+    assert "; 5 removed" in result.output
+    assert invoke(str(root)).output == "1 records: 1 good\n"
+    assert asyncio.run(use(root, False)) == [False] * 5 + [True]
+
+
+def test_records_without_their_epochs_are_old(root: Path) -> None:
+    (root / "epochs").unlink()
+    result = invoke(str(root))
+    assert result.exit_code == 1
+    assert "6 records: 0 good, 6 old" in result.output
+
+
+def test_a_directory_in_use_is_checked_but_not_repaired(root: Path) -> None:
+    async def test() -> None:
+        tier = await open_disk(DiskOptions(directories=(str(root),), limit_nbytes=1 << 20))
+        assert invoke(str(root)).exit_code == 0
+        result = invoke(str(root), "--repair")
+        assert result.exit_code == 2
+        assert "belongs to another process" in result.output
+        await tier.aclose()
+
+    asyncio.run(test())
+
+
+def test_no_directory_is_an_error(tmp_path: Path) -> None:
+    assert invoke(str(tmp_path / "none")).exit_code == 2
+    assert not (tmp_path / "none").exists()
