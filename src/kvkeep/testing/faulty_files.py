@@ -37,6 +37,7 @@ class FaultyDisk:
     after: Callable[[], None] = lambda: None
     free: Callable[[], int] | None = None
     calls: int = 0
+    waiting: int = 0  # calls that hang, or hung
     paths: dict[int, str] = field(default_factory=dict)  # of open descriptors
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -134,6 +135,8 @@ class FaultyDisk:
 
     def _call(self, name: str, path: str) -> _Turn:
         if name in self.hanging:
+            with self._lock:
+                self.waiting += 1
             self.wake.wait()
         return _Turn(self, name, path)
 
