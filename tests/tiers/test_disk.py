@@ -189,7 +189,7 @@ def test_an_unlinked_file_counts_until_it_is_closed(run: Any, opened: Any) -> No
             await tier.store(WRITES[:1])
             disk.hanging = frozenset({"readv"})
             load = asyncio.create_task(holds(tier, WRITES[0]))
-            while not disk.paths:
+            while not disk.waiting:
                 await asyncio.sleep(0)
             await tier.delete([WRITES[0].key])
             assert tier.figures().used_nbytes == RECORD, "the file is still open"
@@ -209,7 +209,7 @@ def test_a_record_that_is_read_is_not_evicted(run: Any, opened: Any) -> None:
             await tier.store(WRITES[:2])
             disk.hanging = frozenset({"readv"})
             load = asyncio.create_task(holds(tier, WRITES[0]))
-            while not disk.paths:
+            while not disk.waiting:
                 await asyncio.sleep(0)
             assert await tier.store(WRITES[2:3]) == [Stored.STORED]
             disk.wake.set()

@@ -216,6 +216,36 @@ def test_a_file_that_cannot_be_removed_is_counted_and_tried_again(run: Any, open
     run(test)
 
 
+def test_what_stays_behind_is_counted_until_the_next_boot(run: Any, opened: Any) -> None:
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files) as tier:
+            disk.fault = lambda call, _: errno.EIO if call in ("writev", "unlink") else 0
+            assert await tier.store(SMALL[:2]) == [Stored.REFUSED] * 2
+            assert tier.figures().used_nbytes >= 2 * RECORD, "two temporary files are still there"
+        async with opened() as tier:
+            assert tier.figures().used_nbytes == 0
+
+    run(test)
+
+
+def test_an_old_order_does_not_come_back(run: Any, opened: Any, root: Path, tmp_path: Path) -> None:
+    """Once something was stored, the bytes that a clean end noted are no bound any more, also not after a power cut."""
+
+    async def test() -> None:
+        async with opened() as tier:
+            await tier.store(SMALL[:2])
+        assert (root / "order").exists()
+        (tmp_path / "shadow").mkdir()
+        cut = PowerCut(FaultyDisk(), str(tmp_path / "shadow"))
+        async with opened(cut.files) as tier:
+            await tier.store(SMALL[2:4])
+            cut.cut()
+        assert not (root / "order").exists()
+
+    run(test)
+
+
 @pytest.mark.parametrize("short", [4096, 8192])
 def test_short_transfers_are_made_whole(run: Any, opened: Any, short: int) -> None:
     async def test() -> None:
@@ -281,7 +311,7 @@ def test_a_hanging_read_delays_nobody_else_and_no_end(run: Any, opened: Any) -> 
             disk.hanging = frozenset({"readv"})
             read, memory = memory_for(SMALL[0].key, (4096,))
             load = asyncio.create_task(_ignored(tier, read))
-            while not disk.hung:
+            while not disk.waiting:
                 await asyncio.sleep(0)
             disk.hanging = frozenset()
             assert await holds(tier, SMALL[1])
@@ -468,7 +498,7 @@ def test_a_clear_during_a_store_and_a_load(run: Any, opened: Any) -> None:
             disk.hanging = frozenset({"publish", "readv"})
             store = asyncio.create_task(tier.store(SMALL[1:2]))
             load = asyncio.create_task(tier.load([memory_for(SMALL[0].key, (4096,))[0]]))
-            while len(disk.paths) < 2:
+            while disk.waiting < 2:
                 await asyncio.sleep(0)
             await tier.clear(OURS)
             disk.wake.set()

@@ -45,7 +45,7 @@ async def main():
     await tier.store([write_of(key(1))])
     disk.hanging = frozenset({"readv"})
     load = asyncio.ensure_future(tier.load([memory_for(key(1))[0]]))
-    while not disk.paths:
+    while not disk.waiting:
         await asyncio.sleep(0)
     await tier.aclose()
     print("closed", load.done(), flush=True)

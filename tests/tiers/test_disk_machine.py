@@ -177,10 +177,12 @@ class DiskMachine(RuleBasedStateMachine):
             self.may_hold.add(number)
 
     def teardown(self) -> None:
-        self.is_exact()
-        self.do(self.tier.aclose())
-        self.loop.close()
-        shutil.rmtree(self.root)
+        try:
+            self.is_exact()
+        finally:
+            self.do(self.tier.aclose())
+            self.loop.close()
+            shutil.rmtree(self.root)
 
 
 class TestDisk(DiskMachine.TestCase):  # type: ignore[name-defined,misc]

@@ -24,8 +24,8 @@ class FaultyDisk:
 
     `fault(call, path)` gives the error number that this call fails with, 0: none. `short` makes every transfer stop at
     so many bytes (a multiple of 4 KiB where it is direct). From call `kill_at` on nothing has any effect, and what is
-    written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`, `hung` counts
-    them. `after` runs after each. `free` stands for the file system's free bytes.
+    written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`. `after` runs after each.
+    `free` stands for the file system's free bytes.
     """
 
     real: Files = field(default_factory=posix_files)
@@ -37,7 +37,7 @@ class FaultyDisk:
     after: Callable[[], None] = lambda: None
     free: Callable[[], int] | None = None
     calls: int = 0
-    hung: int = 0
+    waiting: int = 0  # calls that hang, or hung
     paths: dict[int, str] = field(default_factory=dict)  # of open descriptors
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -135,7 +135,8 @@ class FaultyDisk:
 
     def _call(self, name: str, path: str) -> _Turn:
         if name in self.hanging:
-            self.hung += 1
+            with self._lock:
+                self.waiting += 1
             self.wake.wait()
         return _Turn(self, name, path)
 
