@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         populating.start()
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
         try:
-            asyncio.run(_served(server, options))
+            serve_to_the_end(server, open_tiers(options.disk, server.walk.add), DRAIN_S)
         finally:
             closing.set()
             if path is not None:
@@ -169,17 +170,21 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-async def _served(server: Server, options: StoreOptions) -> None:
-    """Serves until the end, which SIGTERM and SIGINT are too; then writes what waits, within a limit."""
-    loop = asyncio.get_running_loop()
+def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:
+    """Serves until the end, which SIGTERM and SIGINT are too; `opening` opens the tiers meanwhile.
+
+    Then what waits to be written is written, for at most `drain_s` seconds. The loop is left as it is: to close it well
+    is to wait for a device that may hang.
+    """
+    loop = asyncio.new_event_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
-    opening = loop.create_task(open_tiers(options.disk, server.walk.add))
-    await server.serve()
-    opening.cancel()
-    left = await server.walk.aclose(DRAIN_S)
+    task = loop.create_task(opening)
+    loop.run_until_complete(server.serve())
+    task.cancel()
+    left = loop.run_until_complete(server.walk.aclose(drain_s))
     if left:
-        log.warning("%d chunks were not written within %.0f s and are only lost from this start's pool", left, DRAIN_S)
+        log.warning("%d chunks were not written within %.0f s: they are lost with this start's pool", left, drain_s)
 
 
 def _populate(region: Region, store: Store, closing: threading.Event) -> None:

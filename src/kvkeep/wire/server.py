@@ -165,8 +165,9 @@ class Server:
         elif isinstance(message, m.Fetch):
             self._fetch(peer, session, message)
         elif isinstance(message, m.Clear):
+            namespace = None if message.everything else session.namespace  # now: a rename may be the next message
             count = self.store.clear(session, message.everything)
-            self._go(self._clear(peer, session, m.Cleared(message.call, count), message.everything))
+            self._go(self._clear(peer, session, namespace, m.Cleared(message.call, count)))
         else:
             answer = self._asked(session, message)
             if answer is not None:
@@ -183,8 +184,8 @@ class Server:
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
         self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
 
-    async def _clear(self, peer: Peer, session: Session, answer: m.Cleared, everything: bool) -> None:
-        await self.walk.clear(None if everything else session.namespace)
+    async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
+        await self.walk.clear(namespace)
         if peer.session is session:
             try:
                 self._send(peer, answer)
@@ -238,7 +239,7 @@ class Server:
             case m.Discard():
                 digests = m.split_digests(message.digests)
                 store.discard(session, digests)
-                self._go(self.walk.discard(session, digests))
+                self._go(self.walk.discard(store.keys(session, digests)))
             case m.Rename():
                 store.rename(session, message.namespace)
             case m.AskStats():
