@@ -512,3 +512,35 @@ def test_a_clear_during_a_store_and_a_load(run: Any, opened: Any) -> None:
 
 def test_the_real_files_are_the_default() -> None:
     assert type(posix_files().names) is PosixNames
+
+
+# ---- files that somebody moved about
+
+
+@pytest.mark.parametrize("by", ["load", "delete"])
+def test_the_limit_holds_after_files_of_different_sizes_changed_places(
+    run: Any, opened: Any, root: Path, by: str
+) -> None:
+    """A small file in a large one's place: when it goes, the large one is still somewhere and still counts."""
+
+    async def test() -> None:
+        large, small, more = (write_of(key(n), (4096,) * ranges) for n, ranges in ((1, 8), (2, 1), (3, 8)))
+        limit_nbytes = record_nbytes(large.sizes) + record_nbytes(small.sizes) + 4 * 4096
+        disk = FaultyDisk()
+        async with opened(disk.files, limit_nbytes=limit_nbytes) as tier:
+            assert await tier.store([large, small]) == [Stored.STORED] * 2
+            paths = [next(root.glob(f"*/*/{one.key[16:].hex()}")) for one in (large, small)]
+            paths[0].rename(root / "aside")
+            paths[1].rename(paths[0])
+            (root / "aside").rename(paths[1])
+            if by == "load":
+                assert not await holds(tier, large)
+            else:
+                await tier.delete([large.key])
+            await tier.store([more])
+            assert disk.allocated_nbytes(str(root)) <= limit_nbytes
+            assert not await holds(tier, small)
+            await tier.store([])
+            assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
+
+    run(test)

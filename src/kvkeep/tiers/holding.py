@@ -162,18 +162,31 @@ class Holding:
     async def _unlink(self, batch: Sequence[tuple[Entry, Inode | None]], errand: Errand) -> None:
         keys = [(entry.key, inode) for entry, inode in batch]
         errand.job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.delete(keys))
-        gone: list[bool] = []
+        gone: list[int] = []
         try:
             gone = await errand.job.done or []
         finally:
             for place, (entry, _) in enumerate(batch):
                 entry.burying = False
-                if place < len(gone) and gone[place]:
-                    self.ledger.buried(entry)
+                if place < len(gone) and gone[place] >= 0:
+                    self.ledger.buried(entry, gone[place])
                 else:
                     self.unburied[entry.key] = entry
-        if not all(gone):
+        if min(gone, default=0) < 0:
             self.failed("a file cannot be removed")
+
+    async def survey(self) -> None:
+        """Counts anew what the records take, after a file turned out to take less than was counted for it."""
+        entries, adrift_nbytes = list(self.ledger.live.values()), self.ledger.adrift_nbytes
+        keys = [entry.key for entry in entries]
+        job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.sizes(keys))
+        try:
+            sizes = await job.done
+        except TierUnavailable as error:
+            self.failed(str(error))
+            return
+        if sizes is not None:
+            self.ledger.surveyed(dict(zip(entries, sizes, strict=True)), adrift_nbytes)
 
 
 def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:

@@ -45,6 +45,8 @@ class Stores:
         holding = self.holding
         if holding.unburied:
             await holding.bury((entry, None) for entry in list(holding.unburied.values()))
+        if holding.ledger.adrift_nbytes:
+            await holding.survey()
         answers: list[Stored | asyncio.Future[Stored]] = []
         fresh: list[Wanted] = []
         for write in writes:
