@@ -544,3 +544,28 @@ def test_the_limit_holds_after_files_of_different_sizes_changed_places(
             assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
 
     run(test)
+
+
+def test_what_is_written_again_while_it_is_found_counts_once_and_at_once(run: Any, opened: Any, root: Path) -> None:
+    """After a restart, before all is known: the file of an earlier boot and the one that is being written both count."""
+
+    async def test() -> None:
+        writes = [write_of(key(n), (4096,) * 4) for n in range(4)]
+        limit_nbytes = 5 * record_nbytes(writes[0].sizes) - 4096
+        async with opened(limit_nbytes=limit_nbytes) as tier:
+            assert await tier.store(writes) == [Stored.STORED] * 4
+        most = 0
+
+        def look() -> None:
+            nonlocal most
+            most = max(most, disk.allocated_nbytes(str(root)))
+
+        disk = FaultyDisk(after=look)
+        async with opened(disk.files, at_once=True, limit_nbytes=limit_nbytes) as tier:
+            for one in writes:
+                await tier.store([one])
+            await tier.looked_through()
+            assert most <= limit_nbytes
+            assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
+
+    run(test)

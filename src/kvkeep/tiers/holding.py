@@ -68,11 +68,15 @@ class Counts:
 
 @dataclass(eq=False)
 class Pending:
-    """A record that is being written; `doomed`: it was deleted meanwhile."""
+    """A record that is being written; `doomed`: it was deleted meanwhile.
+
+    `found_nbytes` are those of a file that the look through found under its name: of an earlier boot, or its own.
+    """
 
     epoch: int
     outcome: asyncio.Future[Stored]
     doomed: bool = False
+    found_nbytes: int = 0
 
 
 @dataclass(eq=False)
@@ -138,6 +142,24 @@ class Holding:
             raise
         for task in tasks:
             task.result()
+
+    def meet(self, key: bytes, nbytes: int) -> bool:
+        """A file was found under the name of a record that is being written: it counts until the write has ended."""
+        pending = self.writing.get(key)
+        if pending is not None:
+            pending.found_nbytes = nbytes
+            self.ledger.count(nbytes)
+        return pending is not None
+
+    def part(self, key: bytes, stored: Stored) -> None:
+        """The write has ended: what was found is its own, is known, or is left alone and joins the ledger."""
+        pending = self.writing.pop(key)
+        self.ledger.count(-pending.found_nbytes)
+        known = key in self.ledger.live or key in self.ledger.dying
+        if pending.found_nbytes and stored is Stored.REFUSED and not known:
+            entry = self.ledger.learn(key, pending.found_nbytes)
+            if pending.doomed or self.epoch(key) != pending.epoch:
+                self.unburied[key] = self.ledger.kill(entry)
 
     async def carry_out(self, call: Callable[[], None]) -> None:
         """Runs a call in a thread; TierUnavailable where it failed, or never ran."""

@@ -83,6 +83,10 @@ class Ledger:
         self._held_nbytes += nbytes
         return self._enter(key, nbytes, early=True)
 
+    def count(self, nbytes: int) -> None:
+        """Count bytes of an earlier boot that no record stands for yet; below 0: no more."""
+        self._held_nbytes += nbytes
+
     def adopt(self, key: bytes, nbytes: int) -> None:
         """A record was found in the directory; the older in use come first. Known and deleted ones are skipped."""
         if key not in self.live and key not in self.dying and key not in self.gone:

@@ -136,7 +136,7 @@ class Stores:
         if one.pending.outcome.done():
             return
         one.pending.outcome.set_result(stored)
-        del holding.writing[one.write.key]
+        holding.part(one.write.key, stored)
         holding.counts.stored += stored is Stored.STORED
         holding.counts.present += stored is Stored.PRESENT
         holding.counts.refused += stored is Stored.REFUSED
