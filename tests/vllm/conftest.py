@@ -20,6 +20,7 @@ from kvkeep.wire.process import join_shared
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
 RUN = Path(__file__).parent / "engines" / "run.py"
+USED_MODELS = ("tiny", "tinyb", "smollm2", "hybrid", "mla")
 LIMIT_S = 400
 
 
@@ -258,7 +259,7 @@ def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str], SharedStore]) -> Runs:
     """The session's engine runs."""
-    make_models("tiny", "tinyb", "hybrid", "smollm2")
+    make_models(*USED_MODELS)
     return Runs(tmp_path_factory.mktemp("engines"), shared_stores)
 
 
