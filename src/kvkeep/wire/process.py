@@ -43,11 +43,12 @@ DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end mu
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What a store process needs to know: the pool's size, its eviction policy, what of it may be pinned, its tiers."""
+    """What a store process needs to know; the fields mean what the settings of these names mean."""
 
     pool_nbytes: int
     policy: str = "lru"
     max_pinned_share: float = 0.5
+    lease_time_s: float = 60.0
     log_level: str = "info"
     disk: DiskOptions | None = None
 
@@ -57,6 +58,7 @@ class StoreOptions:
             f"--pool-nbytes={self.pool_nbytes}",
             f"--policy={self.policy}",
             f"--max-pinned-share={self.max_pinned_share}",
+            f"--lease-time-s={self.lease_time_s}",
             f"--log-level={self.log_level}",
             *([f"--disk={msgspec.json.encode(self.disk).decode()}"] if self.disk is not None else []),
         ]
@@ -64,7 +66,14 @@ class StoreOptions:
 
 def store_options(config: Config, pool_nbytes: int) -> StoreOptions:
     """What the settings say of a store with a pool of this size."""
-    return StoreOptions(pool_nbytes, config.policy, config.max_pinned_share, config.log_level, disk_options(config))
+    return StoreOptions(
+        pool_nbytes=pool_nbytes,
+        policy=config.policy,
+        max_pinned_share=config.max_pinned_share,
+        lease_time_s=config.lease_time_s,
+        log_level=config.log_level,
+        disk=disk_options(config),
+    )
 
 
 @dataclass
@@ -152,7 +161,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
     check_room(options.pool_nbytes)
     with Region.create(options.pool_nbytes) as region:
         index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
-        store = Store(index, options.pool_nbytes, options.max_pinned_share)
+        store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
         server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
