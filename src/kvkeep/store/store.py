@@ -217,6 +217,7 @@ class Store:
             "evictions": stats.evictions,
             "revoked": self.revoked,
             "sessions": len(self.sessions),
+            "lingering": len(self.lingering),
         }
 
     def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:

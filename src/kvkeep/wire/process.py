@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -16,6 +17,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +35,12 @@ from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_options, open_tiers
 from kvkeep.wire.server import Server
+from kvkeep.wire.systemd import notify
 
 log = logging.getLogger("kvkeep.store")
 
 POPULATE_PIECE_NBYTES = 16 << 20
+POPULATE_SAY_S = 2.0
 END_LIMIT_S = 5.0
 DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
 
@@ -159,6 +163,7 @@ def listen(path: Path) -> socket.socket:
 def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
     check_room(options.pool_nbytes)
+    _allow_descriptors()
     with Region.create(options.pool_nbytes) as region:
         index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
         store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
@@ -184,11 +189,22 @@ async def _served(server: Server, options: StoreOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
     opening = loop.create_task(open_tiers(options.disk, server.walk.add))
+    notify("READY=1", os.environ)
     await server.serve()
+    notify("STOPPING=1", os.environ)
     opening.cancel()
-    left = await server.walk.aclose(DRAIN_S)
-    if left:
-        log.warning("%d chunks were not written within %.0f s and are only lost from this start's pool", left, DRAIN_S)
+    chunks = server.store.figures()["chunks"]
+    dropped = await server.walk.aclose(DRAIN_S)
+    if not server.walk.lines:
+        dropped = chunks
+    level = logging.WARNING if dropped and server.walk.lines else logging.INFO
+    log.log(level, "ended: the pool had %d chunks, %d of them were written nowhere and are dropped", chunks, dropped)
+
+
+def _allow_descriptors() -> None:
+    """Raises the soft limit to the hard one: a store has one descriptor a client and one a process of its session."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _populate(region: Region, store: Store, closing: threading.Event) -> None:
@@ -196,6 +212,7 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
 
     If memory runs out the store stops lending rather than let a worker's copy be killed.
     """
+    began_s = said_s = time.monotonic()
     for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
         if closing.is_set():
             return
@@ -205,3 +222,12 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
             store.lending = False
             log.error("nothing new is stored: %s", error)
             return
+        if time.monotonic() - said_s > POPULATE_SAY_S:
+            said_s = time.monotonic()
+            _say(f"populating the pool: {100 * start // region.nbytes} %, {said_s - began_s:.0f} s")
+    _say(f"the pool is populated: {region.nbytes / 2**30:.2f} GiB in {time.monotonic() - began_s:.1f} s")
+
+
+def _say(text: str) -> None:
+    log.info("%s", text)
+    notify(f"STATUS={text}", os.environ)
