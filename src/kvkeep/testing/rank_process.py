@@ -1,0 +1,149 @@
+"""A rank of the fake engine in a process of its own, so that it can be stopped and killed by itself.
+
+The process is forked, for it works on the fake model's caches, which are shared memory. Knows nothing about stores.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.plan import Report, StepPlan
+from kvkeep.engine.worker import Worker
+from kvkeep.memory.pool import Lease
+from kvkeep.transfer.transfer import Blocks, Transfer
+from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.handoff import PoolDoor
+
+LOADS, STORES, CLOSE = b"L", b"S", b"C"
+RANK_DIED = 3  # the exit status of an engine whose rank has ended
+
+
+class Told(NamedTuple):
+    """What a rank has finished since it was asked before."""
+
+    report: Report
+    failed_blocks: set[int]
+    loaded: dict[str, bool]
+
+
+class RankProcess:
+    """Plays a `Worker`: each call goes to the process and comes back when it is done there, however long that takes."""
+
+    def __init__(self, rank: int, transfer: Transfer, door: PoolDoor) -> None:
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._frames = FrameReader()
+        self._told: list[Told] = []
+        self.pid = os.fork()
+        if not self.pid:
+            self._sock.close()
+            os._exit(_served(Worker(rank, transfer, door), theirs))
+        theirs.close()
+
+    def start_loads(self, plan: StepPlan) -> None:
+        """As `Worker.start_loads`."""
+        if plan.loads:
+            self._call(LOADS, plan)
+
+    def start_stores(self, plan: StepPlan) -> None:
+        """As `Worker.start_stores`."""
+        if plan.stores:
+            self._call(STORES, plan)
+
+    def take_report(self) -> Report:
+        """As `Worker.take_report`; the last of the three `take_...` that are asked after a step."""
+        told, self._told = self._told, []
+        report = Report()
+        for one in told:
+            report = report.merged(one.report)
+        return report
+
+    def take_failed_blocks(self) -> set[int]:
+        """As `Worker.take_failed_blocks`."""
+        return set().union(*(one.failed_blocks for one in self._told))
+
+    def take_loaded(self) -> dict[str, bool]:
+        """As `Worker.take_loaded`."""
+        return {name: held for one in self._told for name, held in one.loaded.items()}
+
+    def close(self) -> None:
+        """Ends the process and waits for it."""
+        self._sock.sendall(framed(CLOSE))
+        self._sock.close()
+        os.waitpid(self.pid, 0)
+
+    def _call(self, verb: bytes, plan: StepPlan) -> None:
+        self._sock.sendall(framed(verb + msgspec.msgpack.encode(plan)))
+        while True:
+            data = self._sock.recv(1 << 16)
+            if not data:
+                os._exit(RANK_DIED)  # what vLLM does: an engine does not outlive its ranks
+            for payload in self._frames.feed(data):
+                self._told.append(msgspec.msgpack.decode(payload, type=Told))
+                return
+
+
+def _served(worker: Worker, sock: socket.socket) -> int:
+    """The life of a rank's process: its exit status."""
+    frames = FrameReader()
+    while data := sock.recv(1 << 16):
+        for payload in frames.feed(data):
+            verb, rest = payload[:1], payload[1:]
+            if verb == CLOSE:
+                worker.close()
+                return 0
+            plan = msgspec.msgpack.decode(rest, type=StepPlan)
+            if verb == LOADS:
+                worker.start_loads(plan)
+            else:
+                worker.start_stores(plan)
+            told = Told(worker.take_report(), worker.take_failed_blocks(), worker.take_loaded())
+            sock.sendall(framed(msgspec.msgpack.encode(told)))
+    worker.close()
+    return 1
+
+
+@dataclass
+class StoppingTransfer:
+    """`inner`, but it stops its own process (SIGSTOP) right before it copies, once, when `flags[place]` is set.
+
+    `flags` are shared with whoever sets them: "gather" is at `place`, "scatter" behind it.
+    """
+
+    inner: Transfer
+    flags: memoryview
+    place: int
+
+    @property
+    def shard(self) -> ShardLayout:
+        """As `Transfer.shard`."""
+        return self.inner.shard
+
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool) -> bytes:
+        """As `Transfer.gather`."""
+        lease.views()
+        stop_here(self.flags, self.place)
+        return self.inner.gather(blocks, lease, seal)
+
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes) -> bool:
+        """As `Transfer.scatter`."""
+        stop_here(self.flags, self.place + 1)
+        return self.inner.scatter(lease, blocks, sums)
+
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`."""
+        self.inner.check(blocks, unique)
+
+
+def stop_here(flags: memoryview, place: int) -> None:
+    """Stops this process if the flag is set, and clears it."""
+    if flags[place]:
+        flags[place] = 0
+        os.kill(os.getpid(), signal.SIGSTOP)
