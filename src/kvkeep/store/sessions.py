@@ -60,7 +60,7 @@ class Session:
     def held_nbytes(self) -> int:
         """Bytes of all its leases, read and write."""
         writing = sum(
-            entry.extent.nbytes
+            entry.nbytes
             for lease in self.leases.values()
             if isinstance(lease, WriteLease)
             for entry in lease.entries.values()

@@ -13,7 +13,6 @@ from enum import Enum
 from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Index, Outcome
-from kvkeep.core.key import key_of
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
@@ -121,7 +120,7 @@ class Store:
         entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
         if entries:
             session.leases[lease] = self._writing[lease] = WriteLease(entries, self.clock())
-        places = [one.extent.offset if isinstance(one, Entry) else one for one in got]
+        places = [one.offset if isinstance(one, Entry) else one for one in got]
         return Reservation(lease if entries else 0, places)
 
     def revoke_overdue(self, keys: Sequence[bytes]) -> None:
@@ -157,15 +156,16 @@ class Store:
         held = session.leases.pop(lease, None)
         self._writing.pop(lease, None)
         if isinstance(held, ReadLease):
-            session.pinned_nbytes -= sum(entry.extent.nbytes for entry in held.entries)
+            session.pinned_nbytes -= sum(entry.nbytes for entry in held.entries)
             self.index.unpin(held.entries)
         elif held is not None:
             for entry in held.entries.values():
                 self.index.abandon(entry)
 
     def keys(self, session: Session, digests: Sequence[bytes]) -> list[bytes]:
-        """The keys of a session's digests."""
-        return [key_of(session.namespace, digest) for digest in digests]
+        """The keys of a session's digests; the lengths of both were checked when they came."""
+        namespace = session.namespace
+        return [namespace + digest for digest in digests]
 
     def next_lease(self) -> int:
         """A number that no lease and no session has had."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from kvkeep.wire.handoff import PoolDoor
 
 LOADS, STORES, CLOSE = b"L", b"S", b"C"
 RANK_DIED = 3  # the exit status of an engine whose rank has ended
+FAULT = 1  # of one whose rank has failed
 
 
 class Told(NamedTuple):
@@ -44,7 +47,14 @@ class RankProcess:
         self.pid = os.fork()
         if not self.pid:
             self._sock.close()
-            os._exit(_served(Worker(rank, transfer, door), theirs))
+            status = FAULT
+            try:
+                status = _served(Worker(rank, transfer, door), theirs)
+            finally:
+                if status == FAULT:
+                    traceback.print_exc()
+                    theirs.sendall(framed(b""))  # so that it is not taken for a rank that was killed
+                os._exit(status)
         theirs.close()
 
     def start_loads(self, plan: StepPlan) -> None:
@@ -80,20 +90,25 @@ class RankProcess:
         os.waitpid(self.pid, 0)
 
     def _call(self, verb: bytes, plan: StepPlan) -> None:
-        self._sock.sendall(framed(verb + msgspec.msgpack.encode(plan)))
-        while True:
-            data = self._sock.recv(1 << 16)
-            if not data:
-                os._exit(RANK_DIED)  # what vLLM does: an engine does not outlive its ranks
-            for payload in self._frames.feed(data):
-                self._told.append(msgspec.msgpack.decode(payload, type=Told))
-                return
+        try:
+            self._sock.sendall(framed(verb + msgspec.msgpack.encode(plan)))
+            answers: list[bytes] = []
+            while not answers:
+                data = self._sock.recv(1 << 16)
+                if not data:
+                    os._exit(RANK_DIED)
+                answers = self._frames.feed(data)
+        except ConnectionError:
+            os._exit(RANK_DIED)  # what vLLM does: an engine does not outlive its ranks
+        if not all(answers):
+            os._exit(FAULT)
+        self._told += [msgspec.msgpack.decode(one, type=Told) for one in answers]
 
 
 def _served(worker: Worker, sock: socket.socket) -> int:
     """The life of a rank's process: its exit status."""
     frames = FrameReader()
-    while data := sock.recv(1 << 16):
+    while data := _received(sock):
         for payload in frames.feed(data):
             verb, rest = payload[:1], payload[1:]
             if verb == CLOSE:
@@ -105,9 +120,17 @@ def _served(worker: Worker, sock: socket.socket) -> int:
             else:
                 worker.start_stores(plan)
             told = Told(worker.take_report(), worker.take_failed_blocks(), worker.take_loaded())
-            sock.sendall(framed(msgspec.msgpack.encode(told)))
+            with suppress(ConnectionError):
+                sock.sendall(framed(msgspec.msgpack.encode(told)))
     worker.close()
-    return 1
+    return RANK_DIED
+
+
+def _received(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(1 << 16)
+    except ConnectionError:
+        return b""  # the planner was killed
 
 
 @dataclass
