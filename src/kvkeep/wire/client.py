@@ -16,7 +16,7 @@ import msgspec
 
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.wire import messages as m
-from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
 from kvkeep.wire.holders import open_handles
 
 MAX_UNSENT_NBYTES = 8 << 20
@@ -184,14 +184,14 @@ class Client:
     def _take_in(self) -> None:
         while True:
             try:
-                data = self.sock.recv(1 << 18)
+                data = self.sock.recv(READ_NBYTES)
             except (BlockingIOError, InterruptedError):
                 return
             if not data:
                 raise StoreGone("the store closed the connection")
             for payload in self._frames.feed(data):
                 self._take(m.decoded_by_client(payload))
-            if len(data) < 1 << 18:
+            if len(data) < READ_NBYTES:
                 return
 
     def _take(self, answer: m.FromStore) -> None:
@@ -233,7 +233,7 @@ class Joining:
     def poll(self) -> Client | None:
         """The client once the welcome is here, else None; StoreGone or WireError if it will never come."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 4, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._sock, READ_NBYTES, 4, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:

@@ -23,7 +23,7 @@ from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
-from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
 from kvkeep.wire.holders import MAX_HOLDERS, Holders, holders_of
 
 log = logging.getLogger("kvkeep.store")
@@ -147,8 +147,8 @@ class Server:
     def _received(self, peer: Peer) -> bytes | None:
         try:
             if peer.session is not None:
-                return peer.sock.recv(1 << 18)
-            data, fds, _, _ = socket.recv_fds(peer.sock, 1 << 18, MAX_HOLDERS, socket.MSG_CMSG_CLOEXEC)
+                return peer.sock.recv(READ_NBYTES)
+            data, fds, _, _ = socket.recv_fds(peer.sock, READ_NBYTES, MAX_HOLDERS, socket.MSG_CMSG_CLOEXEC)
             peer.fds += fds
             if len(peer.fds) > MAX_HOLDERS:
                 raise WireError(f"more than {MAX_HOLDERS} descriptors")
