@@ -82,9 +82,11 @@ def path(tmp_path: Path) -> Iterator[Path]:
     command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", f"--pool-nbytes={ROOM * CHUNK}"]
     with subprocess.Popen([*CONTAINER, *command], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert "pool of" in process.stderr.readline()
-        yield path
-        process.kill()
+        try:
+            assert "pool of" in process.stderr.readline()
+            yield path
+        finally:
+            process.kill()
 
 
 def test_the_pool_and_the_end_of_its_users_cross_containers(path: Path) -> None:

@@ -172,8 +172,8 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
-        populating.start()
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
+        populating.start()
         try:
             asyncio.run(_served(server, options))
         finally:
