@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 SHELL  := /bin/bash
+MINUTES ?= 10
+FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers gpu-test gpu-bench
+.PHONY: help demo test check fast bench venv clean peers gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -47,6 +49,12 @@ gpu-bench:      ## there: bandwidth and what it costs the model, as a table and 
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
 	$(PY) bench/ttft.py --json bench/results/ttft.json
+
+chaos: $(VENV)/.ready   ## kill and stop store, engines and ranks at random under load: MINUTES=10, nothing wrong, nothing leaked
+	OMP_NUM_THREADS=1 $(PY) tests/chaos/chaos.py --minutes $(MINUTES)
+
+fuzz: $(VENV)/.ready    ## FRAMES=1000000 random and mutated frames from several clients against a real server
+	$(PY) tests/chaos/fuzz.py --frames $(FRAMES)
 
 clean:          ## remove what was built (not the virtual environment)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.json demo.png

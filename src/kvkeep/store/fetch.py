@@ -203,6 +203,7 @@ class Promotions:
         """Reserves room for the wanted chunks, as far as there is any now."""
         sizes = waiting.session.opening.sizes
         keys = [waiting.keys[place] for place in wanted]
+        self.store.revoke_overdue(keys)
         got = self.store.index.reserve(keys, sum(sizes), self.store.next_lease()) if keys else []
         started: list[Coming] = []
         for place, one in zip(wanted, got, strict=True):

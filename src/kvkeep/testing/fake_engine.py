@@ -26,6 +26,7 @@ from kvkeep.telemetry import Figures
 from kvkeep.testing.fake_blocks import FakeBlocks
 from kvkeep.testing.fake_model import PARTS, FakeModel
 from kvkeep.testing.fake_request import EngineShape, FakeRequest, Phase
+from kvkeep.testing.rank_process import RankProcess
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Transfer
@@ -41,10 +42,18 @@ Wrap = Callable[[int, Transfer], Transfer]
 
 
 class FakeEngine:
-    """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer."""
+    """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer.
+
+    `rank` makes a rank's half: in this process, or in one of its own.
+    """
 
     def __init__(
-        self, shape: EngineShape, source: Source, options: PlannerOptions | None = None, wrap: Wrap = lambda _, one: one
+        self,
+        shape: EngineShape,
+        source: Source,
+        options: PlannerOptions | None = None,
+        wrap: Wrap = lambda _, one: one,
+        rank: type[Worker | RankProcess] = Worker,
     ) -> None:
         self.shape = shape
         self.model = FakeModel(shape.groups, shape.ranks, shape.num_blocks)
@@ -57,7 +66,8 @@ class FakeEngine:
         self.asynchronous = len(shape.groups) > 1
         transfers = [wrap(rank, self._transfer(rank)) for rank in range(shape.ranks)]
         doors = [PoolDoor() for _ in transfers]
-        self.workers = [Worker(n, one, door) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
+        self.workers = [rank(n, one, door) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
+        self.pids = [os.getpid(), *(one.pid for one in self.workers if isinstance(one, RankProcess))]
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
@@ -360,7 +370,7 @@ class FakeEngine:
     def _hello(self, resumes: int) -> Hello:
         every = self.shape.verify_every
         sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]
-        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, [os.getpid()], every, resumes, sizes)
+        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, self.pids, every, resumes, sizes)
 
     def _asked(self, request: FakeRequest) -> Request:
         return Request(
