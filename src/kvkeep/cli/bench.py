@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
+from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.cli.bench_index import index_rows
 from kvkeep.cli.rows import Row, say, show, write
 
@@ -24,6 +25,7 @@ class Group(StrEnum):
     ALLOC = "alloc"
     POLICY = "policy"
     INDEX = "index"
+    ENGINE = "engine"
 
 
 ROWS: dict[Group, Callable[[int], list[Row]]] = {
@@ -31,6 +33,7 @@ ROWS: dict[Group, Callable[[int], list[Row]]] = {
     Group.ALLOC: alloc_rows,
     Group.POLICY: policy_rows,
     Group.INDEX: index_rows,
+    Group.ENGINE: engine_rows,
 }
 
 
@@ -39,9 +42,15 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="How often each case and its yardstick run, in turn.")] = 15,
     json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
 ) -> None:
-    """Measures keys, allocators, policies and the index, one thread each, in CPU time; takes about a minute."""
+    """Measures keys, allocators, policies and the index, one thread each, in CPU time, and CacheEngine; two minutes."""
+    chosen = groups or list(Group)
+    if Group.ENGINE in chosen and not has_torch():
+        say(WITHOUT_TORCH)
+        if groups:
+            raise typer.Exit(2)
+        chosen.remove(Group.ENGINE)
     made: list[Row] = []
-    for group in groups or list(Group):
+    for group in chosen:
         say(f"{group.value} ...")
         made += ROWS[group](runs)
     show(made, "kvkeep bench")
