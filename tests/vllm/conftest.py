@@ -125,6 +125,7 @@ SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
+    "block-hashes": Job("answers", keep={}, options={"prefix_caching_hash_algo": "sha256_cbor"}),
     "tight": Job("tight", keep={}, options=TIGHT),
     "tight-plain": Job("tight", options=CHUNKED),
     "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvkeep.core.key import Chain, ExtraKeys
+from kvkeep.core.key import BlockChain, BlockHashes, Chain, Digests, ExtraKeys
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.ops import aligned, load_ops
@@ -44,7 +44,7 @@ class Request(NamedTuple):
     """What the planner needs to know of an engine's request.
 
     `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
-    so far, drafts left out.
+    so far, drafts left out. With `block_hashes` its digests are taken from them.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Request(NamedTuple):
     root: bytes | None
     extra_keys: ExtraKeys | None = None
     preempted: bool = False
+    block_hashes: BlockHashes | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,10 @@ class Planner:
     def _record(self, request: Request) -> Record:
         record = self._records.get(request.name)
         if record is None:
-            chain = Chain(self._layout.chunk_tokens, request.root or b"", request.extra_keys)
+            tokens, hashes = self._layout.chunk_tokens, request.block_hashes
+            chain: Digests = Chain(tokens, request.root or b"", request.extra_keys)
+            if hashes is not None:
+                chain = BlockChain(tokens, hashes)
             record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
             if self._options.bypass or request.root is None:
                 record.keeps = record.stores = False
