@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
@@ -22,7 +22,8 @@ OWNED_LIMIT_S = 30.0  # an engine that is restarted meets the store of its last 
 OWNED_PAUSE_S = 0.1
 
 
-Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]]], None]  # a tier's name, itself, what tells its figures
+# a tier's name, itself, what tells its figures
+Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]]], Awaitable[None]]
 
 
 def disk_options(config: Config) -> DiskOptions | None:
@@ -46,7 +47,7 @@ async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
     except TierError as error:
         log.error("there is no disk tier: %s", error)
         return
-    take("disk", tier, lambda: disk_figures(tier))
+    await take("disk", tier, lambda: disk_figures(tier))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
     log.info("disk tier of %.1f GiB in %s, %s", disk.limit_nbytes / 2**30, ", ".join(disk.directories), how)
 
