@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierOwned, TierUnavailable
 from kvkeep.testing.faulty_files import FaultyDisk, flip_bit
 from kvkeep.testing.power_cut import PowerCut
 from kvkeep.testing.tier_conformance import UNTOUCHED, holds, key, memory_for, write_of
@@ -411,13 +411,36 @@ def test_a_store_that_waits_for_room_ends_when_it_is_cancelled(run: Any, opened:
     run(test)
 
 
-def test_a_start_on_a_device_that_hangs_is_unavailable(run: Any, opened: Any) -> None:
+@pytest.mark.parametrize("hanging", ["mkdir", "create"])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_start_on_a_device_that_hangs_is_unavailable(run: Any, opened: Any, hanging: str, cancelled: bool) -> None:
+    """Also where the device comes back: the lock that is taken too late is given back then, and not at the end."""
+
     async def test() -> None:
-        disk = FaultyDisk(hanging=frozenset({"mkdir"}))
-        with pytest.raises(TierUnavailable):
-            async with opened(disk.files, open_s=0.05):
-                pass
+        disk = FaultyDisk(hanging=frozenset({hanging}))
+        if cancelled:
+            opening = asyncio.create_task(opened(disk.files).__aenter__())
+            while not disk.waiting:
+                await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait([opening])
+        else:
+            with pytest.raises(TierUnavailable):
+                async with opened(disk.files, open_s=0.05):
+                    pass
+        if hanging == "create":  # the lock is taken by then
+            with pytest.raises(TierOwned):
+                async with opened():
+                    pass
         disk.wake.set()
+        for _ in range(100_000):
+            try:
+                async with opened() as tier:
+                    await is_whole(tier)
+                return
+            except TierOwned:
+                await asyncio.sleep(0)
+        raise AssertionError("the lock is never given back")
 
     run(test)
 
