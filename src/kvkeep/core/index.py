@@ -92,6 +92,10 @@ class Index:
         """Say which keys are committed; this promises nothing and counts as no use."""
         return [(entry := self._entries.get(key)) is not None and entry.sums is not None for key in keys]
 
+    def committed(self) -> list[Entry]:
+        """Get all entries that can be read, in the order in which they were reserved."""
+        return [entry for entry in self._entries.values() if entry.sums is not None]
+
     def pin_prefix(self, keys: Iterable[bytes]) -> list[Entry]:
         """Pin each of the longest run of committed entries from the first key on; they stay until unpinned.
 
