@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvkeep.cli import bench_engine
 from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_engine import engine_rows
 from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
 from kvkeep.cli.bench_moves import LINE_NBYTES, aligned, move_rows
 from kvkeep.cli.main import app
@@ -39,6 +41,22 @@ def test_an_unknown_group_is_answered_with_the_known_ones():
     result = invoke("disc")
     assert result.exit_code == 2
     assert "'keys'" in result.output
+
+
+def test_without_torch_the_engine_group_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_engine, "find_spec", lambda name: None)
+    result = invoke("engine")
+    assert result.exit_code == 2
+    assert "pip install 'kvkeep[torch]'" in result.output
+
+
+@pytest.mark.slow
+def test_the_engine_cases():
+    rows = engine_rows(1)
+    verbs = ["store-chunk", "retrieve-chunk", "lookup-chunk", "lookup-chunk-new-tokens"]
+    copies = [f"{way}-{verb}" for way in ("bulk", "layerwise") for verb in ("store", "retrieve", "store-no-sums")]
+    assert [row.case for row in rows] == [*verbs, *copies]
+    assert all(row.min > 0 for row in rows)
 
 
 @pytest.mark.slow

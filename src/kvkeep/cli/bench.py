@@ -14,6 +14,7 @@ import typer
 
 from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
 from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.cli.bench_index import index_rows
 from kvkeep.cli.bench_moves import move_rows
 from kvkeep.cli.rows import Row, say, show, write
@@ -26,6 +27,7 @@ class Group(StrEnum):
     ALLOC = "alloc"
     POLICY = "policy"
     INDEX = "index"
+    ENGINE = "engine"
     DAEMON = "daemon"
 
 
@@ -34,6 +36,7 @@ ROWS: dict[Group, Callable[[int], list[Row]]] = {
     Group.ALLOC: alloc_rows,
     Group.POLICY: policy_rows,
     Group.INDEX: index_rows,
+    Group.ENGINE: engine_rows,
     Group.DAEMON: lambda runs: [*lookup_rows(runs), *move_rows(runs), *idle_rows(runs)],
 }
 CORE = (Group.KEYS, Group.ALLOC, Group.POLICY, Group.INDEX)
@@ -48,10 +51,14 @@ def bench(
 ) -> None:
     """Measures keys, allocators, policies and the index: one thread each, in CPU time, about a minute; others by name.
 
-    daemon: four client processes over one store process, about two minutes.
+    engine: `CacheEngine`, about a minute. daemon: four client processes over one store process, about two.
     """
+    chosen = groups or CORE
+    if Group.ENGINE in chosen and not has_torch():
+        say(WITHOUT_TORCH)
+        raise typer.Exit(2)
     made: list[Row] = []
-    for group in groups or CORE:
+    for group in chosen:
         say(f"{group.value} ...")
         made += ROWS[group](runs)
     show(made, "kvkeep bench")
