@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvkeep.config import load_config
+from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
 from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Joining
-from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.messages import VERSION, Hello, Known, Stats
 from kvkeep.wire.process import join_shared, run, store_options
 
 ANSWER_LIMIT_S = 5.0
@@ -54,5 +57,19 @@ def stats(socket: Socket) -> None:
         table.add_row(name.removesuffix("_nbytes").replace("_", " "), text)
     table.add_row("index adds up", answer.problem or "yes")
     Console().print(table)
+    show_namespaces(answer.known)
     if answer.problem:
         raise typer.Exit(1)
+
+
+def show_namespaces(known: Sequence[Known]) -> None:
+    """Shows who shares with whom: a namespace a row, and by what each is told from the one before it."""
+    if not known:
+        return
+    table = Table("namespace", "named last by", "chunks in the pool", "differs from the row above", title="namespaces")
+    above = ""
+    for one in known:
+        apart = told_apart(one.identity, above) if above else []
+        table.add_row(one.namespace.hex()[:8], one.name, f"{one.chunks:,}", Text("\n".join(apart)))
+        above = one.identity
+    Console().print(table)
