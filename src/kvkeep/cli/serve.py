@@ -43,14 +43,20 @@ def serve(
     run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
 
 
-def stats(socket: Socket) -> None:
-    """Shows what a shared store holds, and proves that its index adds up."""
+def ask_stats(path: str, check: bool) -> Stats:
+    """What the store at a socket says of itself; StoreGone if it does not answer."""
     hello = Hello(VERSION, "kvkeep stats", bytes(16), "", 1, [])
-    client = Joining(join_shared(str(socket), ANSWER_LIMIT_S), hello).wait(ANSWER_LIMIT_S)
-    answer = client.wait(client.stats(check=True), ANSWER_LIMIT_S)
+    client = Joining(join_shared(path, ANSWER_LIMIT_S), hello).wait(ANSWER_LIMIT_S)
+    answer = client.wait(client.stats(check), ANSWER_LIMIT_S)
     client.close()
     if not isinstance(answer, Stats):
-        raise StoreGone(f"the store at {socket} did not answer within {ANSWER_LIMIT_S:.0f} s")
+        raise StoreGone(f"the store at {path} did not answer within {ANSWER_LIMIT_S:.0f} s")
+    return answer
+
+
+def stats(socket: Socket) -> None:
+    """Shows what a shared store holds, and proves that its index adds up."""
+    answer = ask_stats(str(socket), check=True)
     table = Table("figure", "value", title=f"store at {socket}")
     for name, value in answer.figures.items():
         text = f"{value / 2**20:,.1f} MiB" if name.endswith("_nbytes") else f"{value:,}"
