@@ -14,8 +14,9 @@ import pytest
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
+from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDone
-from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.request import Match
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
@@ -343,8 +344,11 @@ def test_a_request_that_is_loaded_beside_the_steps_is_admitted_twice() -> None:
         windowed = [table(600)[0], [0] * 28 + list(range(80, 90))]
         bench.admit(again, 512, windowed)
         plan = bench.planner.plan_step([], lambda _: windowed)
-        assert [[run.group for run in op.blocks] for op in plan.loads] == [[0], [0, 1]]
-        assert bench.done(plan, failed=[0]) == set(), "loads beside the steps are in no prefix cache yet"
+        (trip,) = plan.trips
+        assert [[run.group for run in op.blocks] for op in trip.loads] == [[0], [0, 1]]
+        assert bench.done(StepPlan(trip.number, loads=trip.loads), failed=[0]) == set(), (
+            "loads beside the steps are in no prefix cache yet"
+        )
         assert bench.planner.match(asking("s", range(600)), 0) == 0, "a chunk that failed is not offered again"
         bench.admit(again, 0, windowed)
         assert bench.count("failed_tokens") == 512

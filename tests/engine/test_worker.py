@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.worker import Worker
 from kvkeep.memory.region import Region
 from kvkeep.testing.doubles import FaultyTransfer
@@ -43,7 +43,9 @@ class Rank:
         return self.pools[-1]
 
     def load(self, *ops: LoadOp, boot: bytes = FIRST, step: int = 1) -> Report:
-        self.worker.start_loads(StepPlan(step, boot, (0, 4096), loads=ops))
+        plan = StepPlan(step, boot, (0, 4096), loads=ops)
+        self.worker.start_loads(plan)
+        self.worker.start_stores(plan)
         return self.worker.take_report()
 
     def store(self, *ops: StoreOp, boot: bytes = FIRST, step: int = 1) -> Report:
@@ -83,13 +85,13 @@ def test_what_is_stored_comes_back_from_this_rank_s_part_of_the_chunk(rank: Rank
     report = rank.load(scatter(8192, 10, 11, sums=stored.sums[0]), step=2)
     assert report == Report([LoadsDone(2, rank.rank, ())], [])
     assert rank.cache[10:12].tolist() == [[33] * 4, [55] * 4]
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {"r": True})
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
 
 
 def test_everything_is_told_once(rank: Rank) -> None:
     rank.load(scatter(0, 1, 2))
     assert not rank.worker.take_report()
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {"r": False})
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {})
     assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
 
 
@@ -125,7 +127,6 @@ def test_a_load_names_its_own_boot_whatever_the_plan_stores_in(rank: Rank) -> No
     rank.hand(SECOND)
     plan = (scatter(0, 1, 2, request="old"), scatter(0, 3, 4, request="new", boot=SECOND))
     assert rank.load(*plan, boot=SECOND).loads == [LoadsDone(1, rank.rank, (0,))]
-    assert rank.worker.take_loaded() == {"old": False, "new": True}
     assert rank.worker.take_failed_blocks() == {1, 2}
 
 
@@ -142,11 +143,16 @@ def test_the_pool_of_an_earlier_boot_is_not_touched_again(rank: Rank) -> None:
     assert new.array.any()
 
 
-def test_a_request_is_loaded_only_if_every_chunk_was(rank: Rank) -> None:
+def test_a_request_is_loaded_beside_the_steps_only_if_every_chunk_was(rank: Rank) -> None:
     rank.hand(FIRST)
     rank.faults.failing_calls = {1}
-    ops = (scatter(0, 1, 2), scatter(8192, 3, 4), scatter(0, 5, 6), scatter(0, 7, request="other"))
-    assert rank.load(*ops).loads == [LoadsDone(1, rank.rank, (1,))]
+    ops = (scatter(0, 1, 2), scatter(8192, 3, 4), scatter(0, 5, 6))
+    plan = StepPlan(1, FIRST, (0, 4096), trips=(Trip(2, ops), Trip(3, (scatter(0, 7, request="other"),))))
+    rank.worker.start_loads(plan)
+    rank.worker.start_stores(plan)
+    assert not rank.worker.take_report(), "nothing is said before it is asked for"
+    rank.worker.poll(plan)
+    assert rank.worker.take_report().loads == [LoadsDone(2, rank.rank, (1,)), LoadsDone(3, rank.rank, ())]
     assert rank.worker.take_loaded() == {"r": False, "other": True}
     assert rank.worker.take_failed_blocks() == {3, 4}
 

@@ -124,6 +124,12 @@ SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
+    "async": Job("answers", keep={"load": "async"}),
+    "async-plain": Job("answers"),
+    "layerwise": Job("answers", keep={"transfer_mode": "layerwise", "trace_path": "trace.json"}),
+    "layerwise-plain": Job("answers"),
+    "tight-async": Job("tight", keep={"load": "async", "transfer_mode": "layerwise"}, options=TIGHT),
+    "tight-async-plain": Job("tight", options=CHUNKED),
     "tight": Job("tight", keep={}, options=TIGHT),
     "tight-plain": Job("tight", options=CHUNKED),
     "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),
