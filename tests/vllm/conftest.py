@@ -125,11 +125,8 @@ JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
     "async": Job("answers", keep={"load": "async"}),
-    "async-plain": Job("answers"),
     "layerwise": Job("answers", keep={"transfer_mode": "layerwise", "trace_path": "trace.json"}),
-    "layerwise-plain": Job("answers"),
     "tight-async": Job("tight", keep={"load": "async", "transfer_mode": "layerwise"}, options=TIGHT),
-    "tight-async-plain": Job("tight", options=CHUNKED),
     "tight": Job("tight", keep={}, options=TIGHT),
     "tight-plain": Job("tight", options=CHUNKED),
     "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),
@@ -191,6 +188,8 @@ class Runs:
         keep = None if job.keep is None else {**PATIENT, **job.keep}
         if keep is not None and job.disk:
             keep |= {"disk_path": str(self.folder / job.disk), "disk_size": "64 MiB", "disk_min_free": "1 MiB"}
+        if keep is not None and "trace_path" in keep:
+            keep["trace_path"] = str(folder / str(keep["trace_path"]))
         if keep is not None and store is not None:
             keep["store"] = f"unix:{store.path}"
         facts, log = folder / "facts.json", folder / "log"
