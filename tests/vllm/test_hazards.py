@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).parent / "engines" / "hazards.py"
 pytestmark = pytest.mark.vllm
 
 
-def engine_run(kind: str, ranks: int) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), str(ROOT / "build" / "models" / "tiny"), kind, str(ranks)]
+def engine_run(kind: str, ranks: int, script: Path = SCRIPT, model: str = "tiny") -> dict[str, Any]:
+    command = [sys.executable, str(script), str(ROOT / "build" / "models" / model), kind, str(ranks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
@@ -91,3 +91,31 @@ def test_claims_add_up_with_vllm(facts: dict[str, Any]) -> None:
     assert figures["claimed_first_tokens"] == facts["metrics"]["vllm:external_prefix_cache_hits"]
     claimed = figures["claimed_first_tokens"] + figures["claimed_after_preemption_tokens"]
     assert figures["delivered_tokens"] == claimed - figures["failed_tokens"]
+
+
+BESIDE = {"one group": ("tiny", 1), "several groups": ("hybrid", 1), "two ranks, one fails": ("tiny", 2)}
+
+
+@pytest.fixture(scope="module", params=list(BESIDE))
+def beside(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads beside the steps, with kvkeep and without."""
+    model, ranks = BESIDE[request.param]
+    script = SCRIPT.with_name("beside.py")
+    return engine_run("kvkeep", ranks, script, model), engine_run("plain", 1, script, model)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "all"])
+def test_a_load_that_fails_beside_the_steps_is_computed_again(beside: Any, which: str) -> None:
+    found, right = beside[0][which], beside[1]["cold"]
+    assert found["failed"] > 0
+    assert found["p"] == found["p_again"] == right["p"]
+    assert found["q"] == found["q_again"] == right["q"]
+    assert found["stats"]["problem"] == ""
+    assert found["stats"]["pinned_nbytes"] == found["stats"]["writing_nbytes"] == 0
+
+
+def test_a_request_given_up_in_mid_load_gives_its_blocks_back(beside: Any) -> None:
+    found = beside[0]["given up"]
+    assert found["free"] == found["total"]
+    assert found["p"] == beside[1]["cold"]["p"]
+    assert found["stats"]["pinned_nbytes"] == 0
