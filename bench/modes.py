@@ -1,7 +1,7 @@
 """kvkeep's ways to copy beside each other in real vLLM: bulk, layer by layer, beside the steps; A B A B, one run.
 
 Rows: a cold prompt (stores), a stored prefix with as many new tokens behind it (loads under a prefill), and how long a
-running request waits while another one's prefix is loaded. Takes about 6 minutes; knows nothing about peers.
+running request waits while another one's prefix is loaded. Takes about 10 minutes; knows nothing about peers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rows import Case, Row, say, show, write
 from ttft import BUILD, KVKEEP, Engine, engine
+
+from kvkeep.cli.rows import Case, Row, say, show, write
 
 WAYS: dict[str, dict[str, str]] = {
     "bulk": {"load": "sync", "transfer_mode": "bulk"},
@@ -77,10 +78,12 @@ def rows(engines: dict[str, Engine], options: argparse.Namespace) -> list[Row]:
     tokens, made = options.tokens, []
     seeds = range(options.pairs)
     measured = {f"cold-{tokens}": cold(engines, tokens, seeds)}
-    measured[f"extend-{tokens}+1024"] = extended(engines, tokens, 1024, seeds)
-    measured[f"extend-{tokens}+128"] = extended(engines, tokens, 128, seeds)
-    held, first = stalls(engines, tokens, 0, options.runs)
-    measured |= {f"running-step-{tokens}": held, f"ttft-beside-a-running-one-{tokens}": first}
+    if "extended" in options.cases:
+        measured[f"extend-{tokens}+1024"] = extended(engines, tokens, 1024, seeds)
+        measured[f"extend-{tokens}+128"] = extended(engines, tokens, 128, seeds)
+    if "stalls" in options.cases:
+        held, first = stalls(engines, tokens, 0, options.runs)
+        measured |= {f"running-step-{tokens}": held, f"ttft-beside-a-running-one-{tokens}": first}
     for case, found in measured.items():
         for name in [name for name in engines if name != "bulk"]:
             made.append(Case(f"{case}-{name}", "s", "kvkeep, bulk and sync").row(found[name], found["bulk"]))
@@ -92,6 +95,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUILD / "models" / "bench")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--cases", nargs="+", choices=["extended", "stalls"], default=["extended", "stalls"])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--runs", type=int, default=9)

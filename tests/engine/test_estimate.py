@@ -81,3 +81,14 @@ def test_a_step_is_shared_out_by_tokens_and_one_that_says_nothing_is_left_out() 
     paces.over()
     assert estimate.compute_s(0, 100) == pytest.approx(1.0)
     assert estimate.compute_s(5000, 5100) == pytest.approx(1.0)
+
+
+def test_steps_with_few_tokens_are_the_pace_of_those_that_run() -> None:
+    clock, paces = ManualClock(), None
+    paces = Paces(Estimate(), clock)
+    assert paces.step_s is None
+    for spans, seconds in (([(0, 1000)], 9.0), ([(1000, 1001), (7, 8)], 0.5), ([], 9.0)):
+        paces.begun(spans)
+        clock.advance(seconds)
+        paces.over()
+    assert paces.step_s == pytest.approx(0.5)

@@ -80,6 +80,8 @@ class Paces:
         self._clock = clock
         self._open: deque[tuple[float, Sequence[tuple[int, int]]]] = deque(maxlen=8)
         self._over_s = 0.0
+        self.step_s: float | None = None
+        """A running mean of the steps in which no request computed many tokens; None before the first."""
 
     def begun(self, spans: Sequence[tuple[int, int]]) -> None:
         """A step is about to compute these tokens; none if its time would say nothing."""
@@ -92,6 +94,8 @@ class Paces:
             begun_s, spans = self._open.popleft()
             seconds = now_s - max(begun_s, self._over_s)
             tokens = sum(end - start for start, end in spans)
+            if spans and all(end - start < LEAST_TOKENS for start, end in spans):
+                self.step_s = _mean(self.step_s, seconds)
             for start, end in spans:
                 self._estimate.computed(start, end, seconds * (end - start) / max(1, tokens))
         self._over_s = now_s

@@ -25,7 +25,8 @@ from kvkeep.telemetry import Figures, Miss
 from kvkeep.wire.client import Client
 
 MAX_EMPTY_STEPS = 1000
-MUCH_NBYTES = 4 << 20  # a load of less is over sooner than one more step
+COPIED_NBYTES_S = 5e9  # about what one core copies; only the order of magnitude matters
+LATER_STEPS = 2  # that a request is loaded beside the steps costs it about as many of them
 
 Tables = Sequence[Sequence[int]]
 
@@ -36,7 +37,7 @@ class PlannerOptions:
 
     A request waits at most `deadline_s` for its lookup, tiers included; between two steps all lookups together hold the
     engine up for at most `patience_s`. A request's load is made beside the steps, which go on meanwhile, always
-    (`beside_steps`) or while other requests run and there is much to load (`beside_busy`); else its step waits for it.
+    (`beside_steps`) or when that holds up all requests together for less time (`beside_busy`); else its step waits.
     """
 
     deadline_s: float = 0.5
@@ -281,12 +282,14 @@ class Planner:
         self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
 
     def _pays_beside(self, record: Record) -> bool:
-        """Whether others run that would have to wait for much."""
-        match = record.match
-        if not self._options.beside_busy or match is None or len(match.offsets) * self._layout.nbytes < MUCH_NBYTES:
+        """Whether those that run would wait longer for this load, all together, than it would for their steps."""
+        match, step_s = record.match, self._paces.step_s
+        if not self._options.beside_busy or match is None or step_s is None:
             return False
-        others = (self._records.get(name) for name in self._ran if name != record.request)
-        return any(one is not None and one.state is not State.ENDED for one in others)
+        others = [self._records.get(name) for name in self._ran if name != record.request]
+        running = sum(one is not None and one.state is not State.ENDED for one in others)
+        load_s = len(match.offsets) * self._layout.nbytes / COPIED_NBYTES_S
+        return running * load_s > LATER_STEPS * step_s
 
     def _trip(self, record: Record, load: Load) -> Trip:
         step = self._steps.begin(beside=True)

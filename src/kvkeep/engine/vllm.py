@@ -97,7 +97,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer_config = vllm_config.kv_transfer_config
         self.config = _config(transfer_config.kv_connector_extra_config)
-        logging.getLogger("kvkeep").setLevel(self.config.log_level.upper())
+        log.setLevel(self.config.log_level.upper())
+        for handler in logging.getLogger("vllm").handlers:  # where vLLM writes, we do
+            log.addHandler(handler)
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
         self.worker: Worker | None = None
         self.planner: Planner | None = None
