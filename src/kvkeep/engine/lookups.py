@@ -141,9 +141,10 @@ class Lookups:
             self._estimate.read(read * self._layout.nbytes, self._layout.nbytes, seconds)
         if why is Miss.TIER_LATE and record.hasty:
             why = Miss.SLOWER
-        if why is None and not hits:
-            # with nothing to wait for the tiers are not asked at all
-            why = Miss.SLOWER if record.hasty and not record.limit_s else Miss.NOT_STORED
+        if why is None and hits < record.asked_chunks and not record.limit_s:
+            why = Miss.SLOWER  # without time to wait the tiers were not asked at all
+        elif why is None and not hits:
+            why = Miss.NOT_STORED
         offsets = tuple(answer.offsets)
         return Match(boot, record.asked_first, answer.lease, offsets, answer.sums, hits, why, answer.sources)
 
