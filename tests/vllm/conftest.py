@@ -117,7 +117,6 @@ NGRAM: dict[str, Any] = {
 }
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
 FP8: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}  # the CPU build has no FP8 beside float32
-MLA: dict[str, Any] = {"attention_config": {"backend": "CPU_MLA"}, "block_size": 16}
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 TWO_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -128,8 +127,6 @@ JOBS = {
     "async": Job("answers", keep={"load": "async"}),
     "layerwise": Job("answers", keep={"transfer_mode": "layerwise", "trace_path": "trace.json"}),
     "tight-async": Job("tight", keep={"load": "async", "transfer_mode": "layerwise"}, options=TIGHT),
-    "mla": Job("one_prompt", "mla", keep={"transfer_mode": "layerwise"}, options=MLA),
-    "mla-plain": Job("one_prompt", "mla", options=MLA),
     "tight": Job("tight", keep={}, options=TIGHT),
     "tight-plain": Job("tight", options=CHUNKED),
     "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),

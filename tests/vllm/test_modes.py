@@ -56,11 +56,3 @@ def test_a_trace_shows_a_layer_arriving_while_another_is_computed(runs):
 
 def overlap(one, other):
     return one["ts"] < other["ts"] + other["dur"] and other["ts"] < one["ts"] + one["dur"]
-
-
-def test_latent_attention_is_given_back_layer_by_layer(runs):
-    keep = runs("mla")
-    assert [keep.external(step) for step in ("whole cold", "whole warm", "extension")] == [0, 1024, 1024]
-    check_same(
-        runs, "mla", "mla-plain", "whole cold", "whole warm", "extension", "two at once cold", "two at once warm"
-    )

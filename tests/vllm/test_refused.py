@@ -42,3 +42,13 @@ def test_the_engine_answers_as_if_kvkeep_was_not_there(pair):
 
 def test_every_request_has_its_reason_in_the_metrics(pair):
     assert pair[0].figure("miss_refused") == sum(len(step["answers"]) for step in pair[0].facts["steps"].values())
+
+
+def test_latent_attention_without_amx_is_refused_and_answers_the_same(runs, job, model_folder):
+    options = {"attention_config": {"backend": "CPU_MLA"}, "block_size": 16}
+    ours = runs.run("latent", job("one_prompt", keep={}, options=options), model_folder("mla"))
+    theirs = runs.run("latent-plain", job("one_prompt", options=options), model_folder("mla"))
+    assert "MLA" in ours.facts["refusal"]
+    assert ours.metric("external_prefix_cache_hits") == 0
+    for step in ("whole cold", "whole warm", "extension"):
+        assert ours.answers(step)[0]["logprobs"] == theirs.answers(step)[0]["logprobs"]

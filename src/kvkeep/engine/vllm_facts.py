@@ -17,6 +17,7 @@ import torch
 import vllm
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -52,6 +53,10 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         return "an engine that spans several hosts is not supported"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are calculated while serving (calculate_kv_scales) are not part of any identity"
+    latent = getattr(vllm_config.model_config, "use_mla", False)
+    if latent and current_platform.is_cpu() and not vllm_config.cache_config.enable_prefix_caching:
+        # without AMX a token's rotated part depends on the batch that it was computed in: layer 0 shows it
+        return "vLLM reuses no prefix of latent attention (MLA) on this CPU, and so does kvkeep"
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         why = _group_refusal(group)
         if why:
