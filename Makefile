@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 SHELL  := /bin/bash
+MINUTES ?= 10
+FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers soak gpu-test gpu-bench
+.PHONY: help demo test check fast bench venv clean peers soak gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -21,7 +23,6 @@ demo: $(VENV)/.ready   ## the main job: a real model answering questions about a
 	$(PY) demo/run.py
 
 test: $(VENV)/.ready   ## every test, real vLLM included: some 30 engine starts, about 15 minutes
-	$(PY) scripts/models.py tiny tinyb smollm2 hybrid mla
 	$(PY) -m pytest tests
 
 fast: $(VENV)/.ready   ## the tests that need no engine
@@ -52,6 +53,12 @@ peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table 
 soak: $(VENV)/.ready   ## 20 minutes of mixed work with a small pool and disk; every answer is checked
 	$(PY) scripts/models.py tiny
 	OMP_NUM_THREADS=1 $(PY) bench/soak.py
+
+chaos: $(VENV)/.ready   ## kill and stop store, engines and ranks at random under load: MINUTES=10, nothing wrong, nothing leaked
+	OMP_NUM_THREADS=1 $(PY) tests/chaos/chaos.py --minutes $(MINUTES)
+
+fuzz: $(VENV)/.ready    ## FRAMES=1000000 random and mutated frames from several clients against a real server
+	$(PY) tests/chaos/fuzz.py --frames $(FRAMES)
 
 clean:          ## remove what was built (not the virtual environment)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.json demo.png

@@ -9,19 +9,17 @@ the same kind with ctypes.memmove. Wall time: the verbs wait for the store's ans
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvkeep.cli.rows import Case, Row, alternate, say, seconds, show, write
+from kvkeep.cli.rows import Case, Row, alternate, run_groups, seconds
 from kvkeep.config import Config
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.cache_engine import CacheEngine
@@ -247,19 +245,6 @@ def copy_rows(layerwise: bool) -> list[Row]:
 GROUPS = {"verbs": verb_rows, "bulk": lambda: copy_rows(False), "layerwise": lambda: copy_rows(True)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    made: list[Row] = []
-    for name in options.only:
-        say(f"{name} ...")
-        made += GROUPS[name]()
-    show(made, "CacheEngine")
-    write(made, options.json)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run_groups(GROUPS, "CacheEngine", __doc__)

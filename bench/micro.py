@@ -6,7 +6,6 @@ with its yardstick, on memory that was touched before. Copies are timed in CPU t
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import random
@@ -25,7 +24,7 @@ from unittest import mock
 import torch
 from store_load import CHUNK_NBYTES, hello, join
 
-from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, say, seconds, show, write
+from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, run_groups, seconds
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import Link, PrivateSource
@@ -343,19 +342,6 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 GROUPS = {"lookup": lookup_rows, "copy": copy_rows, "step": step_rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    made: list[Row] = []
-    for name in options.only:
-        say(f"{name} ...")
-        made += GROUPS[name]()
-    show(made, "micro-benchmarks")
-    write(made, options.json)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run_groups(GROUPS, "micro-benchmarks", __doc__)

@@ -52,6 +52,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         str,
         Meta(description='"private", or "unix:" and the absolute path (<= 107 bytes) of a store\'s socket'),
     ] = "private"
+    store_wait_s: Annotated[float, Meta(ge=0, le=3600, description="seconds >= 0 and <= 3600")] = 0.0
+    lease_time_s: Annotated[float, Meta(gt=0, le=86400, description="seconds > 0 and <= 86400")] = 60.0
     disk_path: Annotated[
         str, Meta(description='"" for no disk tier, or absolute paths of directories with ":" between them')
     ] = ""

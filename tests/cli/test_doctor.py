@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import kvkeep
 from kvkeep.cli import doctor as doctor_module
-from kvkeep.cli.doctor import Check, as_table, check_memory, check_python, check_sealing, check_speed
+from kvkeep.cli.doctor import Check, as_table, check_disk, check_memory, check_python, check_sealing, check_speed
 from kvkeep.cli.main import app
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError
@@ -135,3 +135,18 @@ def test_a_table_takes_brackets_literally() -> None:
 def test_the_command_line_imports_no_torch() -> None:
     code = "import sys, kvkeep.cli.main; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_disk_tier_that_fits_is_right(tmp_path: Path) -> None:
+    found = check_disk(tmp_path / "new" / "folder", Config(disk_path=str(tmp_path), disk_size="1 MiB"))
+    assert (found.cure, "1 MiB wanted" in found.found) == ("", True)
+
+
+def test_a_disk_tier_that_cannot_fit_says_what_to_do(tmp_path: Path) -> None:
+    assert "disk_size" in check_disk(tmp_path, Config(disk_path=str(tmp_path), disk_size="900 TiB")).cure
+
+
+def test_a_disk_tier_in_place_of_a_file_names_the_directory(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert str(file) in check_disk(file / "folder", Config(disk_path=str(file))).cure

@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.layout import padded_nbytes
+from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier, ThreadCopier
 from kvkeep.engine.planner import PlannerOptions
+from kvkeep.engine.worker import Worker
 from kvkeep.testing.doubles import FaultyTransfer, HeldCopier
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_model import GroupShape
 from kvkeep.testing.fake_request import EngineShape, Phase
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.transfer import Transfer
+from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import Stats
 
 CHUNK = 8
@@ -44,15 +47,15 @@ class Bench:
         self.source = ThreadSource(self.chunks * layers * self.shape.ranks * padded_nbytes(1))
         # an answer is always waited for: what a test does decides what happens, not the machine's speed
         options = self.options or PlannerOptions(beside_steps=len(self.shape.groups) > 1, patience_s=10.0)
-        self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_copier)
+        self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_rank)
 
     def wrap(self, rank: int, inner: Transfer) -> Transfer:
         self.faults.append(FaultyTransfer(inner, self.failing.get(rank, set())))
         return self.faults[-1]
 
-    def make_copier(self, rank: int) -> Copier:
+    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
         self.copiers.append(self.copier())
-        return self.copiers[-1]
+        return Worker(rank, transfer, door, self.copiers[-1], choice)
 
     def copy(self, rank: int, count: int = 100) -> None:
         """Runs copies of a rank that were held back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -41,7 +42,7 @@ from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.client import Client
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.process import Child, StoreOptions
+from kvkeep.wire.process import Child, StoreOptions, join_shared, listen
 
 CHUNK, ROOM = 4096, 8
 OPTIONS = StoreOptions(ROOM * CHUNK, log_level="error")
@@ -72,6 +73,9 @@ class Watched:
 
     def end(self, wait: bool) -> None:
         self.inner.end(wait)
+
+    def patience_s(self) -> float | None:
+        return self.inner.patience_s()
 
     def reap(self) -> None:
         """Waits for the children that were killed: `PrivateSource.end` drops them a moment before they are dead."""
@@ -214,8 +218,6 @@ def test_a_shared_store_is_joined_and_left(tmp_path: Path) -> None:
         assert {client.welcome.boot for client in clients} == {running.server.boot}
         for line in lines:
             line.link.close()
-    with pytest.raises(StoreGone, match="no store answers"):
-        Line(Watched(SharedSource(str(path)))).link.start(LIMIT_S)
 
 
 # ---- a worker and its pools ------------------------------------------------------------------------------------
@@ -290,6 +292,64 @@ def test_a_plan_with_wrong_blocks_is_refused_before_anything_is_copied(thread_li
     with pytest.raises(AssertionError, match="named twice"):
         rank.worker.start_loads(StepPlan(2, boot, (0,), tuple(ops), ()))
     assert torch.equal(rank.cache, before)
+
+
+# ---- a shared store that is not there yet ----------------------------------------------------------------------
+
+
+def shared_line(path: Path, wait_s: float = 0.0) -> Line:
+    return Line(Watched(SharedSource(str(path), wait_s)))
+
+
+def test_an_engine_starts_without_its_shared_store_and_finds_it_later(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "store"
+    line = shared_line(path)
+    line.link.start(LIMIT_S)
+    assert line.link.client is None
+    assert line.link.live(idle=True) is None
+    assert line.source.tries == 1, "it is not asked for again before the pause is over"
+    with shared_store(path, OPTIONS):
+        assert line.found_again().alive
+        line.link.close()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_start_waits_for_its_shared_store_as_long_as_it_was_told(tmp_path: Path, comes: bool) -> None:
+    path = tmp_path / "run" / "store"
+    line = shared_line(path, wait_s=1.0)
+    with contextlib.ExitStack() as stores:
+
+        def pause(limit_s: float) -> None:
+            line.clock.advance(limit_s)
+            if comes and line.source.tries == 3:
+                line.link.clock = lambda: 0.0
+                stores.enter_context(shared_store(path, OPTIONS))
+
+        line.link.pause = pause
+        line.link.start(LIMIT_S)
+        assert (line.link.client is not None) == comes
+        assert line.source.tries == (4 if comes else 6)
+        assert line.clock() == pytest.approx(0.6 if comes else 1.0)
+        line.link.close()
+
+
+def test_a_shared_store_of_another_version_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run" / "store"
+    line = shared_line(path)
+    line.link.hello = lambda resumes: msgspec.structs.replace(hello(resumes), version=VERSION + 1)
+    with shared_store(path, OPTIONS):
+        line.link.start(LIMIT_S)
+        assert line.link.client is None
+
+
+def test_a_stopped_shared_store_with_a_full_backlog_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    tmp_path.chmod(0o700)
+    with listen(path) as listener, contextlib.ExitStack() as clients:
+        listener.listen(0)
+        clients.enter_context(join_shared(str(path), LIMIT_S))
+        with pytest.raises(StoreGone, match="no store answers"):
+            SharedSource(str(path)).connect()
 
 
 # ---- stopped ---------------------------------------------------------------------------------------------------
@@ -391,6 +451,9 @@ def quiet_end(make: Callable[[Link], None]) -> tuple[Link, socket.socket]:
 
         def end(self, wait: bool) -> None:
             """Like that of a shared store: it closes nothing."""
+
+        def patience_s(self) -> float | None:
+            return 0.0
 
     clock = ManualClock(1.0)
     link = Link(Silent(), hello, [], clock)

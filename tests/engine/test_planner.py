@@ -611,6 +611,23 @@ def test_claimed_tokens_by_source_add_up(sources: dict[str, int], tokens: int, s
 # ---- a store that is slow, or gone -----------------------------------------------------------------------------
 
 
+def test_all_lookups_between_two_steps_hold_the_engine_up_for_one_patience(hasty: Bench) -> None:
+    client, waits = hasty.link.client, []
+    assert client is not None
+
+    def waiting(call: Any, limit_s: float) -> None:
+        waits.append(limit_s)
+        hasty.clock.advance(limit_s)
+
+    client.wait = waiting  # type: ignore[method-assign,assignment]
+    for name in "abc":
+        assert hasty.planner.match(asking(name, range(600)), 0) is None
+    assert waits == [0.01, 0.0, 0.0]
+    hasty.planner.plan_step([], lambda _: ())
+    assert hasty.planner.match(asking("a", range(600)), 0) is None
+    assert waits[3:] == [0.01]
+
+
 def test_a_slow_store_costs_one_deadline_and_then_nothing(hasty: Bench) -> None:
     hasty.keep(range(512))
     request, other = asking("r", range(600)), asking("other", range(600))

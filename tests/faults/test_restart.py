@@ -147,6 +147,29 @@ def test_what_was_cleared_does_not_come_back(tmp_path: Path) -> None:
         assert given(client, region, 1).offsets == []
 
 
+def test_a_reset_drops_what_was_under_the_old_name(tmp_path: Path) -> None:
+    with started(tmp_path) as (_, client, region):
+        owned(client)
+        keep(client, region, 1, 2)
+        until(client, "disk_stored", 2)
+        cleared = client.clear()
+        client.rename(b"e" * 16, "")  # as a planner does it: both on their way at once
+        assert isinstance(client.wait(cleared, LIMIT_S), m.Cleared)
+    with started(tmp_path) as (_, client, region):
+        owned(client)
+        assert given(client, region, 1).offsets == []
+
+
+def test_a_chunk_that_failed_is_deleted_under_the_name_that_it_had(tmp_path: Path) -> None:
+    with started(tmp_path) as (_, client, region):
+        owned(client)
+        keep(client, region, 1)
+        until(client, "disk_stored", 1)
+        client.discard([digest(1)])
+        client.rename(b"e" * 16, "")
+        until(client, "disk_records", 0)
+
+
 def test_a_second_store_on_the_same_directory_goes_on_without_it(tmp_path: Path) -> None:
     with started(tmp_path) as (_, client, region), started(tmp_path) as (_, other, theirs):
         owned(client)

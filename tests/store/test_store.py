@@ -11,6 +11,7 @@ from kvkeep.core.policy import lru
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, Session, WriteLease
 from kvkeep.store.store import Fetched, Reservation, Store
+from kvkeep.testing.doubles import ManualClock
 
 NBYTES = 8192
 NAMESPACES = [b"a" * 16, b"b" * 16]
@@ -168,6 +169,57 @@ def test_a_store_that_stopped_lending_still_serves():
     store.lending = False
     assert store.reserve(session, DIGESTS[1:3]) == Reservation(0, [Outcome.NO_ROOM] * 2)
     assert store.fetch(session, DIGESTS).offsets == places
+
+
+# ---- writers that show no sign of life
+
+
+def slow_writers(lease_time_s: float = 60.0) -> tuple[Store, ManualClock]:
+    clock = ManualClock()
+    pool_nbytes = 8 * NBYTES
+    return Store(Index(FreeList(pool_nbytes), lru()), pool_nbytes, 1.0, lease_time_s, clock), clock
+
+
+def test_an_overdue_writer_loses_its_key_but_not_its_memory_and_another_takes_over():
+    store, clock = slow_writers()
+    slow, other = opened(store), opened(store)
+    held = store.reserve(slow, DIGESTS[:2])
+    assert store.commit(slow, held.lease, [0], SUMS[:1]) == [True]
+    clock.advance(59.9)
+    assert store.reserve(other, DIGESTS[:2]).places == [Outcome.PRESENT, Outcome.BUSY]
+    clock.advance(0.2)
+    taken = store.reserve(other, DIGESTS[:2])
+    assert taken.places[0] is Outcome.PRESENT, "what was committed stays readable to others"
+    assert taken.places[1] not in held.places
+    assert store.figures()["dead_nbytes"] == NBYTES, "the first writer may still be at its memory"
+    assert store.figures()["revoked"] == 1
+    assert store.commit(slow, held.lease, [1], [b"late"]) == [False]
+    assert store.commit(other, taken.lease, [1], SUMS[1:2]) == [True]
+    store.release(slow, held.lease)
+    store.release(other, taken.lease)
+    assert store.fetch(other, DIGESTS[:2]).sums == {}
+    assert [entry.sums for entry in store.pin(other, store.keys(other, DIGESTS[:2]))] == SUMS[:2]
+
+
+def test_age_alone_frees_nothing_and_costs_a_lonely_writer_nothing():
+    store, clock = slow_writers()
+    session = opened(store)
+    held = store.reserve(session, DIGESTS[:2])
+    clock.advance(10_000.0)
+    assert isinstance(store.reserve(session, DIGESTS[2:3]).places[0], int)
+    assert store.figures()["dead_nbytes"] == 0
+    assert store.commit(session, held.lease, [0, 1], SUMS[:2]) == [True, True]
+
+
+def test_a_writer_whose_other_chunks_come_is_at_work():
+    store, clock = slow_writers()
+    slow, other = opened(store), opened(store)
+    held = store.reserve(slow, DIGESTS[:3])
+    for place in range(2):
+        clock.advance(40.0)
+        assert store.commit(slow, held.lease, [place], SUMS[place : place + 1]) == [True]
+    clock.advance(40.0)
+    assert store.reserve(other, DIGESTS[2:3]).places == [Outcome.BUSY]
 
 
 # ---- bounds

@@ -106,7 +106,7 @@ class House:
         assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
         assert self.session.promised_nbytes == 0
         self.store.index.check()
-        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.lines)
+        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_a_hung_read_keeps_its_memory_and_costs_one_deadline(house: House) -> No
     found = house.ask(1)
     house.loop.advance(DEADLINE_S)
     assert found[0].fetched.offsets == []
-    assert house.walk.lines[0].quarantined_nbytes == CHUNK
+    assert house.walk.loads[0].quarantined_nbytes == CHUNK
     (second,) = house.ask(2)  # the breaker is open: nobody waits again
     assert second.fetched.offsets == []
     others = house.put(*range(20, 28))  # what is lent meanwhile is not the late read's
@@ -312,9 +312,20 @@ def test_a_tier_that_failed_is_tried_with_a_probe_that_nobody_waits_for(house: H
     assert house.holds(found, 1)
 
 
+@pytest.mark.parametrize("verb", ["load", "contains"])
+def test_a_tier_that_hangs_gets_no_more_probes(house: House, verb: str) -> None:
+    house.on(house.fast, *range(8))
+    house.fast.shut.add(verb)
+    for number in range(8):
+        house.ask(number)
+        house.loop.advance(70.0)
+    assert len([one for one, _ in house.fast.calls if one == verb]) <= 2
+    house.fast.open(verb)
+
+
 def test_a_later_request_does_not_queue_behind_a_long_one(loop: ManualLoop) -> None:
     house = House(loop, room=80, share=1.0, tiers=1)
-    (line,) = house.walk.lines
+    (line,) = house.walk.loads
     line.slice_nbytes = line.most_nbytes = 2 * CHUNK
     house.on(house.fast, *range(60))
     house.fast.shut.add("load")
@@ -364,8 +375,24 @@ def test_clear_reaches_every_tier(house: House) -> None:
 
 def test_a_chunk_that_failed_is_deleted_everywhere(house: House) -> None:
     house.on(house.fast, 1, 2)
-    house.loop.run_until_complete(house.walk.discard(house.session, [digest(1)]))
+    house.loop.run_until_complete(house.walk.discard([house.session.namespace + digest(1)]))
     assert list(house.fast.chunks) == [house.session.namespace + digest(2)]
+
+
+@pytest.mark.parametrize("verb", ["clear", "delete"])
+def test_a_tier_that_hangs_in_a_clear_holds_nobody_up_for_long(house: House, verb: str) -> None:
+    house.on(house.slow, 1)
+    key = house.session.namespace + digest(1)
+    house.fast.shut.add(verb)
+    steps = house.walk.clear(house.session.namespace) if verb == "clear" else house.walk.discard([key])
+    task = house.loop.create_task(steps)
+    house.loop.turn()
+    assert not task.done()
+    house.loop.advance(5.1)
+    assert task.done(), "the one below was not reached"
+    assert house.slow.chunks == {}
+    assert house.walk.loads[0].breaker.failures == 1
+    house.fast.open(verb)
 
 
 # ---- writes ----------------------------------------------------------------------------------------------------
@@ -376,6 +403,15 @@ def test_what_is_stored_reaches_every_tier(house: House) -> None:
     house.loop.turn()
     for tier in (house.fast, house.slow):
         assert tier.chunks == {house.session.namespace + digest(n): (payload(n), sums(n)) for n in (1, 2, 3)}
+
+
+def test_sums_that_could_not_be_verified_are_not_written(house: House) -> None:
+    got = house.store.reserve(house.session, [digest(1)])
+    entries = house.store.written(house.session, got.lease, [0])
+    assert house.store.commit(house.session, got.lease, [0], [b"short"]) == [True]
+    house.walk.committed(house.session, entries)
+    house.loop.turn()
+    assert house.fast.calls == []
 
 
 def test_a_chunk_from_a_lower_tier_is_written_to_those_above(house: House) -> None:
@@ -432,6 +468,18 @@ def test_writes_that_are_too_old_are_dropped(loop: ManualLoop) -> None:
     assert house.walk.flushes[0].figures["dropped"] == 1
     house.fast.open("load")
     house.loop.turn()
+    house.settle()
+
+
+def test_the_end_counts_the_chunks_that_it_could_not_write(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.fast.shut.add("store")
+    house.put(1, 2)
+    left = house.loop.create_task(house.walk.aclose(1.0))
+    for _ in range(30):
+        house.loop.advance(0.1)
+    assert left.result() == 2
+    house.fast.open("store")
     house.settle()
 
 

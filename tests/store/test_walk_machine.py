@@ -63,7 +63,7 @@ class WalkMachine(RuleBasedStateMachine):
             self.loop.advance(30.0)
         figures = self.store.figures()
         assert [figures[f"{name}_nbytes"] for name in ("pinned", "writing", "dead", "quarantined")] == [0] * 4
-        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.lines)
+        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
         assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
         self.store.index.check()
         self.loop.close()

@@ -512,3 +512,60 @@ def test_a_clear_during_a_store_and_a_load(run: Any, opened: Any) -> None:
 
 def test_the_real_files_are_the_default() -> None:
     assert type(posix_files().names) is PosixNames
+
+
+# ---- files that somebody moved about
+
+
+@pytest.mark.parametrize("by", ["load", "delete"])
+def test_the_limit_holds_after_files_of_different_sizes_changed_places(
+    run: Any, opened: Any, root: Path, by: str
+) -> None:
+    """A small file in a large one's place: when it goes, the large one is still somewhere and still counts."""
+
+    async def test() -> None:
+        large, small, more = (write_of(key(n), (4096,) * ranges) for n, ranges in ((1, 8), (2, 1), (3, 8)))
+        limit_nbytes = record_nbytes(large.sizes) + record_nbytes(small.sizes) + 4 * 4096
+        disk = FaultyDisk()
+        async with opened(disk.files, limit_nbytes=limit_nbytes) as tier:
+            assert await tier.store([large, small]) == [Stored.STORED] * 2
+            paths = [next(root.glob(f"*/*/{one.key[16:].hex()}")) for one in (large, small)]
+            paths[0].rename(root / "aside")
+            paths[1].rename(paths[0])
+            (root / "aside").rename(paths[1])
+            if by == "load":
+                assert not await holds(tier, large)
+            else:
+                await tier.delete([large.key])
+            await tier.store([more])
+            assert disk.allocated_nbytes(str(root)) <= limit_nbytes
+            assert not await holds(tier, small)
+            await tier.store([])
+            assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
+
+    run(test)
+
+
+def test_what_is_written_again_while_it_is_found_counts_once_and_at_once(run: Any, opened: Any, root: Path) -> None:
+    """After a restart, before all is known: the file of an earlier boot and the one that is being written both count."""
+
+    async def test() -> None:
+        writes = [write_of(key(n), (4096,) * 4) for n in range(4)]
+        limit_nbytes = 5 * record_nbytes(writes[0].sizes) - 4096
+        async with opened(limit_nbytes=limit_nbytes) as tier:
+            assert await tier.store(writes) == [Stored.STORED] * 4
+        most = 0
+
+        def look() -> None:
+            nonlocal most
+            most = max(most, disk.allocated_nbytes(str(root)))
+
+        disk = FaultyDisk(after=look)
+        async with opened(disk.files, at_once=True, limit_nbytes=limit_nbytes) as tier:
+            for one in writes:
+                await tier.store([one])
+            await tier.looked_through()
+            assert most <= limit_nbytes
+            assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
+
+    run(test)

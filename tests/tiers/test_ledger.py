@@ -83,7 +83,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def unlink(self, pick: int) -> None:
         entry = sorted(self.ledger.dying.values(), key=lambda one: one.key)[pick % len(self.ledger.dying)]
         self.names.pop(entry.key, None)
-        self.ledger.buried(entry)
+        self.ledger.buried(entry, entry.nbytes)
 
     @precondition(lambda self: not self.settled)
     @rule()

@@ -20,6 +20,7 @@ from kvkeep.wire.process import join_shared
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
 RUN = Path(__file__).parent / "engines" / "run.py"
+USED_MODELS = ("tiny", "tinyb", "smollm2", "hybrid", "mla")
 LIMIT_S = 400
 
 
@@ -137,11 +138,13 @@ JOBS = {
     "hybrid-plain": Job("windows", "hybrid"),
     "smollm2": Job("text", "smollm2", keep={"pool_size": "256 MiB"}),
     "smollm2-plain": Job("text", "smollm2"),
-    "bf16": Job("one_prompt", "tinyb", keep={}, options=BF16),
+    "bf16": Job("one_prompt", "tinyb", keep={}, options=BF16, store="sharing"),
     "bf16-plain": Job("one_prompt", "tinyb", options=BF16),
     "fp8": Job("one_prompt", "tinyb", keep={}, options=FP8, cpu_flag="avx512f"),
     "fp8-plain": Job("one_prompt", "tinyb", options=FP8, cpu_flag="avx512f"),
-    "processes": Job("one_prompt", keep={}, env=SEVERAL),
+    "processes": Job("one_prompt", keep={}, env=SEVERAL, store="sharing"),
+    "joined": Job("restarted", keep={}, env=SEVERAL, store="sharing", after="processes"),
+    "joined-plain": Job("restarted", env=SEVERAL),
     "processes-plain": Job("one_prompt", env=SEVERAL),
     "parallel": Job("one_prompt", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}, store="parallel"),
     "parallel-plain": Job("one_prompt", options=TP2, env={**SEVERAL, **TWO_THREADS}),
@@ -263,7 +266,7 @@ def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str], SharedStore]) -> Runs:
     """The session's engine runs."""
-    make_models("tiny", "tinyb", "hybrid", "mla", "smollm2")
+    make_models(*USED_MODELS)
     return Runs(tmp_path_factory.mktemp("engines"), shared_stores)
 
 

@@ -114,6 +114,17 @@ def test_an_engine_that_was_restarted_reads_from_disk_what_the_last_one_kept(run
     check_same(runs, "restarted", "whole", "whole again", "two at once", exact=False)
 
 
+def test_engines_share_a_store_one_fills_and_the_other_hits_and_another_dtype_is_another_cache(runs):
+    for name in ("bf16", "processes"):
+        assert runs(name).external("whole cold") == 0, "another engine's chunks were given to it"
+    keep = runs("joined")
+    assert [keep.external(step) for step in ("whole", "whole again", "two at once")] == [1024, 1024, 512]
+    assert keep.figure("stored_chunks") == 0
+    check_same(runs, "joined", "whole", "whole again", "two at once", exact=False)
+    assert keep.stats["pinned_nbytes"] == keep.stats["quarantined_nbytes"] == 0
+    assert keep.stats["problem"] == ""
+
+
 def test_drafts_that_are_all_rejected_leave_nothing(runs):
     rise = runs("speculation").facts["steps"]["rejected"]["rise"]
     drafted = rise["vllm:spec_decode_num_draft_tokens"]

@@ -232,13 +232,16 @@ def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
         for _, theirs in pairs:
             server._accept(theirs)
         holder = ends.enter_context(subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE))
-        lost.sendall(framed(m.encoded(hello(holder.pid))) + framed(m.encoded(m.Reserve(1, digest(1)))))
+        pidfd = os.pidfd_open(holder.pid)
+        ends.callback(os.close, pidfd)
+        first = framed(m.encoded(hello(holder.pid))) + framed(m.encoded(m.Reserve(1, digest(1))))
+        socket.send_fds(lost, [first], [pidfd])
         turn(loop)
         (number,) = server.store.sessions
         lost.close()
         turn(loop)
         assert server.store.figures()["quarantined_nbytes"] == CHUNK
-        again.sendall(framed(m.encoded(hello(holder.pid, resumes=number))))
+        socket.send_fds(again, [framed(m.encoded(hello(holder.pid, resumes=number)))], [pidfd])
         holder.kill()
         holder.wait()
         turn(loop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -213,7 +214,7 @@ def test_over_a_socket_pair_the_loop_ends_with_its_only_client() -> None:
         (framed(m.encoded(m.Bye())), "must be a hello"),
         (framed(m.encoded(hello(version=m.VERSION + 1))), f"version {m.VERSION + 1} is not {m.VERSION}"),
         (framed(m.encoded(hello(nbytes=0))), "chunk_nbytes must be positive"),
-        (framed(m.encoded(hello(holders=tuple(range(1, 1026))))), "at most 1024 processes"),
+        (framed(m.encoded(hello(holders=tuple(range(1, 252))))), "at most 250 processes"),
         (framed(m.encoded(hello())) * 2, "hello once"),
         (framed(m.encoded(hello())) + framed(m.encoded(m.Fetch(1, b"x" * 33))), "whole number of digests"),
         (framed(m.encoded(hello())) + framed(m.encoded(m.Rename(b"short", ""))), "a namespace has 16 bytes"),
@@ -295,14 +296,47 @@ def test_a_holder_that_no_process_can_be_is_refused(
     assert figures(other)["sessions"] == 1
 
 
-def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_descriptors(pid: int) -> int:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(os, "pidfd_open", no_descriptors)
+def test_a_process_that_cannot_be_watched_is_not_taken_for_dead() -> None:
     store = new_store()
     served_alone(store, hello(), m.Reserve(1, b"".join(digests(1))))
     assert store.figures()["quarantined_nbytes"] == CHUNK
+
+
+def test_who_held_nothing_leaves_nothing(connect: Callable[..., Client], raw: socket.socket) -> None:
+    other = connect()
+    raw.sendall(framed(m.encoded(hello())))  # without a pidfd: its end could not be seen
+    until(other, lambda now: now["sessions"] == 2)
+    raw.close()
+    assert until(other, lambda now: now["sessions"] == 1)["lingering"] == 0
+
+
+def copies(fd: int) -> int:
+    """How many descriptors of this process are of the same file."""
+    count, inode = 0, os.fstat(fd).st_ino
+    for one in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.fstat(int(one)).st_ino == inode
+    return count
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_descriptors_that_a_client_should_not_send_are_closed(
+    connect: Callable[..., Client], raw: socket.socket, session: bool
+) -> None:
+    other = connect()
+    with Region.create(CHUNK) as region:
+        ours = copies(region.fd)
+        data = framed(m.encoded(hello())) if session else b"\0"
+        socket.send_fds(raw, [data], [region.fd] * 200)
+        if session:
+            assert isinstance(refused := last_words(raw), m.Refused)
+            assert "no pidfd" in refused.text
+        else:
+            socket.send_fds(raw, [b"\0"], [region.fd] * 200)
+            assert isinstance(refused := last_words(raw), m.Refused)
+            assert "more than 250 descriptors" in refused.text
+        figures(other)
+        assert copies(region.fd) == ours, "the server keeps what it did not ask for"
 
 
 # ---- a store that does wrong -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def doctor(
         check_python(sys.version_info[:2]),
         configured,
         check_memory(settings, read_limits()),
+        *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
         check_sealing(),
         check_speed(time.perf_counter),
     ]
@@ -88,6 +90,22 @@ def check_memory(config: Config, limits: Limits) -> Check:
     except ConfigError as error:
         return Check("memory", found, str(error))
     return Check("memory", found)
+
+
+def check_disk(directory: Path, config: Config) -> Check:
+    """Check that a directory of the disk tier can be made or written, and that its share of `disk_size` fits."""
+    name = f"disk ({directory})"
+    there = next(one for one in (directory, *directory.parents) if one.exists())
+    share = parse_size(config.disk_size, "disk_size") // len(config.disk_directories)
+    wanted = share + parse_size(config.disk_min_free, "disk_min_free")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Check(
+            name, "cannot be written", f"let this user write to {there}, or set disk_path to another directory"
+        )
+    total = sum(file.lstat().st_blocks * 512 for file in directory.rglob("*")) if directory.is_dir() else 0
+    room = total + shutil.disk_usage(there).free
+    found = f"{size_text(share)} wanted, {size_text(room)} free or kvkeep's own"
+    return Check(name, found, "" if wanted <= room else "set disk_size or disk_min_free lower, or free some space")
 
 
 def check_sealing() -> Check:

@@ -5,13 +5,14 @@ Timing, a table and a JSON file. Knows nothing about kvkeep or about what is mea
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -115,6 +116,20 @@ def machine() -> str:
         f"{os.cpu_count()} x {names[0] if names else platform.machine()}, {memory:.0f} GiB, "
         f"Linux {platform.release()}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
     )
+
+
+def run_groups(groups: Mapping[str, Callable[[], list[Row]]], title: str, description: str | None) -> None:
+    """A benchmark script: runs the groups that `--only` names (all), shows their rows, writes them to `--json`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="+", choices=groups, default=list(groups))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    made: list[Row] = []
+    for name in options.only:
+        say(f"{name} ...")
+        made += groups[name]()
+    show(made, title)
+    write(made, options.json)
 
 
 def show(rows: Sequence[Row], title: str) -> None:

@@ -91,3 +91,18 @@ def encode_uints(values: Words, run: int) -> tuple[Octets, list[int]]:
     octets = np.empty(int(ends[-1]) + _WORD_NBYTES, np.uint8)
     np.ndarray(octets.size - _WORD_NBYTES, "<u8", octets, strides=(1,))[ends - widths] = words
     return octets, [0, *ends[run - 1 :: run].tolist()]
+
+
+def _check_order() -> None:
+    """Raise RuntimeError unless NumPy writes overlapping words one after the other, as `encode_uints` needs it.
+
+    NumPy does so but does not promise it; a version that did not would give different tokens the same digest.
+    """
+    values = np.arange(1, 9001, dtype=np.uint32)  # more than NumPy's buffer of 8,192
+    values = (values * np.uint32(2654435761)) >> (values * np.uint32(7) % np.uint32(32))  # of all widths, mixed
+    octets, offsets = encode_uints(values, len(values))
+    if octets[: offsets[-1]].tobytes() != b"".join(map(encode, values.tolist())):
+        raise RuntimeError(f"NumPy {np.__version__} does not write overlapping words in order: use another version")
+
+
+_check_order()

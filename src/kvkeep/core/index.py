@@ -115,6 +115,10 @@ class Index:
         self._evictable_nbytes -= pinned_nbytes
         return run
 
+    def writing(self, keys: Iterable[bytes]) -> list[Entry]:
+        """Get the entries of keys that are being written."""
+        return [entry for key in keys if (entry := self._entries.get(key)) is not None and entry.sums is None]
+
     def hold(self, key: bytes) -> Entry | None:
         """Pin one committed entry without counting it as used: its place in the order of eviction stays."""
         entry = self._entries.get(key)

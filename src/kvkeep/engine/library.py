@@ -52,8 +52,9 @@ def open_engine(
 ) -> CacheEngine:
     """An engine over these caches, with a private store or the shared one that `config.store` names.
 
-    `layers`: see `CacheEngine`. Raises ConfigError or StoreGone if the store cannot be started or joined,
-    LayoutMismatch for a cache that cannot be copied.
+    `layers`: see `CacheEngine`. A shared store that is not there is waited for (`config.store_wait_s`), then looked for
+    between calls. Raises ConfigError or StoreGone if one of our own cannot be started, LayoutMismatch for a cache that
+    cannot be copied.
     """
     config = config or Config()
     tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])

@@ -27,6 +27,7 @@ log = logging.getLogger("kvkeep")
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 CONNECT_LIMIT_S = 1.0
+START_PAUSE_S = 0.2
 END_LIMIT_S = DRAIN_S + 2.0
 SILENCE_LIMIT_S = 30.0
 
@@ -39,6 +40,9 @@ class Source(Protocol):
 
     def end(self, wait: bool) -> None:
         """The connection is over; with `wait` what was started has ended when this returns."""
+
+    def patience_s(self) -> float | None:
+        """How long a start waits for a store that is not there before it goes on without; None: it does not go on."""
 
 
 @dataclass
@@ -62,25 +66,34 @@ class PrivateSource:
         elif child is not None:
             child.kill()
 
+    def patience_s(self) -> float | None:
+        """A store of our own that does not start is a fault that is best known at once."""
+        return None
+
 
 @dataclass
 class SharedSource:
-    """Joins the store that listens at `path`."""
+    """Joins the store that listens at `path`; an engine that starts waits `wait_s` for it."""
 
     path: str
+    wait_s: float = 0.0
 
     def connect(self) -> socket.socket:
-        """A connection to it."""
-        return join_shared(self.path, CONNECT_LIMIT_S)
+        """A connection to it, at once: a store that is stopped and has a full backlog holds nobody up."""
+        return join_shared(self.path, 0.0)
 
     def end(self, wait: bool) -> None:
         """The shared store outlives us."""
+
+    def patience_s(self) -> float | None:
+        """It may come later than we do, and come back."""
+        return self.wait_s
 
 
 def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
     """Where the store comes from that is configured; ConfigError if a private pool would hold no chunk."""
     if config.socket_path is not None:
-        return SharedSource(config.socket_path)
+        return SharedSource(config.socket_path, config.store_wait_s)
     nbytes = config.pool_nbytes(read_limits().available_nbytes)
     if nbytes < chunk_nbytes:
         raise ConfigError(
@@ -98,6 +111,7 @@ class Link:
     hello: Callable[[int], Hello]
     doors: Sequence[str]
     clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
     client: Client | None = None
     _silent_since_s: float | None = None
     _joining: Joining | None = None
@@ -106,13 +120,26 @@ class Link:
     _last_session: int = field(default=0)
 
     def start(self, limit_s: float) -> None:
-        """Starts or joins the store and waits for its welcome; raises KVKeepError if that fails."""
-        try:
-            joining = Joining(self.source.connect(), self.hello(0))
-            self._welcomed(joining.wait(limit_s, self.clock))
-        except KVKeepError:
-            self.source.end(wait=True)
-            raise
+        """Starts or joins the store and waits at most `limit_s` for its welcome; raises KVKeepError if that fails.
+
+        A store that may come later is waited for as long as its source says; after that it is looked for by `live`.
+        """
+        patience_s = self.source.patience_s()
+        end_s = self.clock() + (patience_s or 0.0)
+        while True:
+            try:
+                joining = Joining(self.source.connect(), self.hello(0))
+                self._welcomed(joining.wait(limit_s, self.clock))
+            except KVKeepError as error:
+                if patience_s is None or isinstance(error, ConfigError):
+                    self.source.end(wait=True)
+                    raise
+                if self.clock() >= end_s:
+                    self._wait_longer(str(error))
+                    return
+                self.pause(min(START_PAUSE_S, max(0.0, end_s - self.clock())))
+            else:
+                return
 
     def live(self, idle: bool) -> Client | None:
         """The client if the store may be asked. While it may not, each call looks on; `idle`: no step is under way."""

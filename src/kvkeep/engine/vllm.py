@@ -228,8 +228,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.identity = facts.identity(self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights)
         link = self._link(ranks, layout)
         link.start(START_LIMIT_S)
-        assert link.client is not None
-        self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
+        if link.client is not None:
+            self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
             patience_s=self.config.patience_s,

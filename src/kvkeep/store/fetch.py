@@ -154,12 +154,17 @@ class Promotions:
     async def _probe(self, number: int, keys: Sequence[bytes], session: Session, limit_s: float) -> None:
         """Tries a tier that had failed with the first chunk that it has of these; nobody waits for it."""
         tier = self.tiers[number]
+        if tier.probed or tier.quarantined_nbytes:
+            return  # what hangs tells by coming back; no more is sent after it
+        tier.probed = True
         tier.breaker.probing(asyncio.get_running_loop().time())
         try:
             has = await tier.tier.contains(keys)
         except TierError as error:
             tier.overdue((), str(error))
             return
+        finally:
+            tier.probed = False
         key = next((key for key, one in zip(keys, has, strict=True) if one), None)
         if key is None or key in self._coming:
             return
@@ -198,6 +203,7 @@ class Promotions:
         """Reserves room for the wanted chunks, as far as there is any now."""
         sizes = waiting.session.opening.sizes
         keys = [waiting.keys[place] for place in wanted]
+        self.store.revoke_overdue(keys)
         got = self.store.index.reserve(keys, sum(sizes), self.store.next_lease()) if keys else []
         started: list[Coming] = []
         for place, one in zip(wanted, got, strict=True):

@@ -44,14 +44,15 @@ class Due(NamedTuple):
 
 @dataclass(eq=False)
 class Flush:
-    """Writes to `line`'s tier what `submit` names; reads of that tier go first, and their trouble is not its own."""
+    """Writes to the tier of `loads` what `submit` names; its reads go first, and their trouble is not its own."""
 
     index: Index
-    line: Loads
+    loads: Loads
     options: FlushOptions
     figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     breaker: Breaker = field(default_factory=Breaker)
     held_nbytes: int = 0
+    _writing: int = 0
     _due: OrderedDict[bytes, Due] = field(default_factory=OrderedDict)
     _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _pump: asyncio.Task[None] | None = None
@@ -59,7 +60,7 @@ class Flush:
     @property
     def waiting(self) -> int:
         """Chunks that are not written yet, those being written included."""
-        return len(self._due) + len(self._batches)
+        return len(self._due) + self._writing
 
     def submit(self, entry: Entry, sizes: Sequence[int]) -> None:
         """A chunk is readable in the pool; it is written when its turn comes, if it is still there."""
@@ -87,10 +88,10 @@ class Flush:
             self._forget_old(now_s())
             gate = self.breaker.gate(now_s())
             full = self._batches and self.held_nbytes + self.options.batch_nbytes > self.options.held_nbytes
-            if gate is Gate.OPEN or self.line.gate() is Gate.OPEN:
+            if gate is Gate.OPEN or self.loads.gate() is Gate.OPEN:
                 self.figures["dropped"] += len(self._due)
                 self._due.clear()
-            elif self.line.busy or full or (gate is Gate.HALF_OPEN and self._batches):
+            elif self.loads.busy or full or (gate is Gate.HALF_OPEN and self._batches):
                 await asyncio.sleep(self.options.poll_s)
             else:
                 self._start_batch()
@@ -114,28 +115,30 @@ class Flush:
                 self.index.unpin([entry] if entry is not None else [])
                 continue
             assert entry.sums is not None
-            payload = self.line.memory[entry.offset : entry.offset + entry.nbytes]
+            payload = self.loads.memory[entry.offset : entry.offset + entry.nbytes]
             entries.append(entry)
             writes.append(Write(key, due.sizes, payload, entry.sums))
             nbytes += entry.nbytes
         if not writes:
             return
         self.held_nbytes += nbytes
+        self._writing += len(writes)
         task = asyncio.get_running_loop().create_task(self._write(entries, writes, nbytes))
         self._batches.add(task)
         task.add_done_callback(self._batches.discard)
 
     async def _write(self, entries: list[Entry], writes: list[Write], nbytes: int) -> None:
         try:
-            stored = await self.line.tier.store(writes)
+            stored = await self.loads.tier.store(writes)
         except TierError as error:
             stored = [Stored.REFUSED] * len(writes)
             self.breaker.failed(asyncio.get_running_loop().time())
-            log.warning("tier %s takes nothing for a while: %s", self.line.name, error)
+            log.warning("tier %s takes nothing for a while: %s", self.loads.name, error)
         else:
             self.breaker.succeeded()
         finally:
             self.held_nbytes -= nbytes
+            self._writing -= len(writes)
             self.index.unpin(entries)
         for one in stored:
             self.figures[one.value] += 1

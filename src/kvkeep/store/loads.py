@@ -43,7 +43,7 @@ class Coming:
 class Loads:
     """`done(coming, sums)` is called once a chunk when nothing touches its memory any more; sums None: it did not come.
 
-    `quarantined_nbytes` are under way although they are overdue.
+    `quarantined_nbytes` are under way although they are overdue; `probed`: a probe has not come back yet.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Loads:
     most_nbytes: int = UNDER_WAY_NBYTES
     under_way_nbytes: int = 0
     quarantined_nbytes: int = 0
+    probed: bool = False
     _turns: deque[tuple[deque[list[Coming]], float]] = field(default_factory=deque)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 

@@ -35,9 +35,13 @@ class ReadLease:
 
 @dataclass
 class WriteLease:
-    """Reserved chunks by their place in the reservation; an entry leaves when it is committed or given up."""
+    """Reserved chunks by their place in the reservation; an entry leaves when it is committed or given up.
+
+    `alive_s` is when its writer last showed that it is at work: at the reservation, then at each commit.
+    """
 
     entries: dict[int, Entry]
+    alive_s: float = 0.0
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Session:
     def held_nbytes(self) -> int:
         """Bytes of all its leases, read and write."""
         writing = sum(
-            entry.extent.nbytes
+            entry.nbytes
             for lease in self.leases.values()
             if isinstance(lease, WriteLease)
             for entry in lease.entries.values()

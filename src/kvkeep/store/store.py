@@ -6,13 +6,13 @@ sockets, messages or the bytes in the pool; the planners' workers move those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Index, Outcome
-from kvkeep.core.key import key_of
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
@@ -51,15 +51,23 @@ class Reservation(NamedTuple):
 
 @dataclass
 class Store:
-    """`pool_nbytes` of memory under `index`; waiting requests of one session may pin `max_pinned_share` of it."""
+    """`pool_nbytes` of memory under `index`; waiting requests of one session may pin `max_pinned_share` of it.
+
+    A chunk that is asked for while another lease has been writing it for more than `lease_time_s` changes its writer;
+    the memory of the first one stays where it is until that lease ends.
+    """
 
     index: Index
     pool_nbytes: int
     max_pinned_share: float = 0.5
+    lease_time_s: float = 60.0
+    clock: Callable[[], float] = time.monotonic
     sessions: dict[int, Session] = field(default_factory=dict)
     lingering: dict[int, Session] = field(default_factory=dict)
     lending: bool = True
+    revoked: int = 0
     _last: int = 0
+    _writing: dict[int, WriteLease] = field(default_factory=dict)
 
     def open(self, opening: Opening) -> Session:
         """A new session; WireError if what it says of itself cannot be right."""
@@ -110,12 +118,25 @@ class Store:
         if not self.lending:
             return Reservation(0, [Outcome.NO_ROOM] * len(digests))
         lease = self.next_lease()
-        got = self.index.reserve(self.keys(session, digests), session.opening.chunk_nbytes, lease)
+        keys = self.keys(session, digests)
+        self.revoke_overdue(keys)
+        got = self.index.reserve(keys, session.opening.chunk_nbytes, lease)
         entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
         if entries:
-            session.leases[lease] = WriteLease(entries)
-        places = [one.extent.offset if isinstance(one, Entry) else one for one in got]
+            session.leases[lease] = self._writing[lease] = WriteLease(entries, self.clock())
+        places = [one.offset if isinstance(one, Entry) else one for one in got]
         return Reservation(lease if entries else 0, places)
+
+    def revoke_overdue(self, keys: Sequence[bytes]) -> None:
+        """Takes those of `keys` from their writers that have shown no sign of life for `lease_time_s`."""
+        if not self._writing:
+            return
+        since_s = self.clock() - self.lease_time_s
+        for entry in self.index.writing(keys):
+            lease = self._writing.get(entry.owner)
+            if lease is not None and lease.alive_s <= since_s:
+                self.index.revoke(entry)
+                self.revoked += 1
 
     def written(self, session: Session, lease: int, places: Sequence[int]) -> list[Entry | None]:
         """The entries that a commit of these places is about; None for what is not this lease's."""
@@ -127,6 +148,7 @@ class Store:
         held = session.leases.get(lease)
         if not isinstance(held, WriteLease) or len(places) != len(sums):
             return [False] * len(places)
+        held.alive_s = self.clock()
         done = []
         for place, sum_ in zip(places, sums, strict=True):
             entry = held.entries.pop(place, None)
@@ -136,16 +158,18 @@ class Store:
     def release(self, session: Session, lease: int) -> None:
         """Ends a lease; one that is unknown (ended already, or invented) changes nothing."""
         held = session.leases.pop(lease, None)
+        self._writing.pop(lease, None)
         if isinstance(held, ReadLease):
-            session.pinned_nbytes -= sum(entry.extent.nbytes for entry in held.entries)
+            session.pinned_nbytes -= sum(entry.nbytes for entry in held.entries)
             self.index.unpin(held.entries)
         elif held is not None:
             for entry in held.entries.values():
                 self.index.abandon(entry)
 
     def keys(self, session: Session, digests: Sequence[bytes]) -> list[bytes]:
-        """The keys of a session's digests."""
-        return [key_of(session.namespace, digest) for digest in digests]
+        """The keys of a session's digests; the lengths of both were checked when they came."""
+        namespace = session.namespace
+        return [namespace + digest for digest in digests]
 
     def next_lease(self) -> int:
         """A number that no lease and no session has had."""
@@ -195,7 +219,9 @@ class Store:
             "quarantined_nbytes": sum(session.held_nbytes for session in self.lingering.values()),
             "chunks": stats.committed_entries,
             "evictions": stats.evictions,
+            "revoked": self.revoked,
             "sessions": len(self.sessions),
+            "lingering": len(self.lingering),
         }
 
     def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:

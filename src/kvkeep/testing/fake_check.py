@@ -1,6 +1,6 @@
-"""Whether a chunk in the pool holds what a fake model computes, as integers.
+"""Whether the pool's chunks and the engine's blocks hold what a fake model computes, as integers.
 
-Knows nothing about requests, scheduling or the store.
+Knows nothing about scheduling or the store.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.testing.fake_model import PARTS, FakeModel
+from kvkeep.testing.fake_request import FakeRequest
 
 
 def check_chunk(model: FakeModel, layout: ChunkLayout, chunk: npt.NDArray[np.uint8], prefix: tuple[int, ...]) -> None:
@@ -24,3 +25,14 @@ def check_chunk(model: FakeModel, layout: ChunkLayout, chunk: npt.NDArray[np.uin
             assert (held == right).all(), f"the pool's chunk that ends {prefix} is wrong on rank {rank}"
             padding = chunk[base + one.offset + one.nbytes : base + one.offset + one.padded_nbytes]
             assert not padding.any(), "padding is not zero"
+
+
+def check_table(model: FakeModel, request: FakeRequest, group: int) -> None:
+    """AssertionError unless a request has all blocks of a group that its next token sees, and they are right."""
+    right = model.expected(group, tuple(request.tokens[: request.computed]))
+    cache, size = model.caches[group], model.groups[group].block_tokens
+    seen = np.arange(model.first_seen(group, request.computed), request.computed)
+    blocks = np.array(request.tables[group])[seen // size]
+    assert (blocks != 0).all(), f"{request.name}: group {group} gave up a block that is still seen"
+    held = cache[..., blocks, seen % size]
+    assert (held == right[..., seen]).all(), f"{request.name}: a computed block of group {group} is wrong"

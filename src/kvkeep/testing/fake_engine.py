@@ -19,7 +19,6 @@ import torch
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.choice import Choice
-from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.link import Link, Source
 from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Report, Scheduled
@@ -27,9 +26,10 @@ from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures
 from kvkeep.testing.fake_blocks import FakeBlocks
-from kvkeep.testing.fake_check import check_chunk
+from kvkeep.testing.fake_check import check_chunk, check_table
 from kvkeep.testing.fake_model import FakeModel, Values
 from kvkeep.testing.fake_request import EngineShape, FakeRequest, Phase
+from kvkeep.testing.rank_process import RankProcess
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Transfer
@@ -41,13 +41,18 @@ ANSWER_LIMIT_S = 10.0
 NAMESPACE = b"fake engine's ns"
 
 Wrap = Callable[[int, Transfer], Transfer]
-MakeCopier = Callable[[int], Copier]
+MakeRank = Callable[[int, Transfer, PoolDoor, Choice], Worker | RankProcess]
+
+
+def rank_here(rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
+    """A rank's half in this process, whose copies end at once."""
+    return Worker(rank, transfer, door, choice=choice)
 
 
 class FakeEngine:
     """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer.
 
-    `copiers` makes each rank's copier.
+    `rank` makes a rank's half, in this process or in one of its own.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class FakeEngine:
         source: Source,
         options: PlannerOptions | None = None,
         wrap: Wrap = lambda _, one: one,
-        copiers: MakeCopier = lambda _: InlineCopier(),
+        rank: MakeRank = rank_here,
     ) -> None:
         self.shape = shape
         self.model = FakeModel(shape.groups, shape.ranks, shape.num_blocks)
@@ -70,9 +75,9 @@ class FakeEngine:
         transfers = [wrap(rank, self._transfer(rank)) for rank in range(shape.ranks)]
         doors = [PoolDoor() for _ in transfers]
         mode = Choice("layerwise" if shape.layerwise else "bulk", possible=True)
-        self.workers = [
-            Worker(n, one, door, copiers(n), mode) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))
-        ]
+        self.workers = [rank(n, one, door, mode) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
+        self.pids = [os.getpid(), *(one.pid for one in self.workers if isinstance(one, RankProcess))]
+        self.layers = list(transfers[0].shard.numbers)  # the same names on every rank
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
@@ -119,7 +124,7 @@ class FakeEngine:
             self.model.forward(one.tokens, (one.computed, one.computed + count), one.tables)
             one.computed += count
         for worker in self.workers:
-            for name in worker.transfer.shard.numbers:
+            for name in self.layers:
                 worker.save_layer(plan, name)
             worker.start_stores(plan)
             worker.poll(plan)
@@ -144,7 +149,7 @@ class FakeEngine:
         """Every layer is waited for; no load may come so late that it would overwrite what this step has written."""
         before = self._open_blocks(counts)
         for worker in self.workers:
-            for name in worker.transfer.shard.numbers:
+            for name in self.layers:
                 worker.wait_layer(name)
         for old, new in zip(before, self._open_blocks(counts), strict=True):
             assert (old == new).all(), "a block that the step writes was loaded late"
@@ -162,7 +167,7 @@ class FakeEngine:
             assert (held == right).all(), f"cached block {block_id} of group {group} ends {prefix} and is wrong"
         for request in self.running:
             for group in range(len(self.shape.groups)):
-                self._check_table(request, group)
+                check_table(self.model, request, group)
 
     def check_pool(self, pool: npt.NDArray[np.uint8]) -> int:
         """Reads every chunk of its requests that the store gives out; how many of them were checked byte for byte."""
@@ -174,24 +179,11 @@ class FakeEngine:
             answer = client.wait(client.fetch(digests), ANSWER_LIMIT_S)
             assert isinstance(answer, Matched), "the store does not answer"
             for number, offset in enumerate(answer.offsets):
-                check_chunk(
-                    self.model,
-                    self.layout,
-                    pool[offset:],
-                    tuple(request.tokens[: (number + 1) * self.layout.chunk_tokens]),
-                )
+                prefix = tuple(request.tokens[: (number + 1) * self.layout.chunk_tokens])
+                check_chunk(self.model, self.layout, pool[offset:], prefix)
             checked += len(answer.offsets)
             client.release(answer.lease)
         return checked
-
-    def _check_table(self, request: FakeRequest, group: int) -> None:
-        right = self.model.expected(group, tuple(request.tokens[: request.computed]))
-        cache, size = self.model.caches[group], self.shape.groups[group].block_tokens
-        seen = np.arange(self.model.first_seen(group, request.computed), request.computed)
-        blocks = np.array(request.tables[group])[seen // size]
-        assert (blocks != 0).all(), f"{request.name}: group {group} gave up a block that is still seen"
-        held = cache[..., blocks, seen % size]
-        assert (held == right[..., seen]).all(), f"{request.name}: a computed block of group {group} is wrong"
 
     # ---- scheduling ----------------------------------------------------------------------------------------
 
@@ -388,7 +380,7 @@ class FakeEngine:
 
     def _hello(self, resumes: int) -> Hello:
         sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]
-        every, pids = self.shape.verify_every, [os.getpid()]
+        every, pids = self.shape.verify_every, self.pids
         return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, pids, every, resumes, sizes)
 
     def _asked(self, request: FakeRequest) -> Request:

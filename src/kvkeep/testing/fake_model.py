@@ -6,6 +6,8 @@ Knows nothing about requests, stores or tensors; NumPy only.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +30,10 @@ class GroupShape:
 
 
 class FakeModel:
-    """`caches[group]` is uint64 (ranks, layers, PARTS, num_blocks, block_tokens): the paged cache of all ranks."""
+    """`caches[group]` is uint64 (ranks, layers, PARTS, num_blocks, block_tokens): the paged cache of all ranks.
+
+    It is shared with processes that are forked later.
+    """
 
     def __init__(self, groups: Sequence[GroupShape], ranks: int, num_blocks: int) -> None:
         self.groups = tuple(groups)
@@ -37,7 +42,7 @@ class FakeModel:
         self._known: dict[tuple[int, tuple[int, ...]], Values] = {}
         for number, group in enumerate(self.groups):
             lanes = (ranks, group.layers, PARTS)
-            self.caches.append(np.zeros((*lanes, num_blocks, group.block_tokens), np.uint64))
+            self.caches.append(_shared((*lanes, num_blocks, group.block_tokens)))
             count = ranks * group.layers * PARTS
             seeds = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(1_000_003 * (number + 1))
             self._seeds.append(seeds.reshape(lanes))
@@ -95,3 +100,8 @@ class FakeModel:
         mixed *= np.uint64(_K3)
         mixed ^= mixed >> np.uint64(29)
         return mixed
+
+
+def _shared(shape: tuple[int, ...]) -> Values:
+    """Zeros in shared memory."""
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * 8), np.uint64).reshape(shape)

@@ -75,6 +75,10 @@ class ThreadSource:
             for one in self.boots:
                 one.join()
 
+    def patience_s(self) -> float | None:
+        """It always starts."""
+        return None
+
 
 @contextmanager
 def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
@@ -91,7 +95,7 @@ def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
 def _started(options: StoreOptions, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
     region = Region.create(options.pool_nbytes)
     index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
-    store = Store(index, options.pool_nbytes, options.max_pinned_share)
+    store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
     server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()

@@ -162,7 +162,7 @@ class Drive:
         suspects = []
         for at in range(0, len(found), _SLICE):
             for one in found[at : at + _SLICE]:
-                if one.key in holding.writing:
+                if holding.meet(one.key, one.allocated_nbytes):
                     continue
                 if holding.epochs.is_unsettled(one.key[:NAMESPACE_NBYTES]):
                     suspects.append(one)
@@ -179,7 +179,7 @@ class Drive:
         )
         stale = []
         for one, epoch in zip(suspects, await job.done or [], strict=False):
-            if one.key in ledger.live or one.key in holding.writing:
+            if one.key in ledger.live or holding.meet(one.key, one.allocated_nbytes):
                 continue
             ledger.adopt(one.key, one.allocated_nbytes)
             if one.key in ledger.live and epoch != holding.epoch(one.key):

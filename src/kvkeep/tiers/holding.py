@@ -68,11 +68,15 @@ class Counts:
 
 @dataclass(eq=False)
 class Pending:
-    """A record that is being written; `doomed`: it was deleted meanwhile."""
+    """A record that is being written; `doomed`: it was deleted meanwhile.
+
+    `found_nbytes` are those of a file that the look through found under its name: of an earlier boot, or its own.
+    """
 
     epoch: int
     outcome: asyncio.Future[Stored]
     doomed: bool = False
+    found_nbytes: int = 0
 
 
 @dataclass(eq=False)
@@ -139,6 +143,24 @@ class Holding:
         for task in tasks:
             task.result()
 
+    def meet(self, key: bytes, nbytes: int) -> bool:
+        """A file was found under the name of a record that is being written: it counts until the write has ended."""
+        pending = self.writing.get(key)
+        if pending is not None:
+            pending.found_nbytes = nbytes
+            self.ledger.count(nbytes)
+        return pending is not None
+
+    def part(self, key: bytes, stored: Stored) -> None:
+        """The write has ended: what was found is its own, is known, or is left alone and joins the ledger."""
+        pending = self.writing.pop(key)
+        self.ledger.count(-pending.found_nbytes)
+        known = key in self.ledger.live or key in self.ledger.dying
+        if pending.found_nbytes and stored is Stored.REFUSED and not known:
+            entry = self.ledger.learn(key, pending.found_nbytes)
+            if pending.doomed or self.epoch(key) != pending.epoch:
+                self.unburied[key] = self.ledger.kill(entry)
+
     async def carry_out(self, call: Callable[[], None]) -> None:
         """Runs a call in a thread; TierUnavailable where it failed, or never ran."""
 
@@ -162,18 +184,31 @@ class Holding:
     async def _unlink(self, batch: Sequence[tuple[Entry, Inode | None]], errand: Errand) -> None:
         keys = [(entry.key, inode) for entry, inode in batch]
         errand.job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.delete(keys))
-        gone: list[bool] = []
+        gone: list[int] = []
         try:
             gone = await errand.job.done or []
         finally:
             for place, (entry, _) in enumerate(batch):
                 entry.burying = False
-                if place < len(gone) and gone[place]:
-                    self.ledger.buried(entry)
+                if place < len(gone) and gone[place] >= 0:
+                    self.ledger.buried(entry, gone[place])
                 else:
                     self.unburied[entry.key] = entry
-        if not all(gone):
+        if min(gone, default=0) < 0:
             self.failed("a file cannot be removed")
+
+    async def survey(self) -> None:
+        """Counts anew what the records take, after a file turned out to take less than was counted for it."""
+        entries, adrift_nbytes = list(self.ledger.live.values()), self.ledger.adrift_nbytes
+        keys = [entry.key for entry in entries]
+        job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.sizes(keys))
+        try:
+            sizes = await job.done
+        except TierUnavailable as error:
+            self.failed(str(error))
+            return
+        if sizes is not None:
+            self.ledger.surveyed(dict(zip(entries, sizes, strict=True)), adrift_nbytes)
 
 
 def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:

@@ -9,7 +9,7 @@ long its upper bound stands for it, and nothing that is deleted is counted as fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kvkeep.core.policy import EvictionPolicy
@@ -34,7 +34,8 @@ class Ledger:
     """Space and order of one directory. `bound_nbytes` is the most that an earlier boot can have left.
 
     `live` are the records that may be read, `dying` those whose names are still there. `spare_nbytes` is what the file
-    system has left for us, as far as is known.
+    system has left for us, as far as is known. `adrift_nbytes` were counted for files that took less when they went:
+    somebody moved files about, and another name's file may take more than is counted for it, until all are `surveyed`.
     """
 
     limit_nbytes: int
@@ -42,6 +43,7 @@ class Ledger:
     bound_nbytes: int
     spare_nbytes: int = UNLIMITED_NBYTES
     settled: bool = False
+    adrift_nbytes: int = 0
     live: dict[bytes, Entry] = field(default_factory=dict)
     dying: dict[bytes, Entry] = field(default_factory=dict)
     gone: set[bytes] = field(default_factory=set)  # deleted before it was settled: what is found of them is stale
@@ -53,7 +55,7 @@ class Ledger:
     @property
     def used_nbytes(self) -> int:
         """Bytes in use, or the most that it can be."""
-        return self._held_nbytes if self.settled else self.bound_nbytes + self._fresh_nbytes
+        return self._held_nbytes + self.adrift_nbytes if self.settled else self.bound_nbytes + self._fresh_nbytes
 
     def reserve(self, nbytes: int) -> bool:
         """Count bytes that are about to be written; False: they do not fit, and nothing has changed."""
@@ -80,6 +82,10 @@ class Ledger:
         """A record of an earlier boot was met before the directory was looked through, or appeared since."""
         self._held_nbytes += nbytes
         return self._enter(key, nbytes, early=True)
+
+    def count(self, nbytes: int) -> None:
+        """Count bytes of an earlier boot that no record stands for yet; below 0: no more."""
+        self._held_nbytes += nbytes
 
     def adopt(self, key: bytes, nbytes: int) -> None:
         """A record was found in the directory; the older in use come first. Known and deleted ones are skipped."""
@@ -133,12 +139,24 @@ class Ledger:
         """The same for a key that is not known: whatever its file takes is in the bound."""
         return self._die(Entry(key, 0))
 
-    def buried(self, entry: Entry) -> None:
-        """Its name is gone."""
+    def buried(self, entry: Entry, nbytes: int) -> None:
+        """Its name is gone, and with it a file of `nbytes`."""
+        if self.settled:
+            self.adrift_nbytes += max(0, entry.nbytes - nbytes)
         del self.dying[entry.key]
         entry.unlinked = True
         if not entry.readers:
             self._held_nbytes -= entry.nbytes
+
+    def surveyed(self, sizes: Mapping[Entry, int], adrift_nbytes: int) -> None:
+        """Every live record's file was looked at, since there were `adrift_nbytes`: what they take is counted anew."""
+        for entry, nbytes in sizes.items():
+            if self.live.get(entry.key) is entry:
+                self._held_nbytes += nbytes - entry.nbytes
+                if entry.ranked and not entry.readers:
+                    self._evictable_nbytes += nbytes - entry.nbytes
+                entry.nbytes = nbytes
+        self.adrift_nbytes -= adrift_nbytes
 
     def evict(self, nbytes: int) -> list[Entry]:
         """Kill what must go so that `nbytes` fit; nothing where that cannot be reached."""

@@ -121,7 +121,7 @@ class Loads:
             if (entry := self._killed(one)) is not None:
                 bad.append((entry, got.stat.inode if got.stat else None))
         elif got.verdict is Verdict.ABSENT and one.entry is not None and (entry := self._killed(one)) is not None:
-            holding.ledger.buried(entry)
+            holding.ledger.buried(entry, 0)
         return None
 
     def _used(self, one: Asked, got: Loaded) -> None:

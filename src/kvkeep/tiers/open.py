@@ -47,7 +47,8 @@ async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
         log.error("there is no disk tier: %s", error)
         return
     take("disk", tier, lambda: disk_figures(tier))
-    log.info("disk tier of %.1f GiB in %s", disk.limit_nbytes / 2**30, ", ".join(disk.directories))
+    how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
+    log.info("disk tier of %.1f GiB in %s, %s", disk.limit_nbytes / 2**30, ", ".join(disk.directories), how)
 
 
 def disk_figures(tier: DiskTier) -> dict[str, int]:

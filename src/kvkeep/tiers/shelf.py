@@ -258,17 +258,31 @@ class Shelf(NamedTuple):
 
     # ---- names
 
-    def delete(self, keys: Sequence[tuple[bytes, Inode | None]]) -> list[bool]:
-        """Remove records, where an inode is named only that file; True: nothing of it is there any more."""
+    def delete(self, keys: Sequence[tuple[bytes, Inode | None]]) -> list[int]:
+        """Remove records, where an inode is named only that file.
+
+        The bytes that each one's file took, 0 where there was none (of that inode), -1 where it is still there.
+        """
         return [self._deleted(self.path(key), inode) for key, inode in keys]
 
-    def _deleted(self, path: str, inode: Inode | None) -> bool:
+    def _deleted(self, path: str, inode: Inode | None) -> int:
         try:
-            if inode is not None and self.files.data.stat(path).inode != inode:
-                return True
+            stat = self.files.data.stat(path)
         except OSError as error:
-            return error.errno in (errno.ENOENT, errno.ENOTDIR)
-        return self._unlinked(path)
+            return 0 if error.errno in (errno.ENOENT, errno.ENOTDIR) else -1
+        if inode is not None and stat.inode != inode:
+            return 0
+        return stat.allocated_nbytes if self._unlinked(path) else -1
+
+    def sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """What the files of records take now; 0 where there is none. OSError where one cannot be looked at."""
+        sizes = []
+        for key in keys:
+            try:
+                sizes.append(self.files.data.stat(self.path(key)).allocated_nbytes)
+            except FileNotFoundError:
+                sizes.append(0)
+        return sizes
 
     def _unlinked(self, path: str) -> bool:
         try:

@@ -45,6 +45,8 @@ class Stores:
         holding = self.holding
         if holding.unburied:
             await holding.bury((entry, None) for entry in list(holding.unburied.values()))
+        if holding.ledger.adrift_nbytes:
+            await holding.survey()
         answers: list[Stored | asyncio.Future[Stored]] = []
         fresh: list[Wanted] = []
         for write in writes:
@@ -134,7 +136,7 @@ class Stores:
         if one.pending.outcome.done():
             return
         one.pending.outcome.set_result(stored)
-        del holding.writing[one.write.key]
+        holding.part(one.write.key, stored)
         holding.counts.stored += stored is Stored.STORED
         holding.counts.present += stored is Stored.PRESENT
         holding.counts.refused += stored is Stored.REFUSED

@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--pool-nbytes", type=int, required=True)
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--max-pinned-share", type=float, default=0.5)
+    parser.add_argument("--lease-time-s", type=float, default=60.0)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--disk", type=_disk, help="the disk tier's options as JSON")
     asked = parser.parse_args(arguments)
@@ -31,7 +32,14 @@ def main(arguments: list[str]) -> int:
         format="kvkeep store %(process)d %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    options = StoreOptions(asked.pool_nbytes, asked.policy, asked.max_pinned_share, asked.log_level, asked.disk)
+    options = StoreOptions(
+        pool_nbytes=asked.pool_nbytes,
+        policy=asked.policy,
+        max_pinned_share=asked.max_pinned_share,
+        lease_time_s=asked.lease_time_s,
+        log_level=asked.log_level,
+        disk=asked.disk,
+    )
     try:
         run(options, asked.fd, asked.socket)
     except KVKeepError as error:

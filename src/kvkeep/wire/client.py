@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.wire import messages as m
-from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
+from kvkeep.wire.holders import open_handles
 
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_OPEN_CALLS = 4096
@@ -181,14 +184,14 @@ class Client:
     def _take_in(self) -> None:
         while True:
             try:
-                data = self.sock.recv(1 << 18)
+                data = self.sock.recv(READ_NBYTES)
             except (BlockingIOError, InterruptedError):
                 return
             if not data:
                 raise StoreGone("the store closed the connection")
             for payload in self._frames.feed(data):
                 self._take(m.decoded_by_client(payload))
-            if len(data) < 1 << 18:
+            if len(data) < READ_NBYTES:
                 return
 
     def _take(self, answer: m.FromStore) -> None:
@@ -209,22 +212,28 @@ class Client:
 
 
 class Joining:
-    """A connection whose hello is out and whose welcome has not come yet."""
+    """A connection whose hello is out and whose welcome has not come yet; this process is always one of its holders."""
 
     def __init__(self, sock: socket.socket, hello: m.Hello) -> None:
         self._sock = sock
         self._frames = FrameReader()
         self._fds: list[int] = []
         self._sock.setblocking(False)
+        hello = msgspec.structs.replace(hello, holders=list(dict.fromkeys([os.getpid(), *hello.holders])))
+        pidfds = open_handles(hello.holders)
         try:
-            self._sock.send(framed(m.encoded(hello)))  # the first bytes of a socket: its buffer takes them all
+            # the first bytes of a socket: its buffer takes them all
+            socket.send_fds(self._sock, [framed(m.encoded(hello))], pidfds)
         except OSError as error:
             raise self._given_up(StoreGone(f"the store did not take our hello: {error}")) from error
+        finally:
+            for fd in pidfds:
+                os.close(fd)
 
     def poll(self) -> Client | None:
         """The client once the welcome is here, else None; StoreGone or WireError if it will never come."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 4)
+            data, fds, _, _ = socket.recv_fds(self._sock, READ_NBYTES, 4, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:

@@ -10,6 +10,7 @@ from kvkeep.errors import WireError
 
 HEADER_NBYTES = 4
 MAX_FRAME_NBYTES = 4 << 20
+READ_NBYTES = 1 << 16  # at a time: a larger buffer is a fresh mapping for every read, which costs more than it saves
 
 
 def framed(payload: bytes) -> bytes:

@@ -79,7 +79,7 @@ class PoolDoor:
 
     def _received(self, sock: socket.socket) -> HandedPool | None:
         try:
-            boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 1)
+            boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             raise
         except OSError:

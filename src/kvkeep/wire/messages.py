@@ -13,14 +13,15 @@ import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 2
+VERSION = 3
 DIGEST_NBYTES = 32
 
 
 class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
     """A session's first message: `namespace` and `chunk_nbytes` hold for all its keys.
 
-    `holders` are the pids of all processes that may touch its leases, `verify_every` says for every how many-th fetched
+    `holders` are the pids of all processes that may touch its leases, as the client sees them; with it come pidfds of
+    them (SCM_RIGHTS), since the store may see other pids or none. `verify_every` says for every how many-th fetched
     chunk its sums are wanted (0: never). `resumes` is an ended session of the same process whose leases nobody uses.
     `sizes` are those of a chunk's ranges, padded, in order; without them its chunks are kept in the pool only.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -16,6 +17,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,21 +36,24 @@ from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_options, open_tiers
 from kvkeep.wire.server import Server
+from kvkeep.wire.systemd import notify
 
 log = logging.getLogger("kvkeep.store")
 
 POPULATE_PIECE_NBYTES = 16 << 20
+POPULATE_SAY_S = 2.0
 END_LIMIT_S = 5.0
 DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What a store process needs to know: the pool's size, its eviction policy, what of it may be pinned, its tiers."""
+    """What a store process needs to know; the fields mean what the settings of these names mean."""
 
     pool_nbytes: int
     policy: str = "lru"
     max_pinned_share: float = 0.5
+    lease_time_s: float = 60.0
     log_level: str = "info"
     disk: DiskOptions | None = None
 
@@ -57,6 +63,7 @@ class StoreOptions:
             f"--pool-nbytes={self.pool_nbytes}",
             f"--policy={self.policy}",
             f"--max-pinned-share={self.max_pinned_share}",
+            f"--lease-time-s={self.lease_time_s}",
             f"--log-level={self.log_level}",
             *([f"--disk={msgspec.json.encode(self.disk).decode()}"] if self.disk is not None else []),
         ]
@@ -64,7 +71,14 @@ class StoreOptions:
 
 def store_options(config: Config, pool_nbytes: int) -> StoreOptions:
     """What the settings say of a store with a pool of this size."""
-    return StoreOptions(pool_nbytes, config.policy, config.max_pinned_share, config.log_level, disk_options(config))
+    return StoreOptions(
+        pool_nbytes=pool_nbytes,
+        policy=config.policy,
+        max_pinned_share=config.max_pinned_share,
+        lease_time_s=config.lease_time_s,
+        log_level=config.log_level,
+        disk=disk_options(config),
+    )
 
 
 @dataclass
@@ -150,18 +164,19 @@ def listen(path: Path) -> socket.socket:
 def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
     check_room(options.pool_nbytes)
+    _allow_descriptors()
     with Region.create(options.pool_nbytes) as region:
         index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
-        store = Store(index, options.pool_nbytes, options.max_pinned_share)
+        store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
         server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
-        populating.start()
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
+        populating.start()
         try:
-            asyncio.run(_served(server, options))
+            serve_to_the_end(server, open_tiers(options.disk, server.walk.add), DRAIN_S)
         finally:
             closing.set()
             if path is not None:
@@ -169,17 +184,31 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-async def _served(server: Server, options: StoreOptions) -> None:
-    """Serves until the end, which SIGTERM and SIGINT are too; then writes what waits, within a limit."""
-    loop = asyncio.get_running_loop()
+def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:
+    """Serves until the end, which SIGTERM and SIGINT are too; `opening` opens the tiers meanwhile.
+
+    Then what waits to be written is written, for at most `drain_s` seconds. The loop is left as it is: to close it well
+    is to wait for a device that may hang.
+    """
+    loop = asyncio.new_event_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
-    opening = loop.create_task(open_tiers(options.disk, server.walk.add))
-    await server.serve()
-    opening.cancel()
-    left = await server.walk.aclose(DRAIN_S)
-    if left:
-        log.warning("%d chunks were not written within %.0f s and are only lost from this start's pool", left, DRAIN_S)
+    task = loop.create_task(opening)
+    notify("READY=1", os.environ)
+    loop.run_until_complete(server.serve())
+    notify("STOPPING=1", os.environ)
+    task.cancel()
+    chunks = server.store.figures()["chunks"]
+    left = loop.run_until_complete(server.walk.aclose(drain_s))
+    dropped = left if server.walk.loads else chunks
+    level = logging.WARNING if left else logging.INFO
+    log.log(level, "ended: the pool had %d chunks, %d of them were written nowhere and are dropped", chunks, dropped)
+
+
+def _allow_descriptors() -> None:
+    """Raises the soft limit to the hard one: a store has one descriptor a client and one a process of its session."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _populate(region: Region, store: Store, closing: threading.Event) -> None:
@@ -187,6 +216,7 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
 
     If memory runs out the store stops lending rather than let a worker's copy be killed.
     """
+    began_s = said_s = time.monotonic()
     for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
         if closing.is_set():
             return
@@ -196,3 +226,12 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
             store.lending = False
             log.error("nothing new is stored: %s", error)
             return
+        if time.monotonic() - said_s > POPULATE_SAY_S:
+            said_s = time.monotonic()
+            _say(f"populating the pool: {100 * start // region.nbytes} %, {said_s - began_s:.0f} s")
+    _say(f"the pool is populated: {region.nbytes / 2**30:.2f} GiB in {time.monotonic() - began_s:.1f} s")
+
+
+def _say(text: str) -> None:
+    log.info("%s", text)
+    notify(f"STATUS={text}", os.environ)

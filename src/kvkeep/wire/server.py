@@ -23,28 +23,32 @@ from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
-from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
+from kvkeep.wire.holders import MAX_HOLDERS, Holders, holders_of
 
 log = logging.getLogger("kvkeep.store")
 
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
-MAX_HOLDERS = 1024
 MAX_DEADLINE_S = 3600.0
-UNWATCHED = -1
 MAX_PID = 2**22  # the kernel's own limit
 _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
 
 
 @dataclass
 class Peer:
-    """One connected client: its socket, what it sent, what it has not read yet, its session once it said hello."""
+    """One connected client: its socket, what it sent, what it has not read yet, its session once it said hello.
+
+    `fds` are descriptors that came before its hello, `holders` what they are after it.
+    """
 
     sock: socket.socket
     pid: int
     frames: FrameReader = field(default_factory=FrameReader)
     unsent: bytearray = field(default_factory=bytearray)
     session: Session | None = None
+    fds: list[int] = field(default_factory=list)
+    holders: Holders = field(default_factory=Holders)
     writing: bool = False
 
 
@@ -61,7 +65,7 @@ class Server:
     private: socket.socket | None = None
     listener: socket.socket | None = None
     _peers: dict[int, Peer] = field(default_factory=dict)
-    _graves: dict[int, set[int]] = field(default_factory=dict)
+    _graves: dict[int, Holders] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], object] = lambda: None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -96,11 +100,9 @@ class Server:
             self._loop.remove_reader(self.listener)
         for peer in self._peers.values():
             self._unwatch(peer)
-            peer.sock.close()
+            self._forget(peer)
         for grave in self._graves.values():
-            for pidfd in grave - {UNWATCHED}:
-                self._loop.remove_reader(pidfd)
-                os.close(pidfd)
+            self._unwatch_all(grave)
 
     def _welcome_client(self) -> None:
         assert self.listener is not None
@@ -144,7 +146,13 @@ class Server:
 
     def _received(self, peer: Peer) -> bytes | None:
         try:
-            return peer.sock.recv(1 << 18)
+            if peer.session is not None:
+                return peer.sock.recv(READ_NBYTES)
+            data, fds, _, _ = socket.recv_fds(peer.sock, READ_NBYTES, MAX_HOLDERS, socket.MSG_CMSG_CLOEXEC)
+            peer.fds += fds
+            if len(peer.fds) > MAX_HOLDERS:
+                raise WireError(f"more than {MAX_HOLDERS} descriptors")
+            return data
         except (BlockingIOError, InterruptedError):
             return None
         except OSError:
@@ -165,8 +173,9 @@ class Server:
         elif isinstance(message, m.Fetch):
             self._fetch(peer, session, message)
         elif isinstance(message, m.Clear):
+            namespace = None if message.everything else session.namespace  # now: a rename may be the next message
             count = self.store.clear(session, message.everything)
-            self._go(self._clear(peer, session, m.Cleared(message.call, count), message.everything))
+            self._go(self._clear(peer, session, namespace, m.Cleared(message.call, count)))
         else:
             answer = self._asked(session, message)
             if answer is not None:
@@ -183,8 +192,8 @@ class Server:
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
         self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
 
-    async def _clear(self, peer: Peer, session: Session, answer: m.Cleared, everything: bool) -> None:
-        await self.walk.clear(None if everything else session.namespace)
+    async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
+        await self.walk.clear(namespace)
         if peer.session is session:
             try:
                 self._send(peer, answer)
@@ -198,9 +207,11 @@ class Server:
             raise WireError(f"a session says hello once and names at most {MAX_HOLDERS} processes")
         if not all(0 < pid <= MAX_PID for pid in hello.holders):
             raise WireError("a holder is no process id")
-        old = self.store.lingering.get(hello.resumes)
-        if old is not None and old.opening.holders and set(old.opening.holders) <= {peer.pid, *hello.holders}:
-            self._bury(old)
+        fds, peer.fds = peer.fds, []
+        peer.holders = holders_of(fds, len(set(hello.holders)))
+        old = self._graves.get(hello.resumes)
+        if old is not None and old.within(peer.holders):
+            self._bury(self.store.lingering[hello.resumes])
         opening = Opening(
             hello.name,
             hello.namespace,
@@ -238,7 +249,7 @@ class Server:
             case m.Discard():
                 digests = m.split_digests(message.digests)
                 store.discard(session, digests)
-                self._go(self.walk.discard(session, digests))
+                self._go(self.walk.discard(store.keys(session, digests)))
             case m.Rename():
                 store.rename(session, message.namespace)
             case m.AskStats():
@@ -297,43 +308,46 @@ class Server:
         log.info("client (pid %d) ended: %s", peer.pid, why)
         self._unwatch(peer)
         del self._peers[peer.sock.fileno()]
-        peer.sock.close()
+        holders, peer.holders = peer.holders, Holders()
+        session, peer.session = peer.session, None
+        self._forget(peer)
         if self.listener is None and not self._peers:
             self._over.set()
-        if peer.session is None:
+        if session is None:
+            holders.close()
             return
-        session, peer.session = peer.session, None
         self.walk.promotions.forget(session)
         self.store.linger(session)
-        self._await_deaths(session, peer.pid)
+        self._await_deaths(session, holders)
 
-    def _await_deaths(self, session: Session, pid: int) -> None:
-        """Gives a lingering session's memory back when every process that it names has ended."""
-        watched: set[int] = set()
-        self._graves[session.number] = watched
-        for one in {pid, *session.opening.holders}:
-            try:
-                pidfd = os.pidfd_open(one)
-            except ProcessLookupError:
-                continue  # it is gone already
-            except OSError:
-                watched.add(UNWATCHED)  # doubt is no death: the memory stays where it is
-                continue
-            watched.add(pidfd)
+    def _forget(self, peer: Peer) -> None:
+        """Gives back what a client that is gone had open."""
+        peer.sock.close()
+        peer.holders.close()
+        for fd in peer.fds:
+            os.close(fd)
+        peer.fds.clear()
+
+    def _await_deaths(self, session: Session, holders: Holders) -> None:
+        """Gives a lingering session's memory back when every process that may touch it has ended."""
+        self._graves[session.number] = holders
+        for pidfd in holders.alive:
             self._loop.add_reader(pidfd, self._died, session, pidfd)
-        if not watched:
+        if holders.gone or not session.leases:
             self._bury(session)
 
     def _died(self, session: Session, pidfd: int) -> None:
-        watched = self._graves[session.number]  # a session that was resumed in the same turn is not called any more
-        watched.discard(pidfd)
+        holders = self._graves[session.number]  # a session that was resumed in the same turn is not called any more
         self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-        if not watched:
+        holders.died(pidfd)
+        if holders.gone:
             self._bury(session)
 
     def _bury(self, session: Session) -> None:
-        for pidfd in self._graves.pop(session.number, set()) - {UNWATCHED}:
-            self._loop.remove_reader(pidfd)
-            os.close(pidfd)
+        self._unwatch_all(self._graves.pop(session.number))
         self.store.close(session)
+
+    def _unwatch_all(self, holders: Holders) -> None:
+        for pidfd in holders.alive:
+            self._loop.remove_reader(pidfd)
+        holders.close()

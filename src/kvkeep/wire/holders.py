@@ -1,0 +1,83 @@
+"""The processes that may touch a session's memory, as the kernel's own handles on them (pidfds).
+
+A pid means something in one namespace only and is given out again; a pidfd goes over a Unix socket into another
+container and stays the same process for ever. Knows nothing about sessions, leases or sockets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvkeep.errors import WireError
+
+MAX_HOLDERS = 250  # the kernel passes 253 descriptors in one message
+Process = tuple[str, int]
+
+
+@dataclass(eq=False)
+class Holders:
+    """`alive` has each process that is not known to have ended, by the pidfd that this owns.
+
+    `doubt`: there is one that cannot be watched, and so is never known to have ended.
+    """
+
+    alive: dict[int, Process | None] = field(default_factory=dict)
+    doubt: bool = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether every one of them has ended."""
+        return not self.alive and not self.doubt
+
+    def within(self, others: Holders) -> bool:
+        """Whether every one of these that may live is surely one of `others`."""
+        return not self.doubt and None not in self.alive.values() and {*self.alive.values()} <= {*others.alive.values()}
+
+    def died(self, fd: int) -> None:
+        """One of them has ended."""
+        del self.alive[fd]
+        os.close(fd)
+
+    def close(self) -> None:
+        """Gives the descriptors back; idempotent."""
+        for fd in self.alive:
+            os.close(fd)
+        self.alive.clear()
+
+
+def open_handles(pids: Iterable[int]) -> list[int]:
+    """A pidfd for each process that this one can see, in order; the caller owns them."""
+    fds = []
+    for pid in pids:
+        try:
+            fds.append(os.pidfd_open(pid))
+        except (OSError, OverflowError):
+            continue  # the store sees that one is missing
+    return fds
+
+
+def holders_of(fds: Sequence[int], count: int) -> Holders:
+    """The `count` processes of a session, of which these are the pidfds; owns them. WireError if one is something else.
+
+    Fewer than `count` leave a doubt.
+    """
+    holders = Holders(dict.fromkeys(fds), doubt=len(fds) < count)
+    for fd in fds:
+        if "pidfd" not in os.readlink(f"/proc/self/fd/{fd}"):
+            holders.close()
+            raise WireError("a holder's descriptor is no pidfd")
+        holders.alive[fd] = _process(fd)
+    return holders
+
+
+def _process(fd: int) -> Process | None:
+    """Who it is: since Linux 6.9 a pidfd's inode is never given again; before, its pid if it is visible here."""
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    if name.startswith("pidfd:"):
+        return name, os.fstat(fd).st_ino
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    pid = next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), 0)
+    return ("pid", pid) if pid > 0 else None

@@ -1,0 +1,253 @@
+"""`make chaos`: kill -9 and SIGSTOP of store, engines and ranks at random moments under load, for some minutes.
+
+Two fake engines of two ranks each (they check every byte after every step) over one shared store with a disk tier.
+Ends with 1 if an answer was wrong, a request hung, a byte leaked or anything was left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from kvkeep.errors import KVKeepError
+from kvkeep.testing.engine_process import CHUNK_NBYTES, Ask, EngineProcess, right_tokens
+from kvkeep.testing.rank_process import RANK_DIED
+from kvkeep.tiers.holding import DiskOptions
+from kvkeep.wire import messages as m
+from kvkeep.wire.client import Joining
+from kvkeep.wire.process import join_shared
+
+POOL_CHUNKS = 24
+ENGINES = 2
+HANG_S = 10.0  # an answer takes milliseconds; past this beyond its own stop it hangs
+STOP_S = 0.8
+PAUSE_S = (0.2, 1.5)
+VICTIMS = ("store", "engine", "rank", "stop store", "stop engine", "stop rank")
+
+
+@dataclass
+class Account:
+    """What happened: `wrong` must stay empty."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    took_s: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def prompts(rng: random.Random) -> Iterator[tuple[int, ...]]:
+    """Prompts that share stems of 8 to 24 tokens; more of them than the pool holds."""
+    while True:
+        stem, length = rng.randrange(12), rng.choice((8, 16, 24))
+        branch = rng.randrange(6)
+        tail = rng.randrange(1, 12)
+        yield (*(stem * 100 + n for n in range(length)), *(10_000 + branch * 100 + n for n in range(tail)))
+
+
+@dataclass
+class ChaosStore:
+    """The shared store: started again whenever it is killed."""
+
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "run" / "store"
+
+    def start(self) -> None:
+        (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
+        disk = DiskOptions(directories=(str(self.folder / "disk"),), limit_nbytes=4 << 20, min_free_nbytes=0)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "kvkeep.wire", f"--socket={self.path}"),
+                f"--pool-nbytes={POOL_CHUNKS * CHUNK_NBYTES}",
+                *("--lease-time-s=0.5", "--log-level=error", f"--disk={msgspec.json.encode(disk).decode()}"),
+            ]
+        )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def figures(self) -> dict[str, int]:
+        hello = m.Hello(m.VERSION, "chaos", bytes(16), "", 1, [])
+        client = Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
+        answer = client.wait(client.stats(check=True), 5.0)
+        client.close()
+        assert isinstance(answer, m.Stats), client.why_gone
+        assert answer.problem == "", answer.problem
+        return answer.figures
+
+
+@dataclass
+class Driver(threading.Thread):
+    """Keeps one engine under load and starts it again when it is gone."""
+
+    path: str
+    temporary: str
+    seed: int
+    account: Account
+    ending: threading.Event
+    engine: EngineProcess | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(daemon=True)
+
+    __hash__ = threading.Thread.__hash__
+
+    def run(self) -> None:
+        rng = random.Random(self.seed)
+        asks = (
+            Ask(f"r{n}", prompt, rng.randrange(1, 5), "", rng.random() < 0.8) for n, prompt in enumerate(prompts(rng))
+        )
+        while not self.ending.is_set():
+            engine = EngineProcess(self.path, {"TMPDIR": self.temporary})
+            try:
+                engine.start()
+                self.engine = engine
+                while not self.ending.is_set():
+                    self._one(engine, next(asks))
+            except (EOFError, BrokenPipeError):
+                status = engine.process.wait()
+                self.account.counts["engine starts"] += 1
+                if status not in (-signal.SIGKILL, RANK_DIED, 0):
+                    self.account.wrong.append(f"an engine ended with {status}: see its output")
+            except TimeoutError as error:
+                self.account.wrong.append(f"hang: {error}")
+                self.ending.set()
+            finally:
+                self.engine = None
+                with suppress(BrokenPipeError):
+                    engine.end()
+
+    def _one(self, engine: EngineProcess, ask: Ask) -> None:
+        engine.ask(ask)
+        told = engine.answer(HANG_S)
+        self.account.counts["answers"] += 1
+        self.account.counts["external tokens"] += told.external
+        self.account.took_s.append(told.took_s)
+        if told.tokens != right_tokens(ask):
+            self.account.wrong.append(f"{ask} was answered with {told.tokens}")
+
+
+def strike(rng: random.Random, store: ChaosStore, drivers: list[Driver], account: Account) -> None:
+    """Kills or stops one process."""
+    what = rng.choice(VICTIMS)
+    engine = rng.choice(drivers).engine
+    pid = 0
+    if what.endswith("store"):
+        assert store.process is not None
+        pid = store.process.pid
+    elif engine is not None and engine.process.poll() is None:
+        pid = engine.process.pid if what.endswith("engine") else rng.choice(engine.ranks)
+    if not pid:
+        return
+    account.counts[what if what.startswith("stop") else f"kill {what}"] += 1
+    if what == "store":
+        store.kill()
+        time.sleep(rng.choice((0.0, 0.5)))
+        store.start()
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP if what.startswith("stop") else signal.SIGKILL)
+        if what.startswith("stop"):
+            time.sleep(rng.uniform(0.05, STOP_S))
+            os.kill(pid, signal.SIGCONT)
+
+
+def settled(store: ChaosStore, account: Account) -> dict[str, int]:
+    """The store's figures once every engine is gone; whatever is still held then has leaked."""
+    end_s, now = time.monotonic() + 20.0, {}
+    while time.monotonic() < end_s:
+        with suppress(KVKeepError):
+            now = store.figures()
+            held = [name for name in ("pinned", "writing", "dead", "quarantined") if now[f"{name}_nbytes"]]
+            if not held and now["sessions"] == 1 and not now["lingering"]:
+                return now
+        time.sleep(0.1)
+    account.wrong.append(f"still held by nobody: {now}")
+    return now
+
+
+def pools_left() -> list[str]:
+    """Processes of ours that still map a pool."""
+    left = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            environ = (maps.parent / "environ").read_bytes()
+            if b"KVKEEP_CHAOS=" + str(os.getpid()).encode() in environ and "kvkeep-pool" in maps.read_text():
+                left.append(maps.parent.name)
+    return [pid for pid in left if pid != str(os.getpid())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    print(f"seed {asked.seed}", flush=True)
+    os.environ["KVKEEP_CHAOS"] = str(os.getpid())
+    folder = Path(tempfile.mkdtemp(prefix="kvkeep-chaos-"))
+    (folder / "tmp").mkdir()
+    rng, account, ending = random.Random(asked.seed), Account(), threading.Event()
+    store = ChaosStore(folder)
+    store.start()
+    drivers = [
+        Driver(str(store.path), str(folder / "tmp"), asked.seed + n + 1, account, ending) for n in range(ENGINES)
+    ]
+    for driver in drivers:
+        driver.start()
+    end_s = time.monotonic() + 60 * asked.minutes
+    while time.monotonic() < end_s and not account.wrong and not ending.is_set():
+        time.sleep(rng.uniform(*PAUSE_S))
+        strike(rng, store, drivers, account)
+    ending.set()
+    for driver in drivers:
+        driver.join(60.0)
+        if driver.is_alive():
+            account.wrong.append("an engine did not come to its end")
+    now = settled(store, account)
+    assert store.process is not None
+    store.process.terminate()
+    if store.process.wait(30.0) != 0:
+        account.wrong.append(f"the store ended with {store.process.returncode}")
+    if left := pools_left():
+        account.wrong.append(f"processes {left} still map a pool")
+    took_s = sorted(account.took_s) or [0.0]
+    report = {
+        "seed": asked.seed,
+        "minutes": asked.minutes,
+        **account.counts,
+        "slowest answer (s)": round(took_s[-1], 3),
+        "median answer (s)": round(took_s[len(took_s) // 2], 4),
+        "chunks in the last pool": now.get("chunks", 0),
+        "disk stored since the last start": now.get("disk_stored", 0),
+        "wrong": account.wrong,
+    }
+    print(json.dumps(report, indent=1))
+    if asked.json:
+        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    return 1 if account.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

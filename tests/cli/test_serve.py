@@ -1,0 +1,87 @@
+"""`kvkeep serve` as an operator meets it: ready at once, says how far it is, ends on SIGTERM and says what it drops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvkeep.wire import messages as m
+from kvkeep.wire.client import Client, Joining
+from kvkeep.wire.process import join_shared
+from kvkeep.wire.systemd import notify
+
+LIMIT_S = 20.0
+CHUNK = 4096
+
+
+@contextmanager
+def manager(address: str) -> Iterator[socket.socket]:
+    """A service manager's end of NOTIFY_SOCKET."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.settimeout(LIMIT_S)
+        yield sock
+
+
+def served(folder: Path, *options: str) -> tuple[subprocess.Popen[str], Path]:
+    path = folder / "run" / "store"
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvkeep.cli.main", "serve", f"--socket={path}", "--pool-size=1 MiB", *options],
+        env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify")}, stderr=subprocess.PIPE, text=True,
+    ), path  # fmt: skip
+
+
+def keep(path: Path, *numbers: int) -> Client:
+    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [], sizes=[CHUNK])
+    client = Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
+    granted = client.wait(client.reserve([bytes([number]) * 32 for number in numbers]), LIMIT_S)
+    assert isinstance(granted, m.Granted)
+    client.wait(client.commit(granted.lease, range(len(numbers)), [bytes(16)] * len(numbers)), LIMIT_S)
+    client.release(granted.lease)
+    return client
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) -> None:
+    with manager(str(tmp_path / "notify")) as heard:
+        began_s = time.monotonic()
+        options = [f"--disk-path={tmp_path / 'disk'}", "--disk-size=1 MiB"] if disk else []
+        process, path = served(tmp_path, *options)
+        said = {heard.recv(4096).decode() for _ in range(2)}
+        took_s = time.monotonic() - began_s
+        assert "READY=1" in said
+        assert any(one.startswith("STATUS=the pool is populated") for one in said)
+        client = keep(path, 1, 2)
+        process.send_signal(signal.SIGTERM)
+        assert heard.recv(4096) == b"STOPPING=1"
+        assert process.stderr is not None
+        lines = process.stderr.read()
+        assert process.wait(LIMIT_S) == 0
+        process.stderr.close()
+        client.close()
+    assert "the pool is populated: 0.00 GiB" in lines
+    if not disk:
+        assert "ended: the pool had 2 chunks, 2 of them were written nowhere and are dropped" in lines
+    assert not path.exists()
+    assert took_s < LIMIT_S
+
+
+def test_nobody_is_told_where_there_is_no_manager(tmp_path: Path) -> None:
+    notify("READY=1", {})
+    notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "nobody")})
+
+
+def test_an_abstract_address_is_understood() -> None:
+    name = f"kvkeep-test-{os.getpid()}"
+    with manager("\0" + name) as heard:
+        notify("READY=1", {"NOTIFY_SOCKET": "@" + name})
+        assert heard.recv(100) == b"READY=1"
