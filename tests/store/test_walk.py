@@ -60,12 +60,15 @@ class House:
         for number in numbers:
             tier.keep(self.session.namespace + digest(number), payload(number), sums(number))
 
-    def ask(self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S) -> list[Found]:
+    def ask(
+        self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S, limit_s: float = 0.0
+    ) -> list[Found]:
         """The answers of a fetch: one as soon as it is answered."""
         found: list[Found] = []
 
         async def go() -> None:
-            self.walk.promotions.fetch(session or self.session, [digest(n) for n in numbers], deadline_s, found.append)
+            one = session or self.session
+            self.walk.promotions.fetch(one, [digest(n) for n in numbers], deadline_s, found.append, limit_s)
 
         self.loop.run_until_complete(go())
         self.loop.turn()
@@ -296,6 +299,32 @@ def test_a_tier_that_does_not_say_what_it_has_costs_one_deadline(house: House) -
     house.fast.open("contains")
 
 
+@pytest.mark.parametrize("verb", ["load", "contains"])
+def test_a_request_that_waits_less_says_nothing_about_the_tier(house: House, verb: str) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add(verb)
+    found = house.ask(1, deadline_s=DEADLINE_S / 10, limit_s=DEADLINE_S)
+    house.loop.advance(DEADLINE_S / 10)
+    assert (found[0].why, found[0].took_s) == (Why.DEADLINE, DEADLINE_S / 10)
+    house.loop.advance(DEADLINE_S / 2)
+    assert house.walk.loads[0].breaker.failures == 0
+    house.loop.advance(DEADLINE_S / 2)
+    assert house.walk.loads[0].breaker.failures == 1, "but that it did not answer within its limit does"
+    house.fast.open(verb)
+
+
+@pytest.mark.parametrize("verb", ["load", "contains"])
+def test_a_tier_that_answers_after_its_request_has_gone_has_not_failed(house: House, verb: str) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add(verb)
+    house.ask(1, deadline_s=DEADLINE_S / 10, limit_s=DEADLINE_S)
+    house.loop.advance(DEADLINE_S / 2)
+    house.fast.open(verb)
+    house.loop.advance(DEADLINE_S)
+    assert house.walk.loads[0].breaker.failures == 0
+    assert house.holds(house.ask(1)[0], 1)
+
+
 def test_a_tier_that_failed_is_tried_with_a_probe_that_nobody_waits_for(house: House) -> None:
     house.on(house.fast, 1)
     house.fast.broken.add("load")
@@ -419,6 +448,90 @@ def test_a_chunk_from_a_lower_tier_is_written_to_those_above(house: House) -> No
     house.ask(1)
     house.loop.turn()
     assert list(house.fast.chunks) == [house.session.namespace + digest(1)]
+
+
+def test_a_tier_that_comes_late_gets_what_the_pool_has(loop: ManualLoop) -> None:
+    """What is new soon has its turn; what was stored without sums, by another shape or is gone by then is not written."""
+    house = House(loop, room=200, tiers=0)
+    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, ()))
+    other = house.join("o")
+    house.put(500, session=plain)
+    house.put(*range(70))
+    house.put(7, session=other)
+    house.store.close(other)
+    house.fast.shut.add("store")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    house.put(100)
+    loop.turn()
+    house.store.discard(house.session, [digest(69)])
+    house.fast.open("store")
+    for _ in range(20):
+        house.loop.advance(0.1)
+    wanted = {house.session.namespace + digest(n): (payload(n), sums(n)) for n in (100, *range(69))}
+    wanted[b"o" * 16 + digest(7)] = (payload(7), sums(7))
+    assert house.fast.chunks == wanted
+    order = [int.from_bytes(key[16:20], "big") for key in house.fast.chunks]
+    assert order.index(100) < order.index(64), "what is new waits for one turn, not for all that is old"
+    assert house.walk.flushes[0].figures["gone"] == 1
+    assert house.walk.flushes[0].waiting == 0
+    house.store.close(plain)
+    house.settle()
+
+
+def test_a_late_tier_that_takes_nothing_is_not_caught_up_with(loop: ManualLoop) -> None:
+    house = House(loop, room=200, tiers=0)
+    house.put(*range(100))
+    house.fast.broken.add("store")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    house.loop.advance(0.1)
+    figures = house.walk.flushes[0].figures
+    assert (figures["refused"] + figures["dropped"], house.walk.flushes[0].waiting) == (100, 0)
+    house.settle()
+
+
+def test_a_tier_that_comes_late_does_not_bring_back_what_was_cleared(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    other = house.join("o")
+    house.on(house.fast, 1)
+    house.fast.keep(b"o" * 16 + digest(1), payload(1), sums(1))
+    loop.run_until_complete(house.walk.clear(house.session.namespace))
+    house.fast.shut.add("clear")
+    admitted = loop.create_task(house.walk.admit("fast", house.fast))
+    loop.turn()
+    assert house.walk.loads == [], "it is not asked before it has forgotten"
+    loop.run_until_complete(house.walk.clear(other.namespace))
+    house.fast.open("clear")
+    loop.turn()
+    assert admitted.done()
+    assert house.fast.chunks == {}
+    assert house.ask(1)[0].why is Why.ABSENT
+    house.store.close(other)
+    house.settle()
+
+
+def test_a_late_tier_that_hangs_when_it_is_to_forget_is_left_out(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    house.on(house.fast, 1)
+    loop.run_until_complete(house.walk.clear(None))
+    house.fast.shut.add("clear")
+    admitted = loop.create_task(house.walk.admit("fast", house.fast))
+    loop.turn()
+    loop.advance(5.1)
+    assert admitted.done()
+    assert house.walk.loads == []
+    assert house.fast.closed
+    house.fast.open("clear")
+    house.settle()
+
+
+def test_a_late_tier_that_cannot_forget_is_left_out(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    house.on(house.fast, 1)
+    loop.run_until_complete(house.walk.clear(None))
+    house.fast.broken.add("clear")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    assert house.walk.loads == []
+    assert house.fast.closed
 
 
 def test_writes_wait_for_reads_and_hold_little(loop: ManualLoop) -> None:

@@ -22,7 +22,7 @@ from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.core.key import DEFAULT_SEED, BlockHashes, ExtraKeys, mixed_root, none_hash
 from kvkeep.engine.fingerprint import Adapters
-from kvkeep.engine.planner import Request
+from kvkeep.engine.lookups import Request
 
 log = logging.getLogger("kvkeep")
 
