@@ -3,7 +3,7 @@
 `OMP_NUM_THREADS=1 python bench/peers.py --scripts FOLDER [--only NAME ...] [--rounds N] [--json FILE]`. FOLDER holds
 the micro-benchmarks of LMCache (`bench_a_tokens.py` and so on, each of which appends its rows to $LMBENCH_OUT); they
 run in the environment of `scripts/peers.sh`. One round is all of a peer's script, then ours; a value of a round is the
-median of its runs.
+median of its runs. A file keeps its rows of the sides that are not named.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ SIDES = {
         (
             Pair("store-chunk", "bulk store, MockGPUConnector (no copy): pure overhead, list tokens"),
             Pair("retrieve-chunk", "bulk retrieve, MockGPUConnector (no copy): pure overhead"),
-            Pair("lookup-chunk", "lookup hit pin + lookup_unpin, list tokens"),
+            Pair("engine-lookup-chunk", "lookup hit pin + lookup_unpin, list tokens"),
             Pair("bulk-store", f"bulk store {BLOCKS} interm_buf=False", "GB/s"),
             Pair("bulk-retrieve", f"bulk retrieve {BLOCKS} interm_buf=False", "GB/s"),
             Pair("layerwise-store", "layerwise store flashattn random slots", "GB/s"),
@@ -161,7 +161,7 @@ def main() -> None:
         )
     made = [row for name in options.only for row in compared(name, options)]
     show(made, f"kvkeep beside {PEER}")
-    write(made, options.json)
+    write(made, options.json, keeps=True)
 
 
 if __name__ == "__main__":
