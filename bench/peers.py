@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = "LMCache"
 LIMIT_S = 600.0
 RUNS = 7  # a round
+# transformers, which LMCache imports, does not survive that one of the scripts replaces torch.cuda.Stream before
+START = """import runpy, sys, transformers.generation.utils
+runpy.run_path(sys.argv[1], run_name="__main__")"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def peer_rows(side: Side, python: Path, scripts: Path, folder: Path) -> dict[str
     settings = {"LMBENCH_OUT": str(out), "LMBENCH_REPS": str(RUNS), "OMP_NUM_THREADS": "1", **side.settings}
     environment = os.environ | settings | {"PYTHONPATH": str(scripts / "vllm_stub")}  # all that it needs of vLLM
     done = subprocess.run(
-        [python, scripts / side.script],
+        [python, "-c", START, scripts / side.script],
         env=environment,
         cwd=folder,
         capture_output=True,
