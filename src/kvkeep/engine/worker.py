@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from functools import partial
@@ -62,7 +62,7 @@ class Worker:
         self._spent_s = 0.0
         self._loads: LayerLoads | None = None
         self._stores: LayerStores | None = None
-        self._bulk_failed: list[int] = []
+        self._bulk_failed: list[int] | None = None  # None: no loads of a step are under way
         self._leases: list[Lease] = []
         self._computing: tuple[int, float] | None = None
         self.transfer = transfer
@@ -115,21 +115,23 @@ class Worker:
         self._begin(plan)
         start_s = self._clock()
         self._computed(start_s)
-        if plan.loads:
-            late = self._loads.failed() if self._loads is not None else set()
-            self._loads_ended(plan, sorted({*self._bulk_failed, *late}))
+        self._end_loads(plan)
         if plan.stores:
             self._report.stores.append(StoresDone(plan.step, self._rank, self._stored(plan)))
         for lease in self._leases:
             lease.close()
-        self._loads, self._stores, self._bulk_failed, self._leases = None, None, [], []
+        self._stores, self._leases = None, []
         self._spent_s += self._clock() - start_s
         if plan.loads or plan.stores:
             self._choice.took(self._layerwise, self._spent_s, self._nbytes(plan))
             self._tools.trace.write(self._clock())
 
     def poll(self, plan: StepPlan) -> None:
-        """Takes in the loads beside the steps that have ended; with nothing else to do it waits a moment for one."""
+        """Takes in the loads that have ended; with nothing else to do it waits a moment for one beside the steps.
+
+        With a drafter the engine asks for what failed when the model has run, and only then ends the step.
+        """
+        self._end_loads(plan)
         if plan.idle and self._trips:
             wait_for(self._trips[0][1], IDLE_WAIT_S)
         while self._trips and all(job.done() for job in self._trips[0][1]):
@@ -201,7 +203,12 @@ class Worker:
                 failed.append(place)
         return failed
 
-    def _loads_ended(self, plan: StepPlan, failed: Sequence[int]) -> None:
+    def _end_loads(self, plan: StepPlan) -> None:
+        """The model has run: the step's loads have ended, if they have not been taken in before."""
+        if self._bulk_failed is None:
+            return
+        failed = sorted({*self._bulk_failed, *(self._loads.failed() if self._loads is not None else ())})
+        self._loads, self._bulk_failed = None, None
         for place in failed:
             self._failed_blocks.update(_block_ids(plan.loads[place]))
         _complain(len(failed), len(plan.loads))
