@@ -46,7 +46,7 @@ class Bench:
         layers = sum(group.layers for group in self.shape.groups)
         self.source = ThreadSource(self.chunks * layers * self.shape.ranks * padded_nbytes(1))
         # an answer is always waited for: what a test does decides what happens, not the machine's speed
-        options = self.options or PlannerOptions(beside_steps=len(self.shape.groups) > 1, patience_s=10.0)
+        options = self.options or PlannerOptions(beside_steps=self.shape.fails_whole, patience_s=10.0)
         self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_rank)
 
     def wrap(self, rank: int, inner: Transfer) -> Transfer:
@@ -164,6 +164,19 @@ def test_a_load_that_fails_on_one_rank_is_computed_again_and_never_asked_again(g
         assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
         retried = 8 if groups != "full" else 0  # vLLM starts such a request over
         assert bench.engine.external_tokens == 24 + retried + 8, "the chunk that failed was offered again"
+        bench.end()
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_with_a_window_a_request_whose_load_failed_in_part_starts_over(failing: int) -> None:
+    """Of what came before the part that failed, only what the last token sees was ever loaded."""
+    with Bench(EngineShape(groups=(GroupShape(4, window=13),), chunk_tokens=CHUNK), failing={0: {failing}}) as bench:
+        for name in ("first", "fails", "again"):
+            bench.engine.add(name, list(range(29)), 4)
+            bench.engine.run()
+            bench.forget_locally()
+        assert bench.faults[0].failures == 1
+        assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
         bench.end()
 
 

@@ -107,7 +107,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._info: RankInfo | None = None
         self._requests = Requests(Adapters(default_memory()))
         self._differences = Differences()
-        self._groups = len(kv_cache_config.kv_cache_groups)
+        self._fails_whole = facts.fails_whole(kv_cache_config)
         if role is KVConnectorRole.SCHEDULER and self.config.load_failure_policy == "recompute":
             transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
 
@@ -191,20 +191,20 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.start_stores(self._plan())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """The requests whose asynchronous loads have ended; with one group what failed of them is named by block."""
+        """The requests whose asynchronous loads have ended; what failed is named by block where that is enough."""
         if self.worker is None:
             return KVConnectorTransferResults()
         self.worker.poll(self._plan())
         loaded = self.worker.take_loaded()
-        failed = {name for name, arrived in loaded.items() if not arrived and self._groups > 1}
+        failed = {name for name, arrived in loaded.items() if not arrived and self._fails_whole}
         return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """The blocks whose load failed; with several groups the request is named instead."""
+        """The blocks whose load failed, unless the request is named instead."""
         if self.worker is None:
             return set()
         failed = self.worker.take_failed_blocks()
-        return failed if self._groups == 1 else set()
+        return set() if self._fails_whole else failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank has finished since the last step."""
@@ -231,12 +231,14 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         link.start(START_LIMIT_S)
         if link.client is not None:
             self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
+        # a whole request's failure is known to vLLM only so, and of a step's own it has told the next step's tokens
+        overlaps = self._vllm_config.max_concurrent_batches > 1
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            beside_steps=self._groups > 1 or self.config.load == "async",  # vLLM takes several groups' failures only so
+            beside_steps=self._fails_whole or overlaps or self.config.load == "async",
             beside_busy=self.config.load == "auto",
         )
         self.planner = Planner(link, layout, options, self.figures)

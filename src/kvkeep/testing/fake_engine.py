@@ -81,7 +81,7 @@ class FakeEngine:
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
-        options = options or PlannerOptions(beside_steps=len(shape.groups) > 1)
+        options = options or PlannerOptions(beside_steps=shape.fails_whole)
         self.planner = Planner(self.link, self.layout, options, Figures())
 
     # ---- what a test does ----------------------------------------------------------------------------------
@@ -317,13 +317,13 @@ class FakeEngine:
         report = Report()
         for worker in self.workers:
             report = report.merged(worker.take_report())
-        hurt = self._cut_back(failed) if len(self.shape.groups) == 1 else set()
+        hurt = set() if self.shape.fails_whole else self._cut_back(failed)
         self._loads_done(loaded)
         for request in ran:
             if request not in hurt:
                 self._sample(request)
         forget = self.planner.step_done(report)
-        left = failed & set(self.blocks.cached.values()) - forget if len(self.shape.groups) == 1 else set()
+        left = set() if self.shape.fails_whole else failed & set(self.blocks.cached.values()) - forget
         assert not left, f"blocks {left} failed and stay in the prefix cache"
         self.blocks.forget(forget)
 
@@ -351,8 +351,8 @@ class FakeEngine:
             if request.phase is Phase.GIVEN_UP:
                 self._leave(request)
                 continue
-            if not arrived and (len(self.shape.groups) > 1 or not request.computed):
-                self.failed_loads += len(self.shape.groups) > 1
+            if not arrived and (self.shape.fails_whole or not request.computed):
+                self.failed_loads += self.shape.fails_whole
                 self._restart(request)
                 continue
             request.phase = Phase.LOADED
