@@ -81,6 +81,14 @@ class Bench:
         """How many chunks the store can give out now."""
         return self.stats()["chunks"]
 
+    def lose(self) -> None:
+        """The connection to the store breaks; there is another one at once, to a new boot of it."""
+        link = self.engine.link
+        assert link.client is not None
+        link.client.lose("a test")
+        link.live(idle=False)
+        link.start(10.0)
+
     def forget_locally(self) -> None:
         """The engine's own prefix cache is empty: only the store can help."""
         self.engine.blocks.forget(list(self.engine.blocks.cached.values()))
@@ -337,7 +345,7 @@ def test_the_check_can_fail() -> None:
 
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 30), st.integers(1, 6))
 EVENTS = st.lists(
-    st.sampled_from(["step", "step", "step", "copy", "add", "add", "preempt", "abort", "forget"]), max_size=40
+    st.sampled_from(["step"] * 6 + ["copy", "add"] * 3 + ["preempt", "abort", "forget", "reset", "lose"]), max_size=40
 )
 
 
@@ -391,6 +399,10 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 engine.preempt()
             elif event == "forget":
                 bench.forget_locally()
+            elif event == "reset":
+                engine.planner.reset(bytes(15) + bytes([len(engine.requests)]), "")
+            elif event == "lose":
+                bench.lose()
             elif event == "copy":
                 bench.copy(data.draw(st.integers(0, ranks - 1)), data.draw(st.integers(1, 4)))
             elif event == "step":
@@ -398,5 +410,6 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
         for stem, branch, length, generate in prompts:
             engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
         bench.run()
-        assert engine.planner.figures.count("dropped_chunks") == 0 or any(fault.failures for fault in bench.faults)
+        whole = not any(fault.failures for fault in bench.faults) and not {"reset", "lose"} & set(events)
+        assert engine.planner.figures.count("dropped_chunks") == 0 or not whole
         bench.end()
