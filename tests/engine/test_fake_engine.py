@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -80,6 +80,16 @@ class Bench:
     def stored(self) -> int:
         """How many chunks the store can give out now."""
         return self.stats()["chunks"]
+
+    @property
+    def events(self) -> dict[str, Callable[[], None]]:
+        """What may happen at any time and needs nothing to be chosen."""
+        lost = {"lose": self.lose, "forget": self.forget_locally, "reset": self.reset}
+        return {"step": self.engine.step, "preempt": self.engine.preempt, **lost}
+
+    def reset(self) -> None:
+        """A new epoch begins."""
+        self.engine.planner.reset(bytes(15) + bytes([len(self.engine.requests)]), "")
 
     def lose(self) -> None:
         """The connection to the store breaks; there is another one at once, to a new boot of it."""
@@ -395,18 +405,10 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
             elif event == "abort" and engine.requests:
                 engine.abort(data.draw(st.sampled_from(sorted(engine.requests))))
-            elif event == "preempt":
-                engine.preempt()
-            elif event == "forget":
-                bench.forget_locally()
-            elif event == "reset":
-                engine.planner.reset(bytes(15) + bytes([len(engine.requests)]), "")
-            elif event == "lose":
-                bench.lose()
             elif event == "copy":
                 bench.copy(data.draw(st.integers(0, ranks - 1)), data.draw(st.integers(1, 4)))
-            elif event == "step":
-                engine.step()
+            elif event in bench.events:
+                bench.events[event]()
         for stem, branch, length, generate in prompts:
             engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
         bench.run()
