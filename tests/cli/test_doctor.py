@@ -116,6 +116,12 @@ def test_python_versions(version: tuple[int, int], right: bool) -> None:
     assert f"{version[0]}.{version[1]}" in check.found
 
 
+@pytest.mark.parametrize(("policy", "said"), [("recompute", "computed again"), ("keep", "fails the request")])
+def test_it_says_what_becomes_of_a_load_that_fails(policy: str, said: str) -> None:
+    result = invoke("doctor", "--pool-size", "1 MiB", env={"KVKEEP_LOAD_FAILURE_POLICY": policy})
+    assert said in " ".join(result.output.split())
+
+
 def test_memory_names_the_limit() -> None:
     limits = Limits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
     assert check_memory(Config(), limits).cure == ""
