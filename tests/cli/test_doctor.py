@@ -55,7 +55,7 @@ def test_a_right_machine_is_ok() -> None:
     assert result.exit_code == 0, result.output
     for row in ("Python", "vLLM", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
         assert row in result.output
-    assert result.output.count(" ok ") == 6
+    assert result.output.count(" ok ") == 7
     assert "problem" not in result.output
 
 
