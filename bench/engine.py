@@ -30,7 +30,7 @@ from kvkeep.memory.region import Region
 from kvkeep.testing.doubles import StillTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.transfer import Blocks, Transfer
+from kvkeep.transfer.transfer import Blocks, Opened, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
 CHUNKS = 512  # of a prompt of 131,072 tokens
@@ -43,7 +43,7 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
     """An engine whose pool has room for so many chunks; it waits long rather than miss on a busy machine."""
     config = Config(pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, log_level="error")
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
-    return CacheEngine(transfer, identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
+    return CacheEngine(Opened(transfer), identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
 
 
 def fresh(random_: np.random.Generator, count: int) -> Words:

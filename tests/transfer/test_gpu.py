@@ -14,7 +14,7 @@ from kvkeep.memory.pin import Pin
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
 from kvkeep.testing.conformance import CHECKS, TransferCase
-from kvkeep.transfer.choice import Sample, decide, read_choice
+from kvkeep.transfer.choice import Sample, Wish, decide, read_choice
 from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
 from kvkeep.transfer.device import DeviceTransfer, Path
 from kvkeep.transfer.kernels import KernelMover
@@ -311,13 +311,13 @@ def test_the_kernel_turns_k_as_torch_does(dtype: torch.dtype, interleaved: bool)
 def test_opening_measures_once_and_keeps_it(tmp_path: File):
     caches = GroupCaches({"l": on_device(2, NB, 16, 64)}, NB, 16, 0)
     kept = tmp_path / "transfer.json"
-    first = open_transfer([caches], 64, kept)
+    first = open_transfer([caches], 64, Wish(kept))
     assert isinstance(first.transfer, DeviceTransfer)
     assert first.pin_calls is not None
-    choice = read_choice(kept, torch.cuda.get_device_name(0))
+    choice = read_choice(kept, torch.cuda.get_device_name(0), 16)
     assert choice is not None
     assert all(isinstance(sample, Sample) and sample.kernel_rate > 1e8 for sample in choice.samples)
-    assert decide(choice.device, choice.samples) == choice
+    assert decide(choice.device, choice.samples, 16) == choice
     written = os.stat(kept).st_mtime_ns
-    assert open_transfer([caches], 64, kept).text == first.text == str(choice)
+    assert open_transfer([caches], 64, Wish(kept)).text == first.text == str(choice)
     assert os.stat(kept).st_mtime_ns == written

@@ -54,8 +54,8 @@ class Lease:
 class Pool:
     """The store's pool mapped into this process; `boot` says of which start of the store.
 
-    With `pin_calls` it is page-locked as well, as it is populated, until it is closed and no lease is left: a device may
-    still be copying.
+    With `pin_calls` it is page-locked as well, as it is populated, until it is closed and no lease is left: a device
+    may still be copying.
     """
 
     def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:

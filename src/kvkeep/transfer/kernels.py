@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kvkeep.transfer.moves import Job, Numbers, Part, address_of, places, width_of
 
-PROGRAMS = 16  # of an H100's 132 multiprocessors
+PROGRAMS = 16  # where nothing is set; of an H100's 132 multiprocessors
 TILE_NBYTES = 8192  # what one program has under way: 16 of them cover a PCIe 5 round trip of 2 us
 _HEAD = 4
 
