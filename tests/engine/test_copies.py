@@ -27,6 +27,25 @@ def test_copies_run_in_their_order_beside_the_caller() -> None:
     copier.close()
 
 
+def test_what_a_step_waits_for_comes_before_what_no_step_waits_for() -> None:
+    copier, order, go = ThreadCopier(), [], threading.Event()
+    copier.submit(lambda: go.wait(LIMIT_S), beside=True)
+    jobs = [copier.submit(lambda n=n: order.append(n), beside=n < 3) for n in range(6)]
+    go.set()
+    for job in jobs:
+        job.result(LIMIT_S)
+    assert order == [3, 4, 5, 0, 1, 2]
+    copier.close()
+
+
+def test_what_was_submitted_before_the_end_is_still_copied() -> None:
+    copier, go = ThreadCopier(), threading.Event()
+    jobs = [copier.submit(lambda: go.wait(LIMIT_S), beside) for beside in (False, True, False)]
+    copier.close()
+    go.set()
+    assert [job.result(LIMIT_S) for job in jobs] == [True] * 3
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_after_a_bug_every_copy_fails_and_nobody_waits() -> None:
     before = set(threading.enumerate())

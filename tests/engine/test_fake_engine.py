@@ -196,6 +196,21 @@ def test_others_go_on_while_a_request_is_loaded_beside_the_steps(groups: str) ->
         bench.end()
 
 
+def test_a_step_waits_for_its_own_copies_and_not_for_a_load_beside_it() -> None:
+    layerwise = EngineShape(groups=(GroupShape(4, layers=2),), chunk_tokens=CHUNK, layerwise=True, budget_tokens=64)
+    with Bench(layerwise, options=BESIDE, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        bench.engine.add("waits", range(29), 2)
+        bench.engine.step()
+        bench.engine.add("stores", range(100, 117), 2)
+        before = bench.stored()
+        bench.engine.step()
+        assert bench.stored() == before + 2
+        assert bench.engine.requests["waits"].phase is Phase.LOADING
+        bench.run()
+        bench.end()
+
+
 @pytest.mark.parametrize("groups", list(GROUPS))
 def test_a_request_given_up_in_mid_load_leaves_nothing(groups: str) -> None:
     with Bench(shape(groups, ranks=2), options=BESIDE, copier=HeldCopier) as bench:

@@ -21,7 +21,7 @@ from kvkeep.engine.request import Match
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource
-from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.messages import VERSION, Hello, Matched, Stats
 
 CHUNK, BLOCK, ROOM = 256, 16, 32
 LIMIT_S = 20.0
@@ -68,9 +68,9 @@ class Bench:
         assert client is not None
         fetch, wait = client.fetch, client.wait
 
-        def fetching(digests: Sequence[bytes], deadline_s: float) -> Any:
+        def fetching(digests: Sequence[bytes], deadline_s: float, limit_s: float) -> Any:
             self.asked.append(len(digests))
-            return fetch(digests, deadline_s)
+            return fetch(digests, deadline_s, limit_s)
 
         def waiting(call: Any, limit_s: float) -> Any:
             self.waits.append(limit_s)
@@ -778,3 +778,34 @@ def test_a_load_is_beside_the_steps_where_many_would_wait_for_it() -> None:
             for one in (*runs, request):
                 bench.planner.ended(one.name)
         assert found == [False, True, False]
+
+
+def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks() -> None:
+    with bench_of() as bench:
+        bench.planner._estimate.computed(0, 1000, 1.0)
+        client = bench.link.client
+        assert client is not None
+        answers = iter([None, Matched(1, 0, [], {}, {"disk": 2}, "", 0.01)])
+
+        def late(call: Any, limit_s: float) -> Any:
+            bench.clock.advance(30.0)  # a long step of other requests
+            return next(answers)
+
+        client.wait, wait = late, client.wait  # type: ignore[method-assign]
+        request = asking("r", range(600))
+        bench.planner._lookups._deadline_s = 100.0
+        assert bench.planner.match(request, 0) is None
+        bench.planner.match(request, 0)
+        client.wait = wait  # type: ignore[method-assign]
+        assert bench.planner._estimate.worth_s((0, 512), 2 * bench.layout.nbytes) == pytest.approx(0.512)
+
+
+def test_a_step_without_a_forward_is_no_pace() -> None:
+    with bench_of() as bench:
+        request = asking("r", range(600))
+        bench.planner.plan_step([], lambda _: table(600))  # of which there may be no output
+        bench.clock.advance(50.0)
+        bench.planner.plan_step([Scheduled("r", 600, request.tokens)], lambda _: table(600))
+        bench.clock.advance(0.6)
+        bench.planner.step_over()
+        assert bench.planner._estimate.compute_s(0, 600) == pytest.approx(0.6)

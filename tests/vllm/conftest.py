@@ -271,6 +271,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def script_run(runs: Runs) -> Callable[..., dict[str, Any]]:
+    """Runs a script of `engines/` and gives its facts."""
+
+    def run(script: str, kind: str, ranks: int, model: str = "tiny") -> dict[str, Any]:
+        command = [sys.executable, str(RUN.with_name(script)), str(MODELS / model), kind, str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+        assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+        facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
+        return facts
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def job() -> type[Job]:
     """For engines that a test starts in its own way."""
     return Job

@@ -5,37 +5,22 @@ Each engine runs once; the tests read its facts. The reference is an engine with
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).parent / "engines" / "hazards.py"
-
 pytestmark = pytest.mark.vllm
 
 
-def engine_run(kind: str, ranks: int, script: Path = SCRIPT, model: str = "tiny") -> dict[str, Any]:
-    command = [sys.executable, str(script), str(ROOT / "build" / "models" / model), kind, str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
-    return facts
-
-
 @pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    return engine_run("plain", 1)["cold"]
+def reference(script_run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return script_run("hazards.py", "plain", 1)["cold"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks, one fails"])
-def facts(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return engine_run("kvkeep", request.param)
+def facts(request: pytest.FixtureRequest, script_run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return script_run("hazards.py", "kvkeep", request.param)
 
 
 def test_cold_answers_are_the_reference(facts: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -97,11 +82,10 @@ BESIDE = {"one group": ("tiny", 1), "several groups": ("hybrid", 1), "two ranks,
 
 
 @pytest.fixture(scope="module", params=list(BESIDE))
-def beside(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+def beside(request: pytest.FixtureRequest, script_run: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads beside the steps, with kvkeep and without."""
     model, ranks = BESIDE[request.param]
-    script = SCRIPT.with_name("beside.py")
-    return engine_run("kvkeep", ranks, script, model), engine_run("plain", 1, script, model)
+    return script_run("beside.py", "kvkeep", ranks, model), script_run("beside.py", "plain", 1, model)
 
 
 @pytest.mark.parametrize("which", ["first", "second", "all"])

@@ -1,15 +1,16 @@
 """Where a rank's copies run: in the caller, or on one thread of our own beside the engine's.
 
-Knows nothing about plans, chunks or what is copied. Jobs run in their order. The thread is a daemon and is never
-joined; NumPy's copies and xxhash release the interpreter's lock, so the engine's thread goes on meanwhile.
+Knows nothing about plans, chunks or what is copied. Jobs run in their order, those that no step waits for only where
+no other is left. The thread is a daemon and is never joined; NumPy's copies and xxhash release the interpreter's lock,
+so the engine's thread goes on meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import Protocol, TypeVar
 from kvkeep.errors import CopyFailed
 
 T = TypeVar("T")
-MAX_JOBS = 4096
-QUEUE_LIMIT_S = 60.0
 _DIED = "the copying thread died of a bug; its traceback is in the log"
 
 
 class Copier(Protocol):
     """Runs copies in the order in which they were submitted."""
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        """The call's result, now or later; CopyFailed as its exception if it never ran to its end."""
+    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
+        """The call's result, now or later; CopyFailed as its exception if it never ran to its end.
+
+        `beside`: no step waits for it, so that it comes after all that one waits for.
+        """
 
     def close(self) -> None:
         """Nothing more will be submitted; what was is still run."""
@@ -36,7 +38,7 @@ class Copier(Protocol):
 class InlineCopier:
     """Runs each copy before `submit` returns."""
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
+    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
         """As `Copier.submit`; what the call raises is raised here."""
         job: Future[T] = Future()
         job.set_result(call())
@@ -47,15 +49,17 @@ class InlineCopier:
 
 
 class ThreadCopier:
-    """One thread, on `cores` if there are any; at most MAX_JOBS copies wait, then `submit` does."""
+    """One thread, on `cores` if there are any. What waits is bounded by the plans of two steps and the loads beside."""
 
     def __init__(self, cores: frozenset[int] = frozenset()) -> None:
         self._cores = cores
-        self._jobs: queue.Queue[Callable[[bool], None] | None] = queue.Queue(MAX_JOBS)
-        self._dead = threading.Event()
+        self._turn = threading.Condition()
+        self._jobs: dict[bool, deque[Callable[[bool], None]]] = {False: deque(), True: deque()}
+        self._closed = False
+        self._dead = False
         threading.Thread(target=self._serve, name="kvkeep-copier", daemon=True).start()
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
+    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
         """As `Copier.submit`."""
         job: Future[T] = Future()
 
@@ -69,36 +73,42 @@ class ThreadCopier:
                 if not done:
                     job.set_exception(CopyFailed(_DIED))
 
-        if self._dead.is_set():
+        with self._turn:
+            dead = self._dead
+            if not dead:
+                self._jobs[beside].append(run)
+                self._turn.notify()
+        if dead:
             run(False)
-        else:
-            self._jobs.put(run, timeout=QUEUE_LIMIT_S)
-            if self._dead.is_set():
-                self._drop_all()
         return job
 
     def close(self) -> None:
         """As `Copier.close`."""
-        with contextlib.suppress(queue.Full):
-            self._jobs.put_nowait(None)
+        with self._turn:
+            self._closed = True
+            self._turn.notify()
 
     def _serve(self) -> None:
         if self._cores:
             with contextlib.suppress(OSError):  # then it shares the engine's core
                 os.sched_setaffinity(0, self._cores)
         try:
-            while (run := self._jobs.get()) is not None:
+            while (run := self._next()) is not None:
                 run(True)
         finally:
-            self._dead.set()
-            self._drop_all()
+            with self._turn:
+                self._dead = True
+                left = [*self._jobs[False], *self._jobs[True]]
+            for run in left:
+                run(False)
 
-    def _drop_all(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                run = self._jobs.get_nowait()
-                if run is not None:
-                    run(False)
+    def _next(self) -> Callable[[bool], None] | None:
+        """Waits for a job; None once it is closed and nothing is left."""
+        with self._turn:
+            while not any(self._jobs.values()) and not self._closed:
+                self._turn.wait()
+            waiting = self._jobs[False] or self._jobs[True]
+            return waiting.popleft() if waiting else None
 
 
 def spare_cores() -> frozenset[int]:

@@ -126,7 +126,7 @@ class Lookups:
         limit_s = self._deadline_s if wait_s is None else min(wait_s, self._deadline_s)
         record.move(State.ASKED)
         record.limit_s = limit_s
-        record.question = client.fetch(digests, limit_s * STORE_SHARE)
+        record.question = client.fetch(digests, limit_s * STORE_SHARE, self._deadline_s)
         record.asked_first, record.asked_at_s = first, self._clock()
 
     def _matched(self, record: Record, answer: Matched, boot: bytes) -> Match:
@@ -137,8 +137,8 @@ class Lookups:
         why = record.short if hits == record.asked_chunks else REASONS.get(answer.why)
         read = sum(count for source, count in answer.sources.items() if source != POOL)
         if read or why is Miss.TIER_LATE:
-            seconds = self._clock() - record.asked_at_s
-            self._estimate.read(read * self._layout.nbytes, self._layout.nbytes, seconds)
+            # as the store saw it: the engine may have looked for the answer only after a long step
+            self._estimate.read(read * self._layout.nbytes, self._layout.nbytes, answer.took_s)
         if why is Miss.TIER_LATE and record.hasty:
             why = Miss.SLOWER
         if why is None and hits < record.asked_chunks and not record.limit_s:

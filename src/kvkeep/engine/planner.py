@@ -163,7 +163,8 @@ class Planner:
                 step.add_load(record, load, len(ops))
                 ops += load.ops
         self._ran = [one.request for one in scheduled]
-        self._paces.begun([] if ops else [(one.start, one.final) for one in scheduled])
+        if scheduled:  # without a forward there may be no output to end it
+            self._paces.begun([] if ops else [(one.start, one.final) for one in scheduled])
         if self._options.store_generated and client is not None:
             self._wish_generated(scheduled, client)
         stores = self._stores.ops(step, scheduled, self._records, tables, client)

@@ -39,23 +39,29 @@ class Tools(NamedTuple):
 
 
 class LayerLoads:
-    """Scatters of one step by layer; they are all on their way once this exists."""
+    """Scatters of one step by layer; they are all on their way once this exists.
+
+    A layer that ran without having waited may have run before its blocks were there: that is a failure of every copy.
+    """
 
     def __init__(self, tools: Tools, copies: Sequence[Copy]) -> None:
         self._tools = tools
         self._copies = copies
         self._ranges = [tools.copier.submit(partial(self._scatter, n)) for n in _numbers(tools)]
+        self._waited: set[int] = set()
 
     def wait(self, number: int) -> None:
         """Returns when this range has arrived, or has failed."""
         finished(self._ranges[number])
+        self._waited.add(number)
 
     def failed(self) -> set[int]:
         """When every range has arrived: the places of the copies of which any has failed."""
-        places: set[int] = set()
+        everything = {copy.place for copy in self._copies}
+        places = everything if len(self._waited) < len(self._ranges) else set()
         for one in self._ranges:
             missing = finished(one)
-            places.update([copy.place for copy in self._copies] if missing is None else missing)
+            places |= everything if missing is None else set(missing)
         return places
 
     def _scatter(self, number: int) -> list[int]:

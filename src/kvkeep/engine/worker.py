@@ -54,7 +54,7 @@ class Worker:
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: dict[str, bool] = {}
-        self._trips: deque[tuple[Trip, Future[list[int]]]] = deque()
+        self._trips: deque[tuple[Trip, list[Future[list[int]]]]] = deque()
         self._step = 0
         self._layerwise = False
         self._spent_s = 0.0
@@ -129,11 +129,10 @@ class Worker:
     def poll(self, plan: StepPlan) -> None:
         """Takes in the loads beside the steps that have ended; with nothing else to do it waits a moment for one."""
         if plan.idle and self._trips:
-            wait_for([self._trips[0][1]], IDLE_WAIT_S)
-        while self._trips and self._trips[0][1].done():
-            trip, job = self._trips.popleft()
-            failed = finished(job)
-            places = tuple(range(len(trip.loads))) if failed is None else tuple(failed)
+            wait_for(self._trips[0][1], IDLE_WAIT_S)
+        while self._trips and all(job.done() for job in self._trips[0][1]):
+            trip, jobs = self._trips.popleft()
+            places = tuple(place for place, job in enumerate(jobs) if finished(job) != [])
             for place in places:
                 self._failed_blocks.update(_block_ids(trip.loads[place]))
             self._loaded[trip.loads[0].request] = not places
@@ -170,15 +169,16 @@ class Worker:
     def _start(self, plan: StepPlan, trip: Trip) -> None:
         self.transfer.check([blocks for op in trip.loads for blocks in op.blocks], unique=True)
         jobs = [(place, op, self._lease(op.boot, op.offset, plan)) for place, op in enumerate(trip.loads)]
-        self._trips.append((trip, self._tools.copier.submit(partial(self._travelled, jobs))))
+        # one by one, so that what a step waits for comes in between
+        submit = self._tools.copier.submit
+        self._trips.append((trip, [submit(partial(self._travelled, job), beside=True) for job in jobs]))
 
-    def _travelled(self, jobs: Sequence[tuple[int, LoadOp, Lease | None]]) -> list[int]:
-        """On the copier: a trip's scatters; the places of those that failed."""
+    def _travelled(self, job: tuple[int, LoadOp, Lease | None]) -> list[int]:
+        """On the copier: the scatter of one of a trip's chunks; its place if it failed."""
         start_s = self._clock()
-        failed = self._scattered(jobs)
-        for _, _, lease in jobs:
-            if lease is not None:
-                lease.close()
+        failed = self._scattered([job])
+        if job[2] is not None:
+            job[2].close()
         self._tools.trace.span("load beside the steps", "copies", start_s, self._clock())
         return failed
 

@@ -94,22 +94,22 @@ class StillTransfer:
 class HeldCopier:
     """Keeps copies until it is told to run some, or until somebody waits for one."""
 
-    waiting: deque[Callable[[], None]] = field(default_factory=deque)
+    waiting: dict[bool, deque[Callable[[], None]]] = field(default_factory=lambda: {False: deque(), True: deque()})
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
+    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
         """As `Copier.submit`."""
         job: HeldFuture[T] = HeldFuture(self)
-        self.waiting.append(lambda: job.set_result(call()))
+        self.waiting[beside].append(lambda: job.set_result(call()))
         return job
 
     def run(self, count: int) -> None:
         """Runs the next `count` copies."""
-        for _ in range(min(count, len(self.waiting))):
-            self.waiting.popleft()()
+        for _ in range(min(count, sum(map(len, self.waiting.values())))):
+            (self.waiting[False] or self.waiting[True]).popleft()()
 
     def close(self) -> None:
         """As `Copier.close`."""
-        self.run(len(self.waiting))
+        self.run(sum(map(len, self.waiting.values())))
 
 
 class HeldFuture(Future[T]):

@@ -185,12 +185,13 @@ class Server:
         def answer(found: Found) -> None:
             why = found.why.value if found.why is not None else ""
             try:
-                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why))
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s))
             except WireError as error:
                 self._refuse(peer, error)
 
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
-        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
+        limit_s = min(MAX_DEADLINE_S, asked.limit_s)
+        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer, limit_s)
 
     async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
         await self.walk.clear(namespace)
