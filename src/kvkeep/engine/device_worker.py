@@ -92,7 +92,7 @@ class DeviceWorker:
             wait_for(self._jobs(), IDLE_WAIT_S, FIRST_COMPLETED)
         while self._loading and self._loading[0].loading.job.done():
             self._loads_over(self._loading.popleft())
-        while self._storing and self._storing[0][1].job.done():
+        while self._storing and self._storing[0][1].job.done() and not self._awaits_loads(self._storing[0][0]):
             step, storing = self._storing.popleft()
             self._report.stores.append(StoresDone(step, self._rank.number, storing.end()))
 
@@ -121,6 +121,10 @@ class DeviceWorker:
         wait_for(self._jobs(), COPY_LIMIT_S)
         self.poll(StepPlan())
         self._rank.pool.close()
+
+    def _awaits_loads(self, step: int) -> bool:
+        """Whether a step's loads are under way of which its own stores, or later ones', may have come."""
+        return any(not one.request and one.number <= step for one in self._loading)
 
     def _jobs(self) -> list[Future[Any]]:
         return [*(one.loading.job for one in self._loading), *(one.job for _, one in self._storing)]

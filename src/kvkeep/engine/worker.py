@@ -65,6 +65,9 @@ class Worker:
         self._computing: tuple[int, float] | None = None
         self.transfer = transfer
 
+    def before_writes(self) -> None:
+        """The engine is about to write to blocks: no copy still reads one, for a step's stores end with it."""
+
     def start_loads(self, plan: StepPlan) -> None:
         """Starts what the plan loads: in bulk it is there when this returns, by layer when `wait_layer` does."""
         self._begin(plan)
