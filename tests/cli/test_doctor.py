@@ -53,7 +53,7 @@ def test_a_right_machine_is_ok() -> None:
     assert result.exit_code == 0, result.output
     for row in ("Python", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
         assert row in result.output
-    assert result.output.count(" ok ") == 5
+    assert result.output.count(" ok ") == 6
     assert "problem" not in result.output
 
 
@@ -112,6 +112,12 @@ def test_python_versions(version: tuple[int, int], right: bool) -> None:
     check = check_python(version)
     assert bool(check.cure) is not right
     assert f"{version[0]}.{version[1]}" in check.found
+
+
+@pytest.mark.parametrize(("policy", "said"), [("recompute", "computed again"), ("keep", "fails the request")])
+def test_it_says_what_becomes_of_a_load_that_fails(policy: str, said: str) -> None:
+    result = invoke("doctor", "--pool-size", "1 MiB", env={"KVKEEP_LOAD_FAILURE_POLICY": policy})
+    assert said in " ".join(result.output.split())
 
 
 def test_memory_names_the_limit() -> None:

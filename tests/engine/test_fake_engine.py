@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -113,6 +113,24 @@ class Bench:
     def stored(self) -> int:
         """How many chunks the store can give out now."""
         return self.stats()["chunks"]
+
+    @property
+    def events(self) -> dict[str, Callable[[], None]]:
+        """What may happen at any time and needs nothing to be chosen."""
+        lost = {"lose": self.lose, "forget": self.forget_locally, "reset": self.reset}
+        return {"step": self.engine.step, "preempt": self.engine.preempt, **lost}
+
+    def reset(self) -> None:
+        """A new epoch begins."""
+        self.engine.planner.reset(bytes(15) + bytes([len(self.engine.requests)]), "")
+
+    def lose(self) -> None:
+        """The connection to the store breaks; there is another one at once, to a new boot of it."""
+        link = self.engine.link
+        assert link.client is not None
+        link.client.lose("a test")
+        link.live(idle=False)
+        link.start(10.0)
 
     def forget_locally(self) -> None:
         """The engine's own prefix cache is empty: only the store can help."""
@@ -422,7 +440,8 @@ def test_a_preemption_before_a_late_store_is_over_costs_that_store_only() -> Non
 
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 30), st.integers(1, 6))
 EVENTS = st.lists(
-    st.sampled_from(["step", "step", "step", "copy", "land", "add", "add", "preempt", "abort", "forget"]), max_size=40
+    st.sampled_from(["step"] * 6 + ["copy", "add"] * 3 + ["land", "preempt", "abort", "forget", "reset", "lose"]),
+    max_size=40,
 )
 
 
@@ -474,22 +493,19 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
             elif event == "abort" and engine.requests:
                 engine.abort(data.draw(st.sampled_from(sorted(engine.requests))))
-            elif event == "preempt":
-                engine.preempt()
-            elif event == "forget":
-                bench.forget_locally()
             elif event == "copy":
                 bench.copy(data.draw(st.integers(0, len(bench.copiers) - 1)), data.draw(st.integers(1, 4)))
             elif event == "land" and on_device:
                 device = bench.devices[data.draw(st.integers(0, ranks - 1))]
                 lane = device.stores if data.draw(st.booleans()) else device.loads
                 lane.land(data.draw(st.integers(1, 4)))
-            elif event == "step":
-                engine.step()
+            elif event in bench.events:
+                bench.events[event]()
         for stem, branch, length, generate in prompts:
             engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
         bench.run()
-        dropped = engine.planner.figures.count("dropped_chunks")
         # a device is late enough for a preemption to come before the end of a store
-        assert dropped == 0 or any(fault.failures for fault in bench.faults) or (on_device and "preempt" in events)
+        late = on_device and "preempt" in events
+        whole = not any(fault.failures for fault in bench.faults) and not {"reset", "lose"} & set(events)
+        assert engine.planner.figures.count("dropped_chunks") == 0 or not whole or late
         bench.end()

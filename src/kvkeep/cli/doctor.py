@@ -55,6 +55,7 @@ def doctor(
     checks = [
         check_python(sys.version_info[:2]),
         configured,
+        check_policy(settings),
         check_memory(settings, read_limits()),
         *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
         check_sealing(),
@@ -81,6 +82,15 @@ def check_config(file: str | None) -> tuple[Config, Check]:
     except ConfigError as error:
         return Config(), Check("configuration", "wrong", str(error))
     return config, Check("configuration", "read without an error")
+
+
+def check_policy(config: Config) -> Check:
+    """What becomes of a request whose promised prefix does not come after all."""
+    recompute = config.load_failure_policy == "recompute"
+    found = (
+        "computed again" if recompute else "as vLLM's kv_load_failure_policy says, which by itself fails the request"
+    )
+    return Check("a load that fails", found)
 
 
 def check_memory(config: Config, limits: Limits) -> Check:

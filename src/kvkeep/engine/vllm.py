@@ -59,8 +59,6 @@ from kvkeep.wire.messages import VERSION, Hello
 log = logging.getLogger("kvkeep")
 
 START_LIMIT_S = 30.0
-
-
 HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
 
 
@@ -111,8 +109,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._adapters = Adapters(default_memory())
         self._differences = Differences()
         self._groups = len(kv_cache_config.kv_cache_groups)
-        if role is KVConnectorRole.SCHEDULER and self.config.load_failure_policy == "recompute":
-            transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
+        if role is KVConnectorRole.SCHEDULER:
+            if self.config.load_failure_policy == "recompute":
+                transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
+            log.info("kvkeep: kv_load_failure_policy is %s", transfer_config.kv_load_failure_policy)
 
     # ---- what vLLM asks of the class -----------------------------------------------------------------------
 
