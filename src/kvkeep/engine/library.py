@@ -21,7 +21,7 @@ from kvkeep.core.key import DEFAULT_SEED
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.link import Source, source_of
-from kvkeep.transfer.choice import Wish, default_file
+from kvkeep.engine.open_rank import wish_of
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 
@@ -60,7 +60,7 @@ def open_engine(
     """
     config = config or Config()
     tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])
-    opened = open_transfer(groups, tokens, Wish(default_file(), config.transfer, config.transfer_programs))
+    opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
     return CacheEngine(opened, identity_of(model, groups, tokens), source, config, layers)
