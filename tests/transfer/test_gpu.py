@@ -34,6 +34,7 @@ from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.rotary import Pairing, key_pages, rotate_blocks, turn_between
 from kvkeep.transfer.rotary_kernel import turn_blocks
 from kvkeep.transfer.transfer import Blocks
+from kvkeep.transfer.turned_scatter import Plane, TurnedScatter
 from kvkeep.wire.handoff import PoolDoor, send_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -405,6 +406,33 @@ def test_the_kernel_turns_k_as_torch_does(dtype: torch.dtype, interleaved: bool)
         still = [n for n in range(NB) if n not in ids]
         assert torch.equal(one[0][still], before[0][still])
         # a fused multiply-add rounds once less
+        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_k_turns_within_the_scatter_as_behind_it(dtype: torch.dtype):
+    caches = {f"l{n}": torch.randn((2, NB, 16, 8, 128), device=device()).to(dtype) for n in range(3)}
+    transfer = transfer_of([GroupCaches(caches, NB, 16, 0)], 64, "kernel")
+    lease = Lease(locked(transfer.shard.nbytes), transfer.shard, (0,))
+    transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, False)
+    job, ids = Job([Blocks(0, 0, (5, 8, 6, 7))], lease), [5, 8, 6, 7]
+    pace = frequencies({"rope_theta": 500_000.0}, 128, Span(8192)).to(device())
+    p = torch.arange(64, device=device())
+    turn = turn_between((p, pace), (p + 70_000, pace))
+    keys = [key_pages(name, one, "2bthd") for name, one in caches.items()]
+    transfer.start_scatter([job]).order()
+    turn_blocks(keys, ids, turn, Pairing())
+    wanted = [one.clone() for one in caches.values()]
+    for one in caches.values():
+        one[:, ids] = 0
+    planes = []
+    for number, one in enumerate(caches.values()):
+        first, second = (part for part in transfer.parts if part.range_ == number)
+        planes += [Plane(one[0], first, True), Plane(one[1], second, False)]
+    for only in range(3):
+        transfer.start_scatter([job], only, TurnedScatter(planes, turn, Pairing())).order()
+    for one, other in zip(caches.values(), wanted, strict=True):
+        assert torch.equal(one[1], other[1]), "V turned"
         torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 

@@ -1,6 +1,7 @@
 """Turns K in place in the engine's blocks, all layers in one launch: `rotary.rotate_blocks` as a Triton kernel.
 
-It runs on the stream of the scatter, right behind it. Knows nothing about chunks, positions or which blocks are moved.
+It runs on the stream of the scatter, right behind it; `turned_scatter` turns K within the scatter. Knows nothing about
+chunks, positions or which blocks are moved.
 """
 
 from __future__ import annotations
