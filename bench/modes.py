@@ -83,7 +83,7 @@ def on_disk(options: argparse.Namespace, sizes: dict[int, int]) -> dict[str, dic
         for tokens, count in sizes.items():
             for seed in range(count):
                 say(f"storing {tokens} {seed}: {one.ask(tokens, tokens + seed, range(1)).ttft_s:.2f} s")
-        settle()
+                settle()  # the next one takes its place in the pool
     found: dict[str, dict[str, list[float]]] = {f"disk-{tokens}": {} for tokens in sizes}
     with ExitStack() as stack:
         engines = {}
