@@ -35,8 +35,9 @@ check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests
 	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest tests -m "not vllm and not slow and not gpu"
 
-bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,micro}.json
-	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench --json bench/results/core.json
+bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,daemon,micro}.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench keys alloc policy index engine --json bench/results/core.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench daemon --runs 7 --json bench/results/daemon.json
 	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
 
 GPU_PY ?= python3

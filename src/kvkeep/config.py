@@ -47,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     enabled: Annotated[bool, Meta(description="true or false")] = True
     pool_size: Annotated[int | str, Meta(description=_SIZE_RIGHT)] = "auto"
     chunk_tokens: Annotated[int, Meta(gt=0, description="a whole number of tokens > 0")] = 256
+    chain: Annotated[Literal["auto", "kvkeep"], Meta(description='"auto" or "kvkeep"')] = "auto"
     policy: Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')] = "lru"
     store: Annotated[
         str,

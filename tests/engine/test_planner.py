@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.core.key import none_hash
+from kvkeep.core.key import BlockHashes, Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
 from kvkeep.engine.lookups import Request
@@ -809,3 +809,37 @@ def test_a_step_without_a_forward_is_no_pace() -> None:
         bench.clock.advance(0.6)
         bench.planner.step_over()
         assert bench.planner._estimate.compute_s(0, 600) == pytest.approx(0.6)
+
+
+def hashed(name: str, tokens: Sequence[int], hashes: list[bytes], fingerprint: bytes = b"") -> Request:
+    """A request of an engine that hashes its blocks; the hashes of all tokens are there."""
+    hashes[:] = Chain(BLOCK, none_hash()).extend(tokens)
+    return Request(name, tokens, len(tokens), none_hash(), None, False, BlockHashes(hashes, BLOCK, fingerprint))
+
+
+def test_with_the_engines_block_hashes_a_prompt_and_what_was_generated_are_found_again() -> None:
+    with bench_of(options=PlannerOptions(patience_s=LIMIT_S, store_generated=True)) as bench:
+        hashes: list[bytes] = []
+        writer = hashed("writer", range(300), hashes)
+        assert bench.match(writer) == 0
+        bench.admit(writer)
+        bench.figures()
+        bench.done(bench.plan(writer, 300))
+        for tokens in (range(500), range(520)):  # the hashes grow in place as tokens are generated
+            grown = hashed("writer", tokens, hashes)._replace(prompt_tokens=300)
+            bench.done(bench.plan(grown, len(tokens)))
+        bench.planner.ended("writer")
+        assert bench.match(hashed("reader", range(600), [])) == 512
+
+
+def test_what_was_stored_under_block_hashes_is_no_other_adapters() -> None:
+    with bench_of() as bench:
+        writer = hashed("writer", range(512), [], b"content of an adapter")
+        assert bench.match(writer) == 0
+        bench.admit(writer)
+        bench.figures()
+        bench.done(bench.plan(writer, 512))
+        bench.planner.ended("writer")
+        for name, fingerprint in (("replaced", b"content of another"), ("without", b"")):
+            assert bench.match(hashed(name, range(600), [], fingerprint)) == 0
+        assert bench.match(hashed("same", range(600), [], b"content of an adapter")) == 512

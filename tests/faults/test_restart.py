@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import xxhash
 
 from kvkeep.memory.region import Region
+from kvkeep.testing.faulty_files import record_paths
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -38,9 +40,9 @@ def sums(number: int) -> bytes:
 
 
 @contextmanager
-def started(folder: Path, **disk: object) -> Iterator[tuple[Child, Client, Region]]:
+def started(folder: Path, limit_nbytes: int = 1 << 20) -> Iterator[tuple[Child, Client, Region]]:
     """A private store over `folder`, its client, and the pool as a worker maps it."""
-    options = DiskOptions(directories=(str(folder),), limit_nbytes=1 << 20, min_free_nbytes=0, **disk)
+    options = DiskOptions(directories=(str(folder),), limit_nbytes=limit_nbytes, min_free_nbytes=0)
     child = start_private(StoreOptions(ROOM * CHUNK, max_pinned_share=1.0, log_level="error", disk=options))
     hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [os.getpid()], sizes=SIZES)
     client = Joining(child.sock, hello).wait(LIMIT_S)
@@ -177,3 +179,52 @@ def test_a_second_store_on_the_same_directory_goes_on_without_it(tmp_path: Path)
         keep(other, theirs, 2)
         assert given(other, theirs, 2).sources == {"pool": 1}
         assert "disk_used_nbytes" not in figures(other)
+
+
+@pytest.mark.parametrize("end", ["ended", "killed"])
+def test_a_second_store_takes_the_directory_over_and_both_keep_its_limit(tmp_path: Path, end: str) -> None:
+    """Watched from outside all the time: the limit is that of the directory, not of each store."""
+    limit = 5 * (CHUNK + 4096) + 4096
+    with watched(tmp_path) as most, started(tmp_path, limit_nbytes=limit) as (child, client, region):
+        owned(client)
+        with started(tmp_path, limit_nbytes=limit) as (_, other, theirs):
+            for first in range(0, 12, 2):
+                keep(client, region, first, first + 1)
+                keep(other, theirs, 100 + first, 101 + first)
+                until(client, "disk_stored", first + 2)
+            if end == "killed":
+                child.process.kill()
+            else:
+                client.drop()
+            owned(other)
+            until(other, "disk_flush_waiting", 0)
+            assert figures(other)["disk_stored"] > 0, "what it had kept before it owned the directory"
+            for first in range(112, 120, 2):
+                keep(other, theirs, first, first + 1)
+            until(other, "disk_flush_waiting", 0)
+            assert figures(other)["disk_used_nbytes"] <= limit
+            assert given(other, theirs, 118, 119).why == ""
+    assert 4 * (CHUNK + 4096) <= max(most) <= limit
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """What the records of a folder take on the device, looked at again and again by a thread."""
+    most, over = [0], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            seen = list(record_paths(str(folder)))  # those of them that are still there were all there at one moment
+            nbytes = 0
+            for path in seen:
+                with suppress(FileNotFoundError):
+                    nbytes += os.stat(path).st_blocks * 512
+            most.append(nbytes)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()

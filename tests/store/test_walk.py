@@ -450,6 +450,90 @@ def test_a_chunk_from_a_lower_tier_is_written_to_those_above(house: House) -> No
     assert list(house.fast.chunks) == [house.session.namespace + digest(1)]
 
 
+def test_a_tier_that_comes_late_gets_what_the_pool_has(loop: ManualLoop) -> None:
+    """What is new soon has its turn; what was stored without sums, by another shape or is gone by then is not written."""
+    house = House(loop, room=200, tiers=0)
+    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, ()))
+    other = house.join("o")
+    house.put(500, session=plain)
+    house.put(*range(70))
+    house.put(7, session=other)
+    house.store.close(other)
+    house.fast.shut.add("store")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    house.put(100)
+    loop.turn()
+    house.store.discard(house.session, [digest(69)])
+    house.fast.open("store")
+    for _ in range(20):
+        house.loop.advance(0.1)
+    wanted = {house.session.namespace + digest(n): (payload(n), sums(n)) for n in (100, *range(69))}
+    wanted[b"o" * 16 + digest(7)] = (payload(7), sums(7))
+    assert house.fast.chunks == wanted
+    order = [int.from_bytes(key[16:20], "big") for key in house.fast.chunks]
+    assert order.index(100) < order.index(64), "what is new waits for one turn, not for all that is old"
+    assert house.walk.flushes[0].figures["gone"] == 1
+    assert house.walk.flushes[0].waiting == 0
+    house.store.close(plain)
+    house.settle()
+
+
+def test_a_late_tier_that_takes_nothing_is_not_caught_up_with(loop: ManualLoop) -> None:
+    house = House(loop, room=200, tiers=0)
+    house.put(*range(100))
+    house.fast.broken.add("store")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    house.loop.advance(0.1)
+    figures = house.walk.flushes[0].figures
+    assert (figures["refused"] + figures["dropped"], house.walk.flushes[0].waiting) == (100, 0)
+    house.settle()
+
+
+def test_a_tier_that_comes_late_does_not_bring_back_what_was_cleared(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    other = house.join("o")
+    house.on(house.fast, 1)
+    house.fast.keep(b"o" * 16 + digest(1), payload(1), sums(1))
+    loop.run_until_complete(house.walk.clear(house.session.namespace))
+    house.fast.shut.add("clear")
+    admitted = loop.create_task(house.walk.admit("fast", house.fast))
+    loop.turn()
+    assert house.walk.loads == [], "it is not asked before it has forgotten"
+    loop.run_until_complete(house.walk.clear(other.namespace))
+    house.fast.open("clear")
+    loop.turn()
+    assert admitted.done()
+    assert house.fast.chunks == {}
+    assert house.ask(1)[0].why is Why.ABSENT
+    house.store.close(other)
+    house.settle()
+
+
+def test_a_late_tier_that_hangs_when_it_is_to_forget_is_left_out(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    house.on(house.fast, 1)
+    loop.run_until_complete(house.walk.clear(None))
+    house.fast.shut.add("clear")
+    admitted = loop.create_task(house.walk.admit("fast", house.fast))
+    loop.turn()
+    loop.advance(5.1)
+    assert admitted.done()
+    assert house.walk.loads == []
+    assert house.fast.closed
+    house.fast.open("clear")
+    house.settle()
+
+
+def test_a_late_tier_that_cannot_forget_is_left_out(loop: ManualLoop) -> None:
+    house = House(loop, tiers=0)
+    house.on(house.fast, 1)
+    loop.run_until_complete(house.walk.clear(None))
+    house.fast.broken.add("clear")
+    loop.run_until_complete(house.walk.admit("fast", house.fast))
+    assert house.walk.loads == []
+    assert house.fast.closed
+
+
 def test_writes_wait_for_reads_and_hold_little(loop: ManualLoop) -> None:
     house = House(loop, room=32, tiers=1)
     house.on(house.fast, 50)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierOwned, TierUnavailable
 from kvkeep.testing.faulty_files import FaultyDisk, flip_bit
 from kvkeep.testing.power_cut import PowerCut
 from kvkeep.testing.tier_conformance import UNTOUCHED, holds, key, memory_for, write_of
@@ -166,6 +166,60 @@ def test_a_sync_that_fails_is_no_store(run: Any, opened: Any, durability: Durabi
             assert await tier.store(SMALL[1:3]) == [Stored.REFUSED] * 2
             disk.fault = lambda _call, _path: 0
             await is_whole(tier, disk)
+
+    run(test)
+
+
+@pytest.mark.parametrize("durability", [Durability.GROUP, Durability.EVERY])
+@pytest.mark.parametrize("call", ["sync", "open"])
+def test_names_that_may_not_be_durable_are_no_store(run: Any, opened: Any, durability: Durability, call: str) -> None:
+    """The sync of a directory fails: the records have their names by then, and go again."""
+
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files, durability=durability) as tier:
+            await tier.store(SMALL[:1])
+            disk.fault = lambda name, path: errno.EIO if name == call and "/new/" not in path else 0
+            assert await tier.store(SMALL[1:3]) == [Stored.REFUSED] * 2
+            assert tier.figures().degraded
+            assert tier.figures().refused == 2
+            assert tier.figures().used_nbytes == disk.allocated_nbytes(tier.drives[0].holding.shelf.root) == RECORD
+            assert await tier.store(SMALL[:1]) == [Stored.PRESENT], "it was stored when the device worked"
+            disk.fault = lambda _call, _path: 0
+            await is_whole(tier, disk)
+
+    run(test)
+
+
+def test_a_directory_that_cannot_be_synced_costs_only_its_own_records(run: Any, opened: Any) -> None:
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files, durability=Durability.GROUP) as tier:
+            bad = path_of(Path(tier.drives[0].holding.shelf.root), SMALL[1].key).rpartition("/")[0]
+            disk.fault = lambda call, path: errno.EIO if call == "sync" and path == bad else 0
+            assert await tier.store(SMALL[:3]) == [Stored.STORED, Stored.REFUSED, Stored.STORED]
+
+    run(test)
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["healthy", "directories fail"])
+@pytest.mark.parametrize("durability", [Durability.GROUP, Durability.EVERY])
+def test_what_is_called_stored_outlives_a_power_cut(
+    run: Any, opened: Any, tmp_path: Path, durability: Durability, failing: bool
+) -> None:
+    async def test() -> None:
+        (tmp_path / "shadow").mkdir()
+        disk = FaultyDisk()
+        cut = PowerCut(disk, str(tmp_path / "shadow"))
+        async with opened(cut.files, durability=durability) as tier:
+            if failing:
+                disk.fault = lambda call, path: errno.EIO if call == "sync" and "/new/" not in path else 0
+            stored = await tier.store(SMALL[:3])
+            cut.cut()
+        async with opened() as tier:
+            there = [await holds(tier, one) for one in SMALL[:3]]
+            assert there == [one is Stored.STORED for one in stored] == [not failing] * 3
+            await is_whole(tier)
 
     run(test)
 
@@ -357,13 +411,36 @@ def test_a_store_that_waits_for_room_ends_when_it_is_cancelled(run: Any, opened:
     run(test)
 
 
-def test_a_start_on_a_device_that_hangs_is_unavailable(run: Any, opened: Any) -> None:
+@pytest.mark.parametrize("hanging", ["mkdir", "create"])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_start_on_a_device_that_hangs_is_unavailable(run: Any, opened: Any, hanging: str, cancelled: bool) -> None:
+    """Also where the device comes back: the lock that is taken too late is given back then, and not at the end."""
+
     async def test() -> None:
-        disk = FaultyDisk(hanging=frozenset({"mkdir"}))
-        with pytest.raises(TierUnavailable):
-            async with opened(disk.files, open_s=0.05):
-                pass
+        disk = FaultyDisk(hanging=frozenset({hanging}))
+        if cancelled:
+            opening = asyncio.create_task(opened(disk.files).__aenter__())
+            while not disk.waiting:
+                await asyncio.sleep(0)
+            opening.cancel()
+            await asyncio.wait([opening])
+        else:
+            with pytest.raises(TierUnavailable):
+                async with opened(disk.files, open_s=0.05):
+                    pass
+        if hanging == "create":  # the lock is taken by then
+            with pytest.raises(TierOwned):
+                async with opened():
+                    pass
         disk.wake.set()
+        for _ in range(100_000):
+            try:
+                async with opened() as tier:
+                    await is_whole(tier)
+                return
+            except TierOwned:
+                await asyncio.sleep(0)
+        raise AssertionError("the lock is never given back")
 
     run(test)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvkeep.core.key import Chain
+from kvkeep.core.key import BlockChain, Chain, Digests
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
@@ -237,7 +237,10 @@ class Planner:
     def _record(self, request: Request) -> Record:
         record = self._records.get(request.name)
         if record is None:
-            chain = Chain(self._layout.chunk_tokens, request.root or b"", request.extra_keys)
+            tokens, hashes = self._layout.chunk_tokens, request.block_hashes
+            chain: Digests = Chain(tokens, request.root or b"", request.extra_keys)
+            if hashes is not None:
+                chain = BlockChain(tokens, hashes)
             record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
             if self._options.bypass or request.root is None:
                 record.keeps = record.stores = False

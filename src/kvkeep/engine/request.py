@@ -11,7 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kvkeep.core.key import Chain
+from kvkeep.core.key import Digests
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Call
 
@@ -90,7 +90,7 @@ class Record:
     """
 
     request: str
-    chain: Chain
+    chain: Digests
     prompt_tokens: int
     state: State = State.NEW
     keeps: bool = True

@@ -36,16 +36,15 @@ from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.config import Config, load_config
 from kvkeep.core.identity import Identity, described, namespace
-from kvkeep.core.key import mixed_root, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
 from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.fingerprint import Adapters, default_memory
 from kvkeep.engine.link import Link, source_of
-from kvkeep.engine.lookups import Request
 from kvkeep.engine.open_rank import open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
+from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
@@ -101,9 +100,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.figures = Figures()
         self.identity: Identity | None = None
         self._info: RankInfo | None = None
-        self._requests: dict[str, VllmRequest] = {}
-        self._roots: dict[str, bytes | None] = {}
-        self._adapters = Adapters(default_memory())
+        self._requests = Requests(Adapters(default_memory()))
         self._differences = Differences()
         self._groups = len(kv_cache_config.kv_cache_groups)
         if role is KVConnectorRole.SCHEDULER:
@@ -222,7 +219,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         shards = tuple(info.shard for info in ranks if info.shard is not None)
         layout = ChunkLayout(shards)
         weights = facts.weights_fingerprint(self._vllm_config, self.config.outlived)
-        self.identity = facts.identity(self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights)
+        kind = chain_kind(self.config.chain, layout.chunk_tokens, self._vllm_config, self._kv_cache_config)
+        self._requests.kind = kind
+        self.identity = facts.identity(
+            self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights, kind
+        )
         link = self._link(ranks, layout)
         link.start(START_LIMIT_S)
         if link.client is not None:
@@ -256,22 +257,21 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
-        self._requests[request.request_id] = request
-        self._roots[request.request_id] = self._root(request)
+        self._requests.add(request)
         if self.planner is not None:
-            self.planner.expect(self._request(request))
+            self.planner.expect(self._requests.translated(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded, and whether beside the steps."""
         if self.planner is None:
             return 0, False
-        claim = self.planner.match(self._request(request), num_computed_tokens)
+        claim = self.planner.match(self._requests.translated(request), num_computed_tokens)
         return claim, bool(claim) and self.planner.loads_beside(request.request_id)
 
     def update_state_after_alloc(self, request: VllmRequest, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks, `num_external_tokens` of them to be loaded."""
         if self.planner is not None:
-            self.planner.admitted(self._request(request), num_external_tokens, blocks.get_block_ids)
+            self.planner.admitted(self._requests.translated(request), num_external_tokens, blocks.get_block_ids)
         else:
             self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
 
@@ -287,7 +287,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         state = scheduler_output.kv_connector_block_state
         steps = []
         for name, count in scheduler_output.num_scheduled_tokens.items():
-            request = self._requests.get(name)
+            request = self._requests.known.get(name)
             if request is not None:
                 start = request.num_computed_tokens
                 final = min(start + count, request.num_tokens)
@@ -313,8 +313,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: VllmRequest, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks are free at once."""
-        self._requests.pop(request.request_id, None)
-        self._roots.pop(request.request_id, None)
+        self._requests.drop(request.request_id)
         if self.planner is not None:
             self.planner.ended(request.request_id)
         return False, None
@@ -348,7 +347,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def _built_on(self, blocks: set[int]) -> set[int]:
         """The blocks of other requests that were computed from any of `blocks`."""
         found: set[int] = set()
-        for name in self._requests:
+        for name in self._requests.known:
             for table in self._kv_cache_manager.get_block_ids(name):
                 first = next((place for place, block in enumerate(table) if block in blocks), len(table))
                 found.update(table[first:])
@@ -358,27 +357,6 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         meta = self._get_connector_metadata()
         assert isinstance(meta, PlanMeta)
         return meta.plan
-
-    def _request(self, request: VllmRequest) -> Request:
-        name = request.request_id
-        if name not in self._requests:
-            self.on_new_request(request)
-        return Request(
-            name,
-            request.all_token_ids,
-            request.num_prompt_tokens,
-            self._roots[name],
-            facts.extra_keys(request),
-            request.num_preemptions > 0,
-        )
-
-    def _root(self, request: VllmRequest) -> bytes | None:
-        """Where the request's chain of digests starts; None if its adapter's content is in doubt."""
-        lora = request.lora_request
-        if lora is None:
-            return none_hash()
-        content = self._adapters.fingerprint(lora.lora_int_id, lora.lora_path, lora.load_inplace)
-        return mixed_root(none_hash(), bytes.fromhex(content)) if content is not None else None
 
 
 def _config(extra: Mapping[str, object] | None) -> Config:

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 says of a model, its cache and its requests, in kvkeep's words.
+"""What vLLM 0.32 says of a model and its cache, in kvkeep's words.
 
 Translates and decides nothing but what is refused: a kind of group that is not known here is named, not guessed at.
 """
@@ -11,14 +11,12 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import vllm
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
-from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -27,13 +25,12 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
-from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
-from kvkeep.core.key import DEFAULT_SEED, ExtraKeys
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
 from kvkeep.engine.plan import RankInfo
+from kvkeep.engine.vllm_chain import ChainKind
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.pages import GroupCaches
 
@@ -128,7 +125,12 @@ def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor]) ->
 
 
 def identity(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, ranks: list[RankInfo], tokens: int, weights: str
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    ranks: list[RankInfo],
+    tokens: int,
+    weights: str,
+    chain: ChainKind,
 ) -> Identity:
     """The identity record of everything this engine stores; `weights` as `weights_fingerprint` gives it."""
     model, parallel, facts = vllm_config.model_config, vllm_config.parallel_config, ranks[0].facts
@@ -158,9 +160,9 @@ def identity(
         pp=parallel.pipeline_parallel_size,
         dcp=parallel.decode_context_parallel_size,
         chunk_tokens=tokens,
-        chain="kvkeep",
+        chain=chain.name,
         hash_name="sha256_cbor",
-        hash_seed=DEFAULT_SEED,
+        hash_seed=chain.seed,
         codec=None,
     )
 
@@ -178,19 +180,6 @@ def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
     if outlived and found is None:
         log.warning("kvkeep: %s is not a folder of weight files: no other start will find what is kept", model.model)
     return found or f"this start only: {secrets.token_hex(16)}"
-
-
-def extra_keys(request: VllmRequest) -> ExtraKeys | None:
-    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
-    plain = not (request.lora_request or request.mm_features or request.cache_salt)
-    if plain and request.prompt_embeds is None:
-        return None
-
-    def of_range(start: int, end: int) -> tuple[Any, ...] | None:
-        keys: tuple[Any, ...] | None = generate_block_hash_extra_keys(request, start, end, 0)[0]
-        return keys
-
-    return of_range
 
 
 def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from kvkeep.tiers.tier import Stored, Write
 log = logging.getLogger("kvkeep.store")
 
 COUNTERS = ("stored", "present", "refused", "dropped", "gone")
+_TURN = 64  # chunks of the backlog that come due at once
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Flush:
     held_nbytes: int = 0
     _writing: int = 0
     _due: OrderedDict[bytes, Due] = field(default_factory=OrderedDict)
+    _backlog: deque[tuple[bytes, Sequence[int]]] = field(default_factory=deque)
     _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _pump: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
         """Chunks that are not written yet, those being written included."""
-        return len(self._due) + self._writing
+        return len(self._due) + len(self._backlog) + self._writing
 
     def submit(self, entry: Entry, sizes: Sequence[int]) -> None:
         """A chunk is readable in the pool; it is written when its turn comes, if it is still there."""
@@ -68,8 +70,13 @@ class Flush:
             self.figures["dropped"] += 1  # the newest: a prefix is worth more from its beginning
             return
         self._due[entry.key] = Due(sizes, asyncio.get_running_loop().time())
-        if self._pump is None:
-            self._pump = asyncio.get_running_loop().create_task(self._run())
+        self._start()
+
+    def catch_up(self, chunks: Iterable[tuple[bytes, Sequence[int]]]) -> None:
+        """What the pool had before the tier came, keys and ranges: written in turns, what is new between them."""
+        self._backlog.extend(chunks)
+        if self._backlog:
+            self._start()
 
     async def drain(self, limit_s: float) -> int:
         """Waits until all is written, at most `limit_s`; how many chunks were not."""
@@ -81,16 +88,24 @@ class Flush:
             self._pump.cancel()
         return self.waiting
 
+    def _start(self) -> None:
+        if self._pump is None:
+            self._pump = asyncio.get_running_loop().create_task(self._run())
+
     async def _run(self) -> None:
         """Starts batches while there is something to write, then ends."""
         now_s = asyncio.get_running_loop().time
-        while self._due:
+        while self._due or self._backlog:
             self._forget_old(now_s())
+            if not self._due:
+                turn = [self._backlog.popleft() for _ in range(min(_TURN, len(self._backlog)))]
+                self._due.update((key, Due(sizes, now_s())) for key, sizes in turn)
             gate = self.breaker.gate(now_s())
             full = self._batches and self.held_nbytes + self.options.batch_nbytes > self.options.held_nbytes
             if gate is Gate.OPEN or self.loads.gate() is Gate.OPEN:
-                self.figures["dropped"] += len(self._due)
+                self.figures["dropped"] += len(self._due) + len(self._backlog)
                 self._due.clear()
+                self._backlog.clear()
             elif self.loads.busy or full or (gate is Gate.HALF_OPEN and self._batches):
                 await asyncio.sleep(self.options.poll_s)
             else:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Entry
-from kvkeep.errors import TierError
+from kvkeep.errors import TierError, TierUnavailable
 from kvkeep.store.fetch import Promotions
 from kvkeep.store.flush import Flush, FlushOptions
 from kvkeep.store.loads import Loads
 from kvkeep.store.sessions import Session
-from kvkeep.store.store import SUM_NBYTES, Store
+from kvkeep.store.store import NAMESPACE_NBYTES, SUM_NBYTES, Store
 from kvkeep.tiers.tier import Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -25,11 +25,12 @@ BATCH_NBYTES = 32 << 20
 HELD_SHARE = 8  # flushes may hold an eighth of the pool
 VERB_LIMIT_S = 5.0  # of a clear or a delete
 CLOSE_LIMIT_S = 2.0
+MAX_NAMESPACES = 256  # whose ranges, and whose clears, are remembered for tiers that come late
 
 
 @dataclass
 class TierWalk:
-    """The pool's `store` and the tiers below it, the best first; `add` may come late, when a tier was in use before."""
+    """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before."""
 
     store: Store
     memory: Bytes
@@ -37,26 +38,51 @@ class TierWalk:
     flushes: list[Flush] = field(default_factory=list)
     _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _sizes: dict[bytes, Sequence[int]] = field(default_factory=dict)  # of a chunk's ranges, by namespace
+    _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
 
     def __post_init__(self) -> None:
         self.promotions = Promotions(self.store, self.loads, self._promoted)
 
+    async def admit(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
+        """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""
+        forgotten: set[bytes | None] = set()
+        while missing := list(self._cleared - forgotten):
+            failure = await self._within(VERB_LIMIT_S, tier.clear(missing[0]))
+            if failure is not None:
+                log.error("tier %s is left out, it may hold what was cleared: %s", name, failure)
+                await self._within(CLOSE_LIMIT_S, tier.aclose())
+                return
+            forgotten.add(missing[0])
+        self.add(name, tier, figures)
+
     def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
-        """Takes in a tier below all others; `figures` tells its own numbers."""
+        """Takes in a tier below all others, and writes to it what the pool has; `figures` tells its own numbers."""
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
         options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes)
         one = Loads(name, tier, self.memory, self.promotions.settle)
         self.loads.append(one)
         self._told.append(figures)
         self.flushes.append(Flush(self.store.index, one, options))
+        self.flushes[-1].catch_up(self._kept())
+
+    def _kept(self) -> Iterator[tuple[bytes, Sequence[int]]]:
+        """The chunks in the pool that a tier can keep, and their ranges."""
+        for entry in self.store.index.committed():
+            sizes = self._sizes.get(entry.key[:NAMESPACE_NBYTES], ())
+            if _is_whole(entry, sizes):
+                yield entry.key, sizes
 
     def committed(self, session: Session, entries: Sequence[Entry | None]) -> None:
         """These became readable in the pool: every tier gets them."""
         sizes = session.opening.sizes
-        for flush in self.flushes if sizes else ():
+        self._sizes.pop(session.namespace, None)
+        self._sizes[session.namespace] = sizes
+        if len(self._sizes) > MAX_NAMESPACES:
+            del self._sizes[next(iter(self._sizes))]
+        for flush in self.flushes:
             for entry in entries:
-                # a client's sums of another number than its ranges could not be verified later
-                if entry is not None and len(entry.sums or b"") == SUM_NBYTES * len(sizes):
+                if entry is not None and _is_whole(entry, sizes):
                     flush.submit(entry, sizes)
 
     async def discard(self, keys: Sequence[bytes]) -> None:
@@ -64,17 +90,17 @@ class TierWalk:
         await self._each(lambda tier: tier.delete(keys))
 
     async def clear(self, namespace: bytes | None) -> None:
-        """Drops a namespace, or everything, from every tier (the pool has lost it already)."""
+        """Drops a namespace, or everything, from every tier (the pool has lost it already), also from later ones."""
+        self._cleared.add(namespace if len(self._cleared) < MAX_NAMESPACES else None)
         await self._each(lambda tier: tier.clear(namespace))
 
     async def aclose(self, drain_s: float) -> int:
         """Writes what waits, at most for `drain_s`, and ends the tiers; how many chunks were not written."""
         left = sum(await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes)))
         for one in self.loads:
-            task = asyncio.get_running_loop().create_task(one.tier.aclose())
-            await asyncio.wait({task}, timeout=CLOSE_LIMIT_S)  # not wait_for, which waits for what it cancels
-            if not task.done():
-                log.warning("tier %s did not end within %.0f s", one.name, CLOSE_LIMIT_S)
+            failure = await self._within(CLOSE_LIMIT_S, one.tier.aclose())
+            if failure is not None:
+                log.warning("tier %s did not end well: %s", one.name, failure)
         return left
 
     def figures(self) -> dict[str, int]:
@@ -95,12 +121,24 @@ class TierWalk:
     async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> None:
         """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone."""
         for one in self.loads:
-            task = asyncio.get_running_loop().create_task(verb(one.tier))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            await asyncio.wait({task}, timeout=VERB_LIMIT_S)
-            failure = task.exception() if task.done() else None
-            if isinstance(failure, TierError) or not task.done():
-                one.overdue((), str(failure or "no answer within its limit"))
-            elif failure is not None:
-                raise failure
+            failure = await self._within(VERB_LIMIT_S, verb(one.tier))
+            if failure is not None:
+                one.overdue((), str(failure))
+
+    async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
+        """Runs a verb for at most `limit_s`, then leaves it to itself; what went wrong."""
+        task = asyncio.get_running_loop().create_task(verb)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({task}, timeout=limit_s)  # not wait_for, which waits for what it cancels
+        if not task.done():
+            return TierUnavailable(f"no answer within {limit_s:.0f} s")
+        failure = task.exception()
+        if failure is not None and not isinstance(failure, TierError):
+            raise failure
+        return failure
+
+
+def _is_whole(entry: Entry, sizes: Sequence[int]) -> bool:
+    """Whether a chunk can be verified later: a client may have sent sums of another number than its ranges."""
+    return bool(sizes) and len(entry.sums or b"") == SUM_NBYTES * len(sizes)

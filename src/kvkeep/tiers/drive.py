@@ -223,15 +223,10 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
     )
     job = threads.submit(Urgency.LOAD, lambda _: _start(shelf, options.direct, clock_ns()))
     try:
-        async with asyncio.timeout(options.open_s):
-            started = await job.done
-    except TimeoutError as error:
-        threads.close()
-        raise TierUnavailable(f"{root} does not answer within {options.open_s} s") from error
-    except TierUnavailable:
+        started = await _in_time(job.done, options.open_s, root)
+    except (TierUnavailable, asyncio.CancelledError):
         threads.close()
         raise
-    assert started is not None, "the first job was not taken"
     limit_nbytes = options.limit_nbytes // len(options.directories)
     bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
     ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
@@ -241,6 +236,26 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
     drive = Drive(holding, started, Loads(holding), Stores(holding, started.order is not None), clock_ns, now_s)
     drive.look_through()
     return drive
+
+
+async def _in_time(starting: asyncio.Future[Started | None], limit_s: float, root: str) -> Started:
+    """What the first job finds; where that is too late for whoever opens, it gives the directory back when it comes."""
+    try:
+        await asyncio.wait([starting], timeout=limit_s)
+    finally:
+        if not starting.done():
+            starting.add_done_callback(_give_back)
+    if not starting.done():
+        raise TierUnavailable(f"{root} does not answer within {limit_s} s")
+    started = starting.result()
+    assert started is not None, "the first job was not taken"
+    return started
+
+
+def _give_back(starting: asyncio.Future[Started | None]) -> None:
+    started = None if starting.cancelled() or starting.exception() else starting.result()
+    if started is not None:
+        os.close(started.lock_fd)
 
 
 def _start(shelf: Shelf, direct: bool, now_ns: int) -> Started:

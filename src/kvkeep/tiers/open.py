@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
@@ -18,11 +18,11 @@ from kvkeep.tiers.tier import Tier
 
 log = logging.getLogger("kvkeep.store")
 
-OWNED_LIMIT_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
-OWNED_PAUSE_S = 0.1
+SOON_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
+SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
-
-Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]]], None]  # a tier's name, itself, what tells its figures
+# a tier's name, itself, what tells its figures
+Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]]], Awaitable[None]]
 
 
 def disk_options(config: Config) -> DiskOptions | None:
@@ -46,7 +46,7 @@ async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
     except TierError as error:
         log.error("there is no disk tier: %s", error)
         return
-    take("disk", tier, lambda: disk_figures(tier))
+    await take("disk", tier, lambda: disk_figures(tier))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
     log.info("disk tier of %.1f GiB in %s, %s", disk.limit_nbytes / 2**30, ", ".join(disk.directories), how)
 
@@ -62,12 +62,14 @@ def disk_figures(tier: DiskTier) -> dict[str, int]:
 
 
 async def _owned(options: DiskOptions) -> DiskTier:
+    """The disk tier, once no other process owns a directory of it, however long that takes: nobody waits for it."""
     loop = asyncio.get_running_loop()
-    end_s = loop.time() + OWNED_LIMIT_S
+    later_s, pause_s = loop.time() + SOON_S, SOON_PAUSE_S
     while True:
         try:
             return await open_disk(options)
-        except TierOwned:
-            if loop.time() > end_s:
-                raise
-        await asyncio.sleep(OWNED_PAUSE_S)
+        except TierOwned as error:
+            if pause_s == SOON_PAUSE_S and loop.time() >= later_s:
+                pause_s = LATER_PAUSE_S
+                log.error("no disk tier until its directory is free: %s", error)
+        await asyncio.sleep(pause_s)

@@ -58,7 +58,11 @@ class Loaded(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of a write; `left` is set where a file of it may have stayed behind."""
+    """What became of a write.
+
+    `left` is set where a file of it may have stayed behind. Stored with an `error`: it has its name, but that may not
+    outlive a power cut; whoever asked for durability must not be told that it is stored.
+    """
 
     stored: Stored
     nbytes: int = 0
@@ -176,10 +180,14 @@ class Shelf(NamedTuple):
     def _store_group(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[Written]:
         staged = [self._stage(write, epoch, scratch) for write, epoch in writes]
         written = [one if isinstance(one, Written) else self._publish(one, scratch) for one in self._synced(staged)]
-        if self.durability is not Durability.NONE:
-            for path in {os.path.dirname(self.path(write.key)) for write, _ in writes}:
-                self._sync_names(path)
-        return written
+        if self.durability is Durability.NONE:
+            return written
+        paths = [os.path.dirname(self.path(write.key)) for write, _ in writes]
+        errors = {path: self._sync_names(path) for path in set(paths)}
+        return [
+            one._replace(error=errors[path]) if one.stored is Stored.STORED else one
+            for path, one in zip(paths, written, strict=True)
+        ]
 
     def _stage(self, write: Write, epoch: int, scratch: Scratch) -> Staged | Written:
         data, path = self.files.data, self.temporary_path
@@ -249,12 +257,14 @@ class Shelf(NamedTuple):
         self.files.data.close(staged.fd)
         return Written(Stored.REFUSED, 0, error, left)
 
-    def _sync_names(self, path: str) -> None:
-        for one in (path, os.path.dirname(path), self.root):
-            try:
+    def _sync_names(self, path: str) -> int:
+        """Make the names in a directory durable, and its own and its parent's; the error, 0 for none."""
+        try:
+            for one in (path, os.path.dirname(path), self.root):
                 sync_directory(self.files, one)
-            except OSError:  # the records are there; that they outlive a power cut is what failed
-                return
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
 
     # ---- names
 

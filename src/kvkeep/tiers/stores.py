@@ -104,7 +104,7 @@ class Stores:
     async def _wrote(self, admitted: Sequence[Wanted], written: Sequence[Written]) -> None:
         """Takes the outcome of a job into the ledger."""
         holding, ledger = self.holding, self.holding.ledger
-        late = []
+        void = []  # deleted meanwhile, of an old epoch, or not durable where it is to be
         for one, got in zip(admitted, written, strict=True):
             key = one.write.key
             if got.stored is Stored.STORED:
@@ -114,11 +114,11 @@ class Stores:
             if got.stored is Stored.PRESENT and key not in ledger.live:
                 ledger.learn(key, got.nbytes)
             self._judge(got)
-            is_late = one.pending.doomed or holding.epoch(key) != one.pending.epoch
-            if is_late and key in ledger.live:
-                late.append((ledger.kill(ledger.live[key]), None))
-            self._answer(one, Stored.REFUSED if is_late else got.stored)
-        await holding.bury(late)
+            is_void = one.pending.doomed or holding.epoch(key) != one.pending.epoch or bool(got.error)
+            if is_void and key in ledger.live:
+                void.append((ledger.kill(ledger.live[key]), None))
+            self._answer(one, Stored.REFUSED if is_void else got.stored)
+        await holding.bury(void)
 
     def _judge(self, got: Written) -> None:
         """Notes what a write tells about the device."""

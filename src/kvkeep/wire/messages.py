@@ -154,12 +154,22 @@ class AskStats(msgspec.Struct, frozen=True, tag=14, array_like=True):
     check: bool = False
 
 
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """A namespace: who named it last, what it is (for people), how many chunks of it are in the pool."""
+
+    namespace: bytes
+    name: str
+    identity: str
+    chunks: int
+
+
 class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True):
-    """The store's figures by name; `problem` is empty unless the check found one."""
+    """The store's figures by name; if the check was asked for, `problem` has what it found, `known` the namespaces."""
 
     call: int
     figures: dict[str, int]
     problem: str = ""
+    known: list[Known] = []
 
 
 class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):

@@ -176,7 +176,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
         populating.start()
         try:
-            serve_to_the_end(server, open_tiers(options.disk, server.walk.add), DRAIN_S)
+            serve_to_the_end(server, open_tiers(options.disk, server.walk.admit), DRAIN_S)
         finally:
             closing.set()
             if path is not None:
