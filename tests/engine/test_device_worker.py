@@ -78,6 +78,11 @@ class OneRank:
         self.pool._pool._populating.join(LIMIT_S)
         return self.regions[-1]
 
+    def retired(self) -> None:
+        """A pool that was replaced has ended, but for its leases."""
+        for thread in self.pool._threads:
+            thread.join(LIMIT_S)
+
     def fill(self, block_id: int, value: int) -> None:
         for number, cache in enumerate(self.caches.values()):
             cache[block_id] = 10 * value + number
@@ -364,6 +369,7 @@ def test_the_pool_is_locked_until_its_last_copy_is_over_and_again_at_a_new_boot(
     assert len(first) == 1
     one.worker.start_stores(storing(gather(0, 1, 2)))
     one.hand(SECOND)
+    one.retired()
     assert len(locks.locked) == 2, "unlocked under a copy"
     one.settle()
     assert one.told().stores
@@ -373,6 +379,28 @@ def test_the_pool_is_locked_until_its_last_copy_is_over_and_again_at_a_new_boot(
     one.close()
     assert not locks.locked
     assert not one.device.stores.held, "closed under a copy"
+
+
+def test_a_pool_is_taken_and_locked_before_a_step_needs_it() -> None:
+    locks = Locks()
+    one = OneRank(calls=locks.calls)
+    one.pool.watch()
+    region = Region.create(POOL_NBYTES)
+    send_pool(one.door.path, region.fd, FIRST, 5.0)
+    one.retired()
+    assert one.pool._pool is not None
+    one.pool._pool._populating.join(LIMIT_S)
+    assert len(locks.locked) == 1
+    one.close()
+    assert not locks.locked
+    region.close()
+
+
+def test_nobody_watches_for_a_pool_after_the_end() -> None:
+    one = OneRank()
+    one.pool.watch()
+    one.close()
+    assert not any(thread.is_alive() for thread in one.pool._threads)
 
 
 def test_a_pool_that_cannot_be_locked_works_through_staging_copies_and_says_so(

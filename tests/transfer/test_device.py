@@ -279,6 +279,16 @@ def test_a_batch_is_one_launch_of_a_bounded_number_of_programs():
     assert len(launches.grids) == 2, "nothing to do was launched"
 
 
+def test_preparing_launches_everything_once_and_copies_nothing():
+    caches, launches = build(MODEL, 13, 1), Launches()
+    before = [one.clone() for one in caches.memory]
+    parts = transfer_of([caches.group], 64, by_engine).parts
+    KernelMover(parts, CPU, PROGRAMS, launches).prepare()
+    assert launches.grids == [1, 1]
+    assert launches.widths == [16, 16]
+    assert all(torch.equal(one, old) for one, old in zip(caches.memory, before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("nbytes", "skew", "shift", "width"),
     [(64, 0, 0, 16), (24, 0, 0, 8), (64, 8, 0, 8), (12, 0, 0, 4), (64, 0, 4, 4), (6, 0, 0, 2), (7, 0, 0, 1)],

@@ -42,7 +42,9 @@ def open_rank(
         log.info("kvkeep: transfer_mode %s: bulk, since layers are not computed whole", config.transfer_mode)
     transfer = opened.transfer
     if isinstance(transfer, DeviceTransfer):
-        return DeviceWorker(Rank(rank, transfer, MappedPool(door, opened.pin_calls)), ThreadCopier, mode)
+        pool = MappedPool(door, opened.pin_calls)
+        pool.watch()
+        return DeviceWorker(Rank(rank, transfer, pool), ThreadCopier, mode)
     by_cpu = isinstance(transfer, ReferenceTransfer)
     cores = spare_cores() if by_cpu and alone else frozenset()
     copier = ThreadCopier(cores) if cores else InlineCopier()

@@ -59,7 +59,9 @@ class _Movers:
         self._programs = programs
 
     def kernel(self, parts: Sequence[Part]) -> Mover:
-        return KernelMover(parts, self._device, self._programs)
+        mover = KernelMover(parts, self._device, self._programs)
+        mover.prepare()
+        return mover
 
     def engine(self, parts: Sequence[Part]) -> Mover:
         return CopyMover(parts, self._driver, self._stream)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvkeep.transfer.kernels import PROGRAMS
+from kvkeep.transfer.kernels import PROGRAMS, upload
 from kvkeep.transfer.moves import Job, Part, places
 from kvkeep.transfer.rotary import Pairing, Turn, check_keys
 
@@ -77,7 +77,7 @@ class Plane(NamedTuple):
 
 
 class TurnedScatter:
-    """A `Mover` from the pool for one batch: `turn` has the tokens of the jobs' blocks, in their order.
+    """A `Mover` from the pool for one batch: `turn`, on the device, has the tokens of the jobs' blocks in their order.
 
     The planes are those of one group, of one shape and dtype, and must cover every part that is to be copied; `kernel`
     is `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for numbers that cannot be turned.
@@ -106,9 +106,9 @@ class TurnedScatter:
             return
         steps = (2, 1) if self._pairing.interleaved else (1, pairs)
         sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, self._pairing.start, *steps]
-        batch = torch.from_numpy(np.concatenate((np.array(sizes, np.int64), rows.ravel()))).to(pages.device)
-        table = torch.tensor([_numbers(one) for one in planes], dtype=torch.int64, device=pages.device)
-        turns = torch.stack(self._turn).to(device=pages.device, dtype=torch.float32)
+        batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
+        table = upload(np.array([_numbers(one) for one in planes], np.int64), pages.device)
+        turns = torch.stack(self._turn)
         widths = (triton.next_power_of_2(n) for n in (heads, max(1, pairs, head_size - 2 * pairs)))
         self._kernel[(min(PROGRAMS, sizes[0]),)](table, batch, turns, *widths, _DTYPES[pages.dtype])
 
