@@ -16,7 +16,7 @@ from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Transfer
+from kvkeep.transfer.transfer import Opened, Transfer
 
 NB, CHUNK = 80, 8
 MODEL = Model("test", weights="same weights")
@@ -126,5 +126,5 @@ def library(
     transfer = wrap(made)
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
-    with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config, layers) as engine:
+    with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, layers) as engine:
         yield Library(engine, groups, source)
