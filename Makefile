@@ -8,7 +8,7 @@ FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers soak gpu-wheels gpu-test gpu-bench chaos fuzz
+.PHONY: help demo test check fast bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -57,6 +57,10 @@ gpu-bench:      ## there: bandwidth and what it costs the model, as a table and 
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
 	$(PY) bench/ttft.py --json bench/results/ttft.json
+
+peers-micro: $(VENV)/.ready   ## the micro-benchmarks beside LMCache's, which lie in ../shared/peers: bench/results/peers.json (about 10 minutes)
+	[ -e build/peer-venv/.ready ] || PYTHON=$(PYTHON) bash scripts/peers.sh
+	OMP_NUM_THREADS=1 $(PY) bench/peers.py --json bench/results/peers.json
 
 soak: $(VENV)/.ready   ## 20 minutes of mixed work with a small pool and disk; every answer is checked
 	$(PY) scripts/models.py tiny

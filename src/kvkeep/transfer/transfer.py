@@ -77,13 +77,16 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
             assert named.max() == 1, f"block {named.argmax()} of group {group} is named twice"
 
 
-def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
-    """Zeroes the padding of every range and gives their sums in order: the end of a gather that completes a chunk."""
-    sums = []
-    for one, view in zip(ranges, views, strict=True):
+def seal_range(one: Range, view: Bytes) -> bytes:
+    """Zeroes the padding of a range that has been filled and gives its sum."""
+    if one.nbytes < one.padded_nbytes:
         view[one.nbytes :] = 0
-        sums.append(xxhash.xxh3_128_digest(view.data))
-    return b"".join(sums)
+    return xxhash.xxh3_128_digest(view.data)
+
+
+def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
+    """The sums of all ranges in order: the end of a gather that completes a chunk."""
+    return b"".join(seal_range(one, view) for one, view in zip(ranges, views, strict=True))
 
 
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:
