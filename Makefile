@@ -8,7 +8,7 @@ FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers gpu-test gpu-bench chaos fuzz
+.PHONY: help demo test check fast bench venv clean peers soak gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -35,8 +35,9 @@ check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests
 	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest tests -m "not vllm and not slow and not gpu"
 
-bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,micro}.json
-	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench --json bench/results/core.json
+bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,daemon,micro}.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench keys alloc policy index engine --json bench/results/core.json
+	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench daemon --runs 7 --json bench/results/daemon.json
 	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
 
 GPU_PY ?= python3
@@ -49,6 +50,10 @@ gpu-bench:      ## there: bandwidth and what it costs the model, as a table and 
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
 	$(PY) bench/ttft.py --json bench/results/ttft.json
+
+soak: $(VENV)/.ready   ## 20 minutes of mixed work with a small pool and disk; every answer is checked
+	$(PY) scripts/models.py tiny
+	OMP_NUM_THREADS=1 $(PY) bench/soak.py
 
 chaos: $(VENV)/.ready   ## kill and stop store, engines and ranks at random under load: MINUTES=10, nothing wrong, nothing leaked
 	OMP_NUM_THREADS=1 $(PY) tests/chaos/chaos.py --minutes $(MINUTES)

@@ -28,7 +28,8 @@ from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, run_groups, secon
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import Link, PrivateSource
-from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.lookups import Request
+from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
 from kvkeep.telemetry import Figures

@@ -1,6 +1,7 @@
 """One vLLM engine of the time-to-first-token benchmark: commands come as JSON lines on stdin, answers go to stdout.
 
-`{"ask": TOKENS, "seed": N}` answers `{"ttft_s", "cpu_s", "cached", "token"}`, `{"reset": true}` empties vLLM's own
+`{"ask": TOKENS, "seed": N}` answers `{"ttft_s", "cpu_s", "cached", "token"}`, `{"stall": TOKENS, "seed": N}` how long a
+running request is held up by one that arrives, `{"reset": true}` empties vLLM's own
 prefix cache, an end of file ends the engine. Runs wherever vLLM is installed; knows nothing about who else is measured.
 """
 
@@ -74,6 +75,36 @@ def ask(llm: Any, tokens: int, seed: int) -> dict[str, Any]:
     return {"ttft_s": ttft_s, "cpu_s": cpu_s, "cached": output.num_cached_tokens, "token": token}
 
 
+def stall(llm: Any, tokens: int, seed: int) -> dict[str, Any]:
+    """The longest step of a running request from the arrival of another one to that one's first token.
+
+    `ttft_s` is that of the one that arrives.
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)
+    short = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    engine.add_request("runs", {"prompt_token_ids": prompt(64, -1)}, long)
+    for _ in range(10):
+        engine.step()
+    begin = time.perf_counter()
+    engine.add_request("arrives", {"prompt_token_ids": prompt(tokens, seed)}, short)
+    steps, here, cached = [], False, 0
+    while not here:
+        start = time.perf_counter()
+        outputs = engine.step()
+        steps.append(time.perf_counter() - start)
+        for one in outputs:
+            if one.request_id == "arrives":
+                here, cached = True, one.num_cached_tokens
+    ttft_s = time.perf_counter() - begin
+    engine.abort_request(["runs"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"stall_s": max(steps), "ttft_s": ttft_s, "cached": cached, "steps": len(steps)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, type=Path)
@@ -87,7 +118,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
-        if "reset" in command:
+        if "stall" in command:
+            answer = stall(llm, command["stall"], command["seed"])
+        elif "reset" in command:
             answer = {"reset": llm.reset_prefix_cache()}
         else:
             answer = ask(llm, command["ask"], command["seed"])

@@ -50,6 +50,12 @@ class WireError(KVKeepError):
     code = "wire"
 
 
+class CopyFailed(KVKeepError):
+    """A copy between the engine's cache and the pool did not run to its end."""
+
+    code = "copy-failed"
+
+
 class StoreGone(WireError):
     """The store process is not there, or did not answer within the limit."""
 

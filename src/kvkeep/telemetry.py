@@ -14,6 +14,7 @@ class Miss(Enum):
     NOT_STORED = "no chunk of this prefix is kept"
     PARTLY_STORED = "only the beginning of this prefix is kept"
     TIER_LATE = "a tier had not read it within deadline_s"
+    SLOWER = "a tier was not waited for: computing it is faster"
     TIER_FAILED = "a tier had it, but did not give it or what it gave was bad"
     POOL_FULL = "a tier has it, but the pool has no room for it now"
     PINNED_SHARE = "waiting requests have pinned their share of the pool"

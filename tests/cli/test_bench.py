@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvkeep.cli import bench_engine
+from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_engine import engine_rows
 from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
+from kvkeep.cli.bench_moves import LINE_NBYTES, aligned, move_rows
 from kvkeep.cli.main import app
 
 KEYS = ["keys-array", "keys-list", "keys-one-more-chunk"]
@@ -39,6 +43,22 @@ def test_an_unknown_group_is_answered_with_the_known_ones():
     assert "'keys'" in result.output
 
 
+def test_without_torch_the_engine_group_says_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_engine, "find_spec", lambda name: None)
+    result = invoke("engine")
+    assert result.exit_code == 2
+    assert "pip install 'kvkeep[torch]'" in result.output
+
+
+@pytest.mark.slow
+def test_the_engine_cases():
+    rows = engine_rows(1)
+    verbs = ["store-chunk", "retrieve-chunk", "lookup-chunk", "lookup-chunk-new-tokens"]
+    copies = [f"{way}-{verb}" for way in ("bulk", "layerwise") for verb in ("store", "retrieve", "store-no-sums")]
+    assert [row.case for row in rows] == [*verbs, *copies]
+    assert all(row.min > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_a_million_chunks_take_at_most_400_bytes_each():
     assert MILLION == 1_000_000
@@ -48,3 +68,19 @@ def test_a_million_chunks_take_at_most_400_bytes_each():
 @pytest.mark.slow
 def test_the_index_cases():
     assert [row.case for row in index_rows(1)] == ["lookup-chunk", "reserve-commit-chunk", "index-bytes-per-chunk"]
+
+
+@pytest.mark.slow
+def test_the_cases_of_a_store_process():
+    cases = [row.case for rows in (lookup_rows, move_rows, idle_rows) for row in rows(1)]
+    lookups = ["p50", "p99", "p50-flat-out", "p50-one-client", "512-one-client"]
+    moves = ["store", "retrieve", "store-shared", "retrieve-shared"]
+    asked = [f"lookup-{name}" for name in lookups] + ["messages", "cpu", *moves, "idle-mib"]
+    assert cases == [f"daemon-{name}" for name in asked]
+
+
+def test_memory_to_compare_with_is_aligned_as_tensors_are():
+    for nbytes in (1, 4096, 5 << 20):
+        found = aligned(nbytes)
+        assert found.size == nbytes
+        assert found.ctypes.data % LINE_NBYTES == 0

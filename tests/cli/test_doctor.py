@@ -12,12 +12,25 @@ from typer.testing import CliRunner
 
 import kvkeep
 from kvkeep.cli import doctor as doctor_module
-from kvkeep.cli.doctor import Check, as_table, check_disk, check_memory, check_python, check_sealing, check_speed
+from kvkeep.cli.doctor import (
+    Check,
+    as_table,
+    check_disk,
+    check_memory,
+    check_python,
+    check_sealing,
+    check_speed,
+    check_store,
+    check_vllm,
+    installed,
+)
 from kvkeep.cli.main import app
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import Limit, Limits
+from kvkeep.testing.store_thread import shared_store
+from kvkeep.wire.process import StoreOptions
 
 GIB = 1 << 30
 
@@ -40,9 +53,9 @@ def text_of(check: Check) -> str:
 def test_a_right_machine_is_ok() -> None:
     result = invoke("doctor", "--pool-size", "1 MiB")
     assert result.exit_code == 0, result.output
-    for row in ("Python", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
+    for row in ("Python", "vLLM", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
         assert row in result.output
-    assert result.output.count(" ok ") == 5
+    assert result.output.count(" ok ") == 6
     assert "problem" not in result.output
 
 
@@ -150,3 +163,28 @@ def test_a_disk_tier_in_place_of_a_file_names_the_directory(tmp_path: Path) -> N
     file = tmp_path / "file"
     file.touch()
     assert str(file) in check_disk(file / "folder", Config(disk_path=str(file))).cure
+
+
+@pytest.mark.parametrize(
+    ("version", "cure"),
+    [(None, ""), ("0.32.0", ""), ("0.32.1+cpu", ""), ("0.31.2", "vllm==0.32.*"), ("1.32.0", "vllm")],
+)
+def test_another_vllm_is_a_problem(version: str | None, cure: str) -> None:
+    found = check_vllm(version)
+    assert bool(found.cure) == bool(cure)
+    assert cure in found.cure
+    assert (version or "not installed") in found.found
+
+
+def test_what_is_installed_is_told_without_importing_it() -> None:
+    assert installed("pytest") == pytest.__version__
+    assert installed("no_such_module") is None
+
+
+def test_a_store_that_is_configured_must_answer(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path = str(tmp_path / "store")
+    assert "kvkeep serve" in check_store(path).cure
+    with shared_store(Path(path), StoreOptions(1 << 20)):
+        found = check_store(path)
+    assert (found.cure, found.found) == ("", "0 chunks, 0 MiB of 1 MiB")

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvkeep.cli.main import app
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.process import join_shared
@@ -40,8 +42,8 @@ def served(folder: Path, *options: str) -> tuple[subprocess.Popen[str], Path]:
     ), path  # fmt: skip
 
 
-def keep(path: Path, *numbers: int) -> Client:
-    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [], sizes=[CHUNK])
+def keep(path: Path, *numbers: int, who: tuple[bytes, str] = (b"n", "")) -> Client:
+    hello = m.Hello(m.VERSION, "test", who[0] * 16, who[1], CHUNK, [], sizes=[CHUNK])
     client = Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
     granted = client.wait(client.reserve([bytes([number]) * 32 for number in numbers]), LIMIT_S)
     assert isinstance(granted, m.Granted)
@@ -73,6 +75,25 @@ def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) 
         assert "ended: the pool had 2 chunks, 2 of them were written nowhere and are dropped" in lines
     assert not path.exists()
     assert took_s < LIMIT_S
+
+
+def test_two_that_do_not_share_are_told_apart(tmp_path: Path) -> None:
+    process, path = served(tmp_path, "--disk-path=")
+    assert process.stderr is not None
+    assert "pool of" in process.stderr.readline()
+    clients = [keep(path, 1, who=(b"a", "kv_dtype  'bfloat16'")), keep(path, 1, 2, who=(b"b", "kv_dtype  'fp8'"))]
+    shown = CliRunner().invoke(app, ["stats", f"--socket={path}"], env={"COLUMNS": "200"}).output
+    process.terminate()
+    lines = process.stderr.read()
+    assert process.wait(LIMIT_S) == 0
+    process.stderr.close()
+    for client in clients:
+        client.close()
+    apart = "kv_dtype: 'fp8' here, 'bfloat16' there"
+    assert f"shares nothing with the one before: {apart}" in lines
+    first, second = (next(line for line in shown.splitlines() if 4 * one in line) for one in ("61", "62"))
+    assert [cell.strip() for cell in first.split("│")[2:5]] == ["test", "1", ""]
+    assert [cell.strip() for cell in second.split("│")[2:5]] == ["test", "2", apart]
 
 
 def test_nobody_is_told_where_there_is_no_manager(tmp_path: Path) -> None:

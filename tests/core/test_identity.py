@@ -7,7 +7,16 @@ import cbor2
 import msgspec
 import pytest
 
-from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity, described, differing, namespace, of_mapping
+from kvkeep.core.identity import (
+    SCHEMA,
+    GroupIdentity,
+    Identity,
+    described,
+    differing,
+    namespace,
+    of_mapping,
+    told_apart,
+)
 
 FULL = GroupIdentity(
     kind="full", layers=("model.0", "model.2"), kv_heads=8, head_size=128, block_tokens=16, window=None
@@ -93,8 +102,25 @@ def test_every_field_of_a_group_changes_the_namespace_and_is_named(name):
     assert differing(IDENTITY, changed) == [f"groups[1].{name}: {before!r} here, {other(before)!r} there"]
 
 
+@pytest.mark.parametrize("name", PLAIN_FIELDS)
+def test_described_identities_differ_as_they_do_themselves(name):
+    changed = replaced(**{name: other(getattr(IDENTITY, name))})
+    assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
+
+
+@pytest.mark.parametrize("name", GroupIdentity.__struct_fields__)
+def test_so_do_their_groups(name):
+    changed = replaced(groups=(FULL, msgspec.structs.replace(SLIDING, **{name: other(getattr(SLIDING, name))})))
+    assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
+
+
+def test_a_field_that_only_one_text_has_is_named():
+    assert told_apart("a  1\nb  2", "a  1\nc  3") == ["b: 2 here, nothing there", "c: nothing here, 3 there"]
+
+
 def test_equal_identities_do_not_differ():
     assert differing(IDENTITY, replaced()) == []
+    assert told_apart(described(IDENTITY), described(replaced())) == []
 
 
 def test_none_is_not_its_text():

@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.layout import padded_nbytes
+from kvkeep.engine.choice import Choice
+from kvkeep.engine.copier import Copier, InlineCopier, ThreadCopier
 from kvkeep.engine.planner import PlannerOptions
-from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.engine.worker import Worker
+from kvkeep.testing.doubles import FaultyTransfer, HeldCopier
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_model import GroupShape
 from kvkeep.testing.fake_request import EngineShape, Phase
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.transfer import Transfer
+from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import Stats
 
 CHUNK = 8
@@ -35,20 +39,43 @@ class Bench:
     options: PlannerOptions | None = None
     failing: dict[int, set[int]] = field(default_factory=dict)
     faults: list[FaultyTransfer] = field(default_factory=list)
+    copier: type[Copier] = InlineCopier
+    copiers: list[Copier] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         layers = sum(group.layers for group in self.shape.groups)
         self.source = ThreadSource(self.chunks * layers * self.shape.ranks * padded_nbytes(1))
         # an answer is always waited for: what a test does decides what happens, not the machine's speed
         options = self.options or PlannerOptions(beside_steps=len(self.shape.groups) > 1, patience_s=10.0)
-        self.engine = FakeEngine(self.shape, self.source, options, self.wrap)
+        self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_rank)
 
     def wrap(self, rank: int, inner: Transfer) -> Transfer:
         self.faults.append(FaultyTransfer(inner, self.failing.get(rank, set())))
         return self.faults[-1]
 
+    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
+        self.copiers.append(self.copier())
+        return Worker(rank, transfer, door, self.copiers[-1], choice)
+
+    def copy(self, rank: int, count: int = 100) -> None:
+        """Runs copies of a rank that were held back."""
+        copier = self.copiers[rank]
+        assert isinstance(copier, HeldCopier)
+        copier.run(count)
+
     def figure(self, name: str) -> int:
         return self.engine.planner.figures.count(name)
+
+    def run(self) -> None:
+        """Steps until every request is done, with copies between the steps."""
+        for _ in range(1000):
+            if not self.engine.waiting and not self.engine.running:
+                return
+            self.engine.step()
+            for copier in self.copiers:
+                if isinstance(copier, HeldCopier):
+                    copier.run(100)
+        raise AssertionError("not done after 1000 steps")
 
     def stored(self) -> int:
         """How many chunks the store can give out now."""
@@ -135,8 +162,123 @@ def test_a_load_that_fails_on_one_rank_is_computed_again_and_never_asked_again(g
         assert bench.engine.failed_loads == 1
         assert bench.figure("failed_tokens") == 16
         assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
-        retried = 8 if bench.engine.asynchronous else 0  # vLLM starts such a request over
+        retried = 8 if groups != "full" else 0  # vLLM starts such a request over
         assert bench.engine.external_tokens == 24 + retried + 8, "the chunk that failed was offered again"
+        bench.end()
+
+
+BESIDE = PlannerOptions(beside_steps=True, patience_s=10.0)
+
+
+def kept(bench: Bench, prompt: Sequence[int]) -> None:
+    """The prompt is in the store and nowhere else."""
+    bench.engine.add("first", prompt, 1)
+    bench.run()
+    bench.forget_locally()
+
+
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_others_go_on_while_a_request_is_loaded_beside_the_steps(groups: str) -> None:
+    with Bench(shape(groups), options=BESIDE, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        runs = bench.engine.add("runs", range(100, 110), 30)
+        bench.engine.step()
+        waits = bench.engine.add("waits", range(29), 2)
+        before = runs.computed
+        for _ in range(3):
+            bench.engine.step()
+        assert (waits.phase, runs.computed) == (Phase.LOADING, before + 3)
+        bench.copy(0)
+        bench.engine.step()
+        bench.engine.step()
+        assert waits.phase is Phase.RUNNING
+        bench.run()
+        bench.end()
+
+
+def test_a_step_waits_for_its_own_copies_and_not_for_a_load_beside_it() -> None:
+    layerwise = EngineShape(groups=(GroupShape(4, layers=2),), chunk_tokens=CHUNK, layerwise=True, budget_tokens=64)
+    with Bench(layerwise, options=BESIDE, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        bench.engine.add("waits", range(29), 2)
+        bench.engine.step()
+        bench.engine.add("stores", range(100, 117), 2)
+        before = bench.stored()
+        bench.engine.step()
+        assert bench.stored() == before + 2
+        assert bench.engine.requests["waits"].phase is Phase.LOADING
+        bench.run()
+        bench.end()
+
+
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_a_request_given_up_in_mid_load_leaves_nothing(groups: str) -> None:
+    with Bench(shape(groups, ranks=2), options=BESIDE, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        waits = bench.engine.add("waits", range(29), 2)
+        bench.engine.step()
+        bench.copy(0)
+        bench.engine.step()
+        bench.engine.abort("waits")
+        bench.engine.step()
+        assert (waits.phase, bench.stats()["pinned_nbytes"] > 0) == (Phase.GIVEN_UP, True), "rank 1 still copies"
+        bench.copy(1)
+        bench.engine.step()
+        assert waits.phase is Phase.DONE
+        bench.end()
+
+
+def test_with_one_group_a_load_beside_the_steps_keeps_what_came_before_the_failure() -> None:
+    with Bench(shape("full", ranks=2), options=BESIDE, failing={1: {1}}, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        fails = bench.engine.add("fails", range(29), 2)
+        bench.run()
+        assert (fails.phase, bench.engine.failed_loads, bench.figure("failed_tokens")) == (Phase.DONE, 1, 16)
+        assert bench.engine.external_tokens == 24, "what arrived was asked for again"
+        assert bench.figure("dropped_chunks") == 0, "no step has run on it"
+        bench.end()
+
+
+def test_a_failure_beside_the_steps_drops_nothing_of_the_steps() -> None:
+    with Bench(shape("full"), options=BESIDE, failing={0: {0}}, copier=HeldCopier) as bench:
+        kept(bench, range(29))
+        bench.engine.add("fails", range(29), 2)
+        bench.engine.step()
+        bench.engine.add("stores", range(100, 117), 2)
+        bench.copy(0)
+        bench.engine.step()
+        assert bench.figure("dropped_chunks") == 0
+        bench.run()
+        assert bench.end() > 0
+
+
+@pytest.mark.parametrize("groups", list(GROUPS))
+@pytest.mark.parametrize("copier", [InlineCopier, ThreadCopier])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_prompt_comes_back_in_every_mode(groups: str, copier: type[Copier], layerwise: bool) -> None:
+    with Bench(shape(groups, ranks=2, budget_tokens=12, layerwise=layerwise), copier=copier) as bench:
+        for name in ("first", "again"):
+            bench.engine.add(name, range(29), 4)
+            bench.engine.run()
+            bench.forget_locally()
+        first, again = bench.engine.requests.values()
+        assert first.tokens == again.tokens
+        assert bench.engine.external_tokens == 24 == bench.figure("delivered_tokens")
+        assert bench.end() == 3 + 3
+
+
+def test_a_layer_that_fails_fails_its_chunk_and_taints_its_step() -> None:
+    two_layers = EngineShape(groups=(GroupShape(4, layers=2),), chunk_tokens=CHUNK, layerwise=True, budget_tokens=64)
+    with Bench(two_layers, failing={0: {3}}) as bench:  # chunks 0, 1 of layer 0, then 0, 1 of layer 1
+        kept_before = bench.engine.add("first", range(16), 1)
+        bench.engine.run()
+        bench.forget_locally()
+        bench.engine.add("fails", [*range(16), *range(50, 59)], 1)
+        bench.engine.step()
+        assert bench.figure("failed_tokens") == 8
+        assert bench.stored() == 1, "the first chunk alone is left"
+        bench.engine.run()
+        assert kept_before.phase is Phase.DONE
         bench.end()
 
 
@@ -194,7 +336,9 @@ def test_the_check_can_fail() -> None:
 # ---- anything, in any order ------------------------------------------------------------------------------------
 
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 30), st.integers(1, 6))
-EVENTS = st.lists(st.sampled_from(["step", "step", "step", "add", "add", "preempt", "abort", "forget"]), max_size=40)
+EVENTS = st.lists(
+    st.sampled_from(["step", "step", "step", "copy", "add", "add", "preempt", "abort", "forget"]), max_size=40
+)
 
 
 def prompt_of(stem: int, branch: int, length: int) -> Sequence[int]:
@@ -209,6 +353,8 @@ def prompt_of(stem: int, branch: int, length: int) -> Sequence[int]:
     budget=st.integers(3, 40),
     chunks=st.integers(3, 30),
     verify_every=st.integers(0, 2),
+    layerwise=st.booleans(),
+    beside=st.booleans(),
     generated=st.booleans(),
     prompts=st.lists(PROMPTS, min_size=1, max_size=10),
     events=EVENTS,
@@ -221,15 +367,19 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
     budget: int,
     chunks: int,
     verify_every: int,
+    layerwise: bool,
+    beside: bool,
     generated: bool,
     prompts: list[tuple[int, int, int, int]],
     events: list[str],
     failing: dict[int, set[int]],
     data: st.DataObject,
 ) -> None:
-    sizes = shape(groups, ranks=ranks, budget_tokens=budget, num_blocks=60, verify_every=verify_every)
-    options = PlannerOptions(beside_steps=groups != "full", store_generated=generated, patience_s=10.0)
-    with Bench(sizes, chunks, options, failing) as bench:
+    sizes = shape(
+        groups, ranks=ranks, budget_tokens=budget, num_blocks=60, verify_every=verify_every, layerwise=layerwise
+    )
+    options = PlannerOptions(beside_steps=beside or groups != "full", store_generated=generated, patience_s=10.0)
+    with Bench(sizes, chunks, options, failing, copier=HeldCopier) as bench:
         engine = bench.engine
         for event in events:
             if event == "add" and prompts:
@@ -241,10 +391,12 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 engine.preempt()
             elif event == "forget":
                 bench.forget_locally()
+            elif event == "copy":
+                bench.copy(data.draw(st.integers(0, ranks - 1)), data.draw(st.integers(1, 4)))
             elif event == "step":
                 engine.step()
         for stem, branch, length, generate in prompts:
             engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
-        engine.run()
+        bench.run()
         assert engine.planner.figures.count("dropped_chunks") == 0 or any(fault.failures for fault in bench.faults)
         bench.end()

@@ -14,13 +14,14 @@ import pytest
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
+from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDone
-from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.request import Match
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource
-from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.messages import VERSION, Hello, Matched, Stats
 
 CHUNK, BLOCK, ROOM = 256, 16, 32
 LIMIT_S = 20.0
@@ -67,9 +68,9 @@ class Bench:
         assert client is not None
         fetch, wait = client.fetch, client.wait
 
-        def fetching(digests: Sequence[bytes], deadline_s: float) -> Any:
+        def fetching(digests: Sequence[bytes], deadline_s: float, limit_s: float) -> Any:
             self.asked.append(len(digests))
-            return fetch(digests, deadline_s)
+            return fetch(digests, deadline_s, limit_s)
 
         def waiting(call: Any, limit_s: float) -> Any:
             self.waits.append(limit_s)
@@ -343,8 +344,11 @@ def test_a_request_that_is_loaded_beside_the_steps_is_admitted_twice() -> None:
         windowed = [table(600)[0], [0] * 28 + list(range(80, 90))]
         bench.admit(again, 512, windowed)
         plan = bench.planner.plan_step([], lambda _: windowed)
-        assert [[run.group for run in op.blocks] for op in plan.loads] == [[0], [0, 1]]
-        assert bench.done(plan, failed=[0]) == set(), "loads beside the steps are in no prefix cache yet"
+        (trip,) = plan.trips
+        assert [[run.group for run in op.blocks] for op in trip.loads] == [[0], [0, 1]]
+        assert bench.done(StepPlan(trip.number, loads=trip.loads), failed=[0]) == set(), (
+            "loads beside the steps are in no prefix cache yet"
+        )
         assert bench.planner.match(asking("s", range(600)), 0) == 0, "a chunk that failed is not offered again"
         bench.admit(again, 0, windowed)
         assert bench.count("failed_tokens") == 512
@@ -742,3 +746,66 @@ def test_claims_that_were_never_offered_are_a_broken_invariant(bench: Bench) -> 
     bench.planner.ended("r")
     with pytest.raises(AssertionError, match="never offered"):
         bench.admit(asking("s", range(600)), 256)
+
+
+def test_a_tier_that_is_slower_than_computing_is_not_waited_for_and_says_so() -> None:
+    with bench_of() as bench:
+        bench.keep(range(300))
+        bench.planner._estimate.computed(0, 1000, 0.001)
+        bench.planner._estimate.read(0, 1, 1.0)
+        request = asking("r", range(600))
+        assert bench.planner.match(request, 0) == 256, "what is in the pool costs no wait"
+        bench.admit(request, 256)
+        assert bench.planner.figures.misses()["slower"] == 1
+        bench.done(bench.plan(request, 600))
+
+
+def test_a_load_is_beside_the_steps_where_many_would_wait_for_it() -> None:
+    options = PlannerOptions(patience_s=LIMIT_S, beside_busy=True)
+    with bench_of(options=options) as bench:
+        bench.keep(range(512))
+        found = []
+        for running, step_s in ((0, 1e-9), (1, 1e-9), (1, 1.0)):
+            runs = [asking(f"runs {running} {step_s} {n}", range(n, n + 20)) for n in range(running)]
+            for one in runs:
+                assert bench.planner.match(one, 0) == 0
+                bench.admit(one)
+            bench.planner.plan_step([Scheduled(one.name, 20, one.tokens, 19) for one in runs], lambda _: table(20))
+            bench.planner._paces.step_s = step_s
+            request = asking(f"loads {running} {step_s}", range(600))
+            assert bench.planner.match(request, 0) == 512
+            found.append(bench.planner.loads_beside(request.name))
+            for one in (*runs, request):
+                bench.planner.ended(one.name)
+        assert found == [False, True, False]
+
+
+def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks() -> None:
+    with bench_of() as bench:
+        bench.planner._estimate.computed(0, 1000, 1.0)
+        client = bench.link.client
+        assert client is not None
+        answers = iter([None, Matched(1, 0, [], {}, {"disk": 2}, "", 0.01)])
+
+        def late(call: Any, limit_s: float) -> Any:
+            bench.clock.advance(30.0)  # a long step of other requests
+            return next(answers)
+
+        client.wait, wait = late, client.wait  # type: ignore[method-assign]
+        request = asking("r", range(600))
+        bench.planner._lookups._deadline_s = 100.0
+        assert bench.planner.match(request, 0) is None
+        bench.planner.match(request, 0)
+        client.wait = wait  # type: ignore[method-assign]
+        assert bench.planner._estimate.worth_s((0, 512), 2 * bench.layout.nbytes) == pytest.approx(0.512)
+
+
+def test_a_step_without_a_forward_is_no_pace() -> None:
+    with bench_of() as bench:
+        request = asking("r", range(600))
+        bench.planner.plan_step([], lambda _: table(600))  # of which there may be no output
+        bench.clock.advance(50.0)
+        bench.planner.plan_step([Scheduled("r", 600, request.tokens)], lambda _: table(600))
+        bench.clock.advance(0.6)
+        bench.planner.step_over()
+        assert bench.planner._estimate.compute_s(0, 600) == pytest.approx(0.6)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone
+from kvkeep.engine.choice import Choice
+from kvkeep.engine.copier import Copier, ThreadCopier
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.worker import Worker
+from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.trace import Trace
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
@@ -22,18 +28,21 @@ from kvkeep.wire.handoff import PoolDoor, send_pool
 NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 16, 4, 8
 FIRST, SECOND = b"boot number one.", b"boot number two."
 POOL_NBYTES = 16 * 4096
+LIMIT_S = 10.0
 
 
 class Rank:
     """One worker over a cache of int64, one a token, and what a planner would do to it."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, layers: int = 1, copier: Copier | None = None, trace: Trace | None = None) -> None:
         self.rank = rank
         self.cache = torch.zeros((NUM_BLOCKS, BLOCK_TOKENS), dtype=torch.int64)
-        groups = [GroupCaches({"layer": self.cache}, NUM_BLOCKS, BLOCK_TOKENS, 0)]
+        caches = {f"layer{n}": self.cache if not n else torch.zeros_like(self.cache) for n in range(layers)}
+        groups = [GroupCaches(caches, NUM_BLOCKS, BLOCK_TOKENS, 0)]
         self.faults = FaultyTransfer(ReferenceTransfer(groups, CHUNK_TOKENS))
         self.door = PoolDoor()
-        self.worker = Worker(rank, self.faults, self.door)
+        mode = Choice("layerwise" if layers > 1 else "bulk", possible=True)
+        self.worker = Worker(rank, self.faults, self.door, copier, mode, trace)
         self.pools: list[Region] = []
 
     def hand(self, boot: bytes) -> Region:
@@ -43,7 +52,9 @@ class Rank:
         return self.pools[-1]
 
     def load(self, *ops: LoadOp, boot: bytes = FIRST, step: int = 1) -> Report:
-        self.worker.start_loads(StepPlan(step, boot, (0, 4096), loads=ops))
+        plan = StepPlan(step, boot, (0, 4096), loads=ops)
+        self.worker.start_loads(plan)
+        self.worker.start_stores(plan)
         return self.worker.take_report()
 
     def store(self, *ops: StoreOp, boot: bytes = FIRST, step: int = 1) -> Report:
@@ -83,13 +94,13 @@ def test_what_is_stored_comes_back_from_this_rank_s_part_of_the_chunk(rank: Rank
     report = rank.load(scatter(8192, 10, 11, sums=stored.sums[0]), step=2)
     assert report == Report([LoadsDone(2, rank.rank, ())], [])
     assert rank.cache[10:12].tolist() == [[33] * 4, [55] * 4]
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {"r": True})
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
 
 
 def test_everything_is_told_once(rank: Rank) -> None:
     rank.load(scatter(0, 1, 2))
     assert not rank.worker.take_report()
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {"r": False})
+    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {})
     assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
 
 
@@ -125,7 +136,6 @@ def test_a_load_names_its_own_boot_whatever_the_plan_stores_in(rank: Rank) -> No
     rank.hand(SECOND)
     plan = (scatter(0, 1, 2, request="old"), scatter(0, 3, 4, request="new", boot=SECOND))
     assert rank.load(*plan, boot=SECOND).loads == [LoadsDone(1, rank.rank, (0,))]
-    assert rank.worker.take_loaded() == {"old": False, "new": True}
     assert rank.worker.take_failed_blocks() == {1, 2}
 
 
@@ -142,11 +152,16 @@ def test_the_pool_of_an_earlier_boot_is_not_touched_again(rank: Rank) -> None:
     assert new.array.any()
 
 
-def test_a_request_is_loaded_only_if_every_chunk_was(rank: Rank) -> None:
+def test_a_request_is_loaded_beside_the_steps_only_if_every_chunk_was(rank: Rank) -> None:
     rank.hand(FIRST)
     rank.faults.failing_calls = {1}
-    ops = (scatter(0, 1, 2), scatter(8192, 3, 4), scatter(0, 5, 6), scatter(0, 7, request="other"))
-    assert rank.load(*ops).loads == [LoadsDone(1, rank.rank, (1,))]
+    ops = (scatter(0, 1, 2), scatter(8192, 3, 4), scatter(0, 5, 6))
+    plan = StepPlan(1, FIRST, (0, 4096), trips=(Trip(2, ops), Trip(3, (scatter(0, 7, request="other"),))))
+    rank.worker.start_loads(plan)
+    rank.worker.start_stores(plan)
+    assert not rank.worker.take_report(), "nothing is said before it is asked for"
+    rank.worker.poll(plan)
+    assert rank.worker.take_report().loads == [LoadsDone(2, rank.rank, (1,)), LoadsDone(3, rank.rank, ())]
     assert rank.worker.take_loaded() == {"r": False, "other": True}
     assert rank.worker.take_failed_blocks() == {3, 4}
 
@@ -190,3 +205,52 @@ def test_a_closed_worker_has_no_door_and_may_be_closed_twice(rank: Rank) -> None
     for _ in range(2):
         rank.worker.close()
     assert not Path(rank.door.path).parent.exists()
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------
+
+
+def plan_of(*ops: LoadOp, step: int = 1) -> StepPlan:
+    return StepPlan(step, FIRST, (0, 8192), loads=ops)
+
+
+def test_what_a_layer_that_did_not_wait_has_loaded_counts_as_failed() -> None:
+    rank = Rank(0, layers=2)
+    rank.hand(FIRST)
+    for step, waited in enumerate((["layer0", "layer1"], ["layer0"], []), 1):
+        plan = plan_of(scatter(0, 1, 2), scatter(16384, 3, 4), step=step)
+        rank.worker.start_loads(plan)
+        for name in waited:
+            rank.worker.wait_layer(name)
+        rank.worker.start_stores(plan)
+        assert rank.worker.take_report().loads == [LoadsDone(step, 0, () if len(waited) == 2 else (0, 1))]
+    rank.close()
+
+
+def test_a_layer_is_computed_while_the_next_one_arrives(tmp_path: Path) -> None:
+    rank = Rank(0, layers=3, copier=ThreadCopier(), trace=Trace(str(tmp_path / "trace.json")))
+    rank.hand(FIRST)
+    runs = {number: threading.Event() for number in range(3)}
+    inner = rank.faults.inner.scatter
+
+    def scattering(lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        """A layer's copy ends only when the layer before it is being computed."""
+        assert layers is not None
+        assert layers.start == 0 or runs[layers.start - 1].wait(LIMIT_S)
+        return inner(lease, blocks, sums, layers)
+
+    rank.faults.inner.scatter = scattering  # type: ignore[method-assign]
+    plan = plan_of(scatter(0, 1, 2))
+    rank.worker.start_loads(plan)
+    for number, run in runs.items():
+        rank.worker.wait_layer(f"layer{number}")
+        run.set()
+    rank.worker.start_stores(plan)
+    assert rank.worker.take_report().loads == [LoadsDone(1, 0, ())]
+    rank.close()
+    (file,) = tmp_path.iterdir()
+    spans = {one["name"]: one for one in json.loads(file.read_text())["traceEvents"] if one["ph"] == "X"}
+    for number in range(2):
+        load, compute = spans[f"load layer {number + 1}"], spans[f"compute layer {number}"]
+        assert load["ts"] < compute["ts"] + compute["dur"]
+        assert compute["ts"] < load["ts"] + load["dur"]

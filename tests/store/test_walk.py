@@ -60,12 +60,15 @@ class House:
         for number in numbers:
             tier.keep(self.session.namespace + digest(number), payload(number), sums(number))
 
-    def ask(self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S) -> list[Found]:
+    def ask(
+        self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S, limit_s: float = 0.0
+    ) -> list[Found]:
         """The answers of a fetch: one as soon as it is answered."""
         found: list[Found] = []
 
         async def go() -> None:
-            self.walk.promotions.fetch(session or self.session, [digest(n) for n in numbers], deadline_s, found.append)
+            one = session or self.session
+            self.walk.promotions.fetch(one, [digest(n) for n in numbers], deadline_s, found.append, limit_s)
 
         self.loop.run_until_complete(go())
         self.loop.turn()
@@ -294,6 +297,32 @@ def test_a_tier_that_does_not_say_what_it_has_costs_one_deadline(house: House) -
     assert found[0].why is Why.DEADLINE
     assert len(house.ask(1)) == 1
     house.fast.open("contains")
+
+
+@pytest.mark.parametrize("verb", ["load", "contains"])
+def test_a_request_that_waits_less_says_nothing_about_the_tier(house: House, verb: str) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add(verb)
+    found = house.ask(1, deadline_s=DEADLINE_S / 10, limit_s=DEADLINE_S)
+    house.loop.advance(DEADLINE_S / 10)
+    assert (found[0].why, found[0].took_s) == (Why.DEADLINE, DEADLINE_S / 10)
+    house.loop.advance(DEADLINE_S / 2)
+    assert house.walk.loads[0].breaker.failures == 0
+    house.loop.advance(DEADLINE_S / 2)
+    assert house.walk.loads[0].breaker.failures == 1, "but that it did not answer within its limit does"
+    house.fast.open(verb)
+
+
+@pytest.mark.parametrize("verb", ["load", "contains"])
+def test_a_tier_that_answers_after_its_request_has_gone_has_not_failed(house: House, verb: str) -> None:
+    house.on(house.fast, 1)
+    house.fast.shut.add(verb)
+    house.ask(1, deadline_s=DEADLINE_S / 10, limit_s=DEADLINE_S)
+    house.loop.advance(DEADLINE_S / 2)
+    house.fast.open(verb)
+    house.loop.advance(DEADLINE_S)
+    assert house.walk.loads[0].breaker.failures == 0
+    assert house.holds(house.ask(1)[0], 1)
 
 
 def test_a_tier_that_failed_is_tried_with_a_probe_that_nobody_waits_for(house: House) -> None:

@@ -125,6 +125,9 @@ SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
+    "async": Job("answers", keep={"load": "async"}),
+    "layerwise": Job("answers", keep={"transfer_mode": "layerwise", "trace_path": "trace.json"}),
+    "tight-async": Job("tight", keep={"load": "async", "transfer_mode": "layerwise"}, options=TIGHT),
     "tight": Job("tight", keep={}, options=TIGHT),
     "tight-plain": Job("tight", options=CHUNKED),
     "speculation": Job("speculation", keep={"store_generated": True}, options=NGRAM),
@@ -188,6 +191,8 @@ class Runs:
         keep = None if job.keep is None else {**PATIENT, **job.keep}
         if keep is not None and job.disk:
             keep |= {"disk_path": str(self.folder / job.disk), "disk_size": "64 MiB", "disk_min_free": "1 MiB"}
+        if keep is not None and "trace_path" in keep:
+            keep["trace_path"] = str(folder / str(keep["trace_path"]))
         if keep is not None and store is not None:
             keep["store"] = f"unix:{store.path}"
         facts, log = folder / "facts.json", folder / "log"
@@ -263,6 +268,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_stores: Callable[[str]
     """The session's engine runs."""
     make_models(*USED_MODELS)
     return Runs(tmp_path_factory.mktemp("engines"), shared_stores)
+
+
+@pytest.fixture(scope="session")
+def script_run(runs: Runs) -> Callable[..., dict[str, Any]]:
+    """Runs a script of `engines/` and gives its facts."""
+
+    def run(script: str, kind: str, ranks: int, model: str = "tiny") -> dict[str, Any]:
+        command = [sys.executable, str(RUN.with_name(script)), str(MODELS / model), kind, str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+        assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+        facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
+        return facts
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,37 +5,22 @@ Each engine runs once; the tests read its facts. The reference is an engine with
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).parent / "engines" / "hazards.py"
-
 pytestmark = pytest.mark.vllm
 
 
-def engine_run(kind: str, ranks: int) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), str(ROOT / "build" / "models" / "tiny"), kind, str(ranks)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FACTS ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    facts: dict[str, Any] = json.loads(lines[-1].removeprefix("FACTS "))
-    return facts
-
-
 @pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
-    return engine_run("plain", 1)["cold"]
+def reference(script_run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return script_run("hazards.py", "plain", 1)["cold"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks, one fails"])
-def facts(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return engine_run("kvkeep", request.param)
+def facts(request: pytest.FixtureRequest, script_run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return script_run("hazards.py", "kvkeep", request.param)
 
 
 def test_cold_answers_are_the_reference(facts: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -91,3 +76,30 @@ def test_claims_add_up_with_vllm(facts: dict[str, Any]) -> None:
     assert figures["claimed_first_tokens"] == facts["metrics"]["vllm:external_prefix_cache_hits"]
     claimed = figures["claimed_first_tokens"] + figures["claimed_after_preemption_tokens"]
     assert figures["delivered_tokens"] == claimed - figures["failed_tokens"]
+
+
+BESIDE = {"one group": ("tiny", 1), "several groups": ("hybrid", 1), "two ranks, one fails": ("tiny", 2)}
+
+
+@pytest.fixture(scope="module", params=list(BESIDE))
+def beside(request: pytest.FixtureRequest, script_run: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads beside the steps, with kvkeep and without."""
+    model, ranks = BESIDE[request.param]
+    return script_run("beside.py", "kvkeep", ranks, model), script_run("beside.py", "plain", 1, model)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "all"])
+def test_a_load_that_fails_beside_the_steps_is_computed_again(beside: Any, which: str) -> None:
+    found, right = beside[0][which], beside[1]["cold"]
+    assert found["failed"] > 0
+    assert found["p"] == found["p_again"] == right["p"]
+    assert found["q"] == found["q_again"] == right["q"]
+    assert found["stats"]["problem"] == ""
+    assert found["stats"]["pinned_nbytes"] == found["stats"]["writing_nbytes"] == 0
+
+
+def test_a_request_given_up_in_mid_load_gives_its_blocks_back(beside: Any) -> None:
+    found = beside[0]["given up"]
+    assert found["free"] == found["total"]
+    assert found["p"] == beside[1]["cold"]["p"]
+    assert found["stats"]["pinned_nbytes"] == 0

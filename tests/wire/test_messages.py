@@ -31,7 +31,7 @@ ANSWERS: list[m.FromStore] = [
     m.Granted(2, 3, [m.PRESENT, m.BUSY, m.NO_ROOM, 0]),
     m.Committed(3, [True, False], 8192, 0),
     m.Cleared(4, 5),
-    m.Stats(5, {"chunks": 1}, "no"),
+    m.Stats(5, {"chunks": 1}, "no", [m.Known(b"n" * 16, "vllm m", "model  'm'", 3)]),
     m.Refused("wire", "why"),
 ]
 DECODERS: list[Callable[[bytes], Any]] = [m.decoded_by_store, m.decoded_by_client]

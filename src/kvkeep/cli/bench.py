@@ -13,7 +13,10 @@ from typing import Annotated
 import typer
 
 from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
+from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.cli.bench_index import index_rows
+from kvkeep.cli.bench_moves import move_rows
 from kvkeep.cli.rows import Row, say, show, write
 
 
@@ -24,6 +27,8 @@ class Group(StrEnum):
     ALLOC = "alloc"
     POLICY = "policy"
     INDEX = "index"
+    ENGINE = "engine"
+    DAEMON = "daemon"
 
 
 ROWS: dict[Group, Callable[[int], list[Row]]] = {
@@ -31,17 +36,29 @@ ROWS: dict[Group, Callable[[int], list[Row]]] = {
     Group.ALLOC: alloc_rows,
     Group.POLICY: policy_rows,
     Group.INDEX: index_rows,
+    Group.ENGINE: engine_rows,
+    Group.DAEMON: lambda runs: [*lookup_rows(runs), *move_rows(runs), *idle_rows(runs)],
 }
+CORE = (Group.KEYS, Group.ALLOC, Group.POLICY, Group.INDEX)
 
 
 def bench(
-    groups: Annotated[list[Group] | None, typer.Argument(help="Which parts; all if none is named.")] = None,
+    groups: Annotated[
+        list[Group] | None, typer.Argument(help="Which parts; those of the core if none is named.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="How often each case and its yardstick run, in turn.")] = 15,
     json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
 ) -> None:
-    """Measures keys, allocators, policies and the index, one thread each, in CPU time; takes about a minute."""
+    """Measures keys, allocators, policies and the index: one thread each, in CPU time, about a minute; others by name.
+
+    engine: `CacheEngine`, about a minute. daemon: four client processes over one store process, about two.
+    """
+    chosen = groups or CORE
+    if Group.ENGINE in chosen and not has_torch():
+        say(WITHOUT_TORCH)
+        raise typer.Exit(2)
     made: list[Row] = []
-    for group in groups or list(Group):
+    for group in chosen:
         say(f"{group.value} ...")
         made += ROWS[group](runs)
     show(made, "kvkeep bench")

@@ -1,6 +1,6 @@
 """`kvkeep doctor`: can this machine run kvkeep, and if not, what to do about it.
 
-Knows nothing about engines: it imports no torch and starts no store, so it answers in a second.
+Knows nothing about engines: it imports no torch, no vLLM and starts no store, so it answers in a second.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import platform
 import shutil
 import sys
 import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvkeep.cli.serve import ask_stats
 from kvkeep.config import Config, load_config, parse_size
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.memory.region import Region
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 _PROBE_NBYTES = 64 << 20
 _PIPED_WIDTH = 160  # nobody wraps a log for us
 _OLDEST, _TOO_NEW = (3, 11), (3, 14)
+_VLLM = ("0", "32")
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -53,7 +57,9 @@ def doctor(
         settings = msgspec.structs.replace(settings, pool_size=pool_size)
     checks = [
         check_python(sys.version_info[:2]),
+        check_vllm(installed("vllm")),
         configured,
+        *([check_store(settings.socket_path)] if settings.socket_path is not None else []),
         check_memory(settings, read_limits()),
         *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
         check_sealing(),
@@ -69,6 +75,36 @@ def check_python(version: tuple[int, int]) -> Check:
     found = f"{platform.python_implementation()} {version[0]}.{version[1]} on {platform.system()}"
     right = _OLDEST <= version < _TOO_NEW and platform.system() == "Linux"
     return Check("Python", found, "" if right else "use Python 3.11 to 3.13 on Linux")
+
+
+def check_vllm(version: str | None) -> Check:
+    """Check that the vLLM that is installed here, if any, is one that kvkeep plugs into."""
+    if version is None:
+        return Check("vLLM", "not installed here: only a store, or a program with an engine of its own")
+    right = version.split(".")[:2] == list(_VLLM)
+    return Check("vLLM", version, "" if right else f"pip install 'vllm=={'.'.join(_VLLM)}.*'")
+
+
+def check_store(path: str) -> Check:
+    """Check that the shared store that is configured answers; an engine starts without one and looks for it again."""
+    name = f"store ({path})"
+    try:
+        figures = ask_stats(path, check=False).figures
+    except KVKeepError as error:
+        return Check(name, "none", str(error))
+    held, pool = size_text(figures["committed_nbytes"]), size_text(figures["pool_nbytes"])
+    return Check(name, f"{figures['chunks']:,} chunks, {held} of {pool}")
+
+
+def installed(module: str) -> str | None:
+    """The version of the distribution that a module is from (a build may have a name of its own), without importing it.
+
+    None if it is not there.
+    """
+    if find_spec(module) is None:
+        return None
+    found = metadata.packages_distributions().get(module)
+    return metadata.version(found[0]) if found else None
 
 
 def check_config(file: str | None) -> tuple[Config, Check]:

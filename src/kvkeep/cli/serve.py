@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvkeep.config import load_config
+from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
 from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Joining
-from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.messages import VERSION, Hello, Known, Stats
 from kvkeep.wire.process import join_shared, run, store_options
 
 ANSWER_LIMIT_S = 5.0
@@ -40,19 +43,39 @@ def serve(
     run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
 
 
-def stats(socket: Socket) -> None:
-    """Shows what a shared store holds, and proves that its index adds up."""
+def ask_stats(path: str, check: bool) -> Stats:
+    """What the store at a socket says of itself; StoreGone if it does not answer."""
     hello = Hello(VERSION, "kvkeep stats", bytes(16), "", 1, [])
-    client = Joining(join_shared(str(socket), ANSWER_LIMIT_S), hello).wait(ANSWER_LIMIT_S)
-    answer = client.wait(client.stats(check=True), ANSWER_LIMIT_S)
+    client = Joining(join_shared(path, ANSWER_LIMIT_S), hello).wait(ANSWER_LIMIT_S)
+    answer = client.wait(client.stats(check), ANSWER_LIMIT_S)
     client.close()
     if not isinstance(answer, Stats):
-        raise StoreGone(f"the store at {socket} did not answer within {ANSWER_LIMIT_S:.0f} s")
+        raise StoreGone(f"the store at {path} did not answer within {ANSWER_LIMIT_S:.0f} s")
+    return answer
+
+
+def stats(socket: Socket) -> None:
+    """Shows what a shared store holds, and proves that its index adds up."""
+    answer = ask_stats(str(socket), check=True)
     table = Table("figure", "value", title=f"store at {socket}")
     for name, value in answer.figures.items():
         text = f"{value / 2**20:,.1f} MiB" if name.endswith("_nbytes") else f"{value:,}"
         table.add_row(name.removesuffix("_nbytes").replace("_", " "), text)
     table.add_row("index adds up", answer.problem or "yes")
     Console().print(table)
+    show_namespaces(answer.known)
     if answer.problem:
         raise typer.Exit(1)
+
+
+def show_namespaces(known: Sequence[Known]) -> None:
+    """Shows who shares with whom: a namespace a row, and by what each is told from the one before it."""
+    if not known:
+        return
+    table = Table("namespace", "named last by", "chunks in the pool", "differs from the row above", title="namespaces")
+    above = ""
+    for one in known:
+        apart = told_apart(one.identity, above) if above else []
+        table.add_row(one.namespace.hex()[:8], one.name, f"{one.chunks:,}", Text("\n".join(apart)))
+        above = one.identity
+    Console().print(table)

@@ -96,6 +96,16 @@ def described(identity: Identity) -> str:
     return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in fields.items())
 
 
+def told_apart(here: str, there: str) -> list[str]:
+    """Do as `differing` for two texts that `described` made, perhaps in other processes or versions."""
+    ours, theirs = (dict(line.split(None, 1) for line in text.splitlines() if " " in line) for text in (here, there))
+    return [
+        f"{name}: {ours.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
 def _fields(identity: Identity) -> dict[str, Any]:
     """Flatten an identity; "groups" becomes their number, so that a missing group differs by that alone."""
     fields: dict[str, Any] = {}

@@ -11,6 +11,7 @@ one thread owns it. A call for many keys is one step: nothing else sees it half 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from itertools import pairwise
@@ -95,6 +96,10 @@ class Index:
     def committed(self) -> list[Entry]:
         """Get all entries that can be read, in the order in which they were reserved."""
         return [entry for entry in self._entries.values() if entry.sums is not None]
+
+    def prefixes(self, nbytes: int) -> Counter[bytes]:
+        """Count the keys by their first nbytes; those being written are among them."""
+        return Counter(key[:nbytes] for key in self._entries)
 
     def pin_prefix(self, keys: Iterable[bytes]) -> list[Entry]:
         """Pin each of the longest run of committed entries from the first key on; they stay until unpinned.

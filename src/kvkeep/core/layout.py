@@ -89,12 +89,17 @@ class ShardLayout:
         """The ranges with these numbers; None: all."""
         return self.ranges if layers is None else [self.ranges[number] for number in layers]
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each layer's range by the layer's name."""
+        return {self.groups[one.group].layers[one.layer].name: number for number, one in enumerate(self.ranges)}
+
     def in_order(self, names: Sequence[str]) -> list[range]:
         """Each layer's range, as a range of one number, in the order of `names` (none: as they are arranged).
 
         Raises ValueError unless every layer is named once.
         """
-        known = {self.groups[one.group].layers[one.layer].name: number for number, one in enumerate(self.ranges)}
+        known = self.numbers
         wrong = set(names) ^ set(known) or {name for name in names if names.count(name) > 1}
         if names and wrong:
             raise ValueError(f"every layer is named once: look at {min(wrong)!r}")

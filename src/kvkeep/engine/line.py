@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
-from kvkeep.engine.planner import REASONS, STORE_SHARE
+from kvkeep.engine.lookups import REASONS, STORE_SHARE
 from kvkeep.errors import KVKeepError, StoreGone
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region

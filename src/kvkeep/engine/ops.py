@@ -34,7 +34,10 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
         runs = [_load_run(shard, group, number, span, tables[group]) for group in range(len(shard.groups))]
         place = number - match.first
         blocks = tuple(one for run in runs for one in run)
-        ops.append(LoadOp(match.boot, request, max(start, number * tokens), match.offsets[place], blocks))
+        # the last block has room for tokens that the step computes
+        written = number == (end - 1) // tokens and not aligned(shard, end)
+        offset = match.offsets[place]
+        ops.append(LoadOp(match.boot, request, max(start, number * tokens), offset, blocks, written=written))
     return ops
 
 

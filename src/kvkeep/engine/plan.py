@@ -17,7 +17,8 @@ from kvkeep.transfer.transfer import Blocks
 class LoadOp(NamedTuple):
     """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified.
 
-    `boot` says for which start of the store `offset` holds.
+    `boot` says for which start of the store `offset` holds; `written`: the step itself writes to one of its blocks, so
+    that all of them must be there before it.
     """
 
     boot: bytes
@@ -26,6 +27,14 @@ class LoadOp(NamedTuple):
     offset: int
     blocks: tuple[Blocks, ...]
     sums: tuple[bytes, ...] = ()
+    written: bool = False
+
+
+class Trip(NamedTuple):
+    """One request's loads beside the steps, reported under a number of their own."""
+
+    number: int
+    loads: tuple[LoadOp, ...]
 
 
 class StoreOp(NamedTuple):
@@ -38,13 +47,18 @@ class StoreOp(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold."""
+    """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold.
+
+    `trips` start with the step and end when they end; `idle`: the step computes nothing.
+    """
 
     step: int = 0
     boot: bytes = b""
     shard_offsets: tuple[int, ...] = ()
     loads: tuple[LoadOp, ...] = ()
     stores: tuple[StoreOp, ...] = ()
+    trips: tuple[Trip, ...] = ()
+    idle: bool = False
 
 
 class LoadsDone(NamedTuple):
@@ -95,8 +109,12 @@ class RankInfo:
 
 
 class Scheduled(NamedTuple):
-    """One request of a step: how many of its `tokens` are final and have their KV once the step is done."""
+    """One request of a step: how many of its `tokens` are final and have their KV once the step is done.
+
+    The step computes them from `start` on.
+    """
 
     request: str
     final: int
     tokens: Sequence[int]
+    start: int = 0

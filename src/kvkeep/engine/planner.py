@@ -8,51 +8,27 @@ when every rank has reported the step and no load in it failed.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from kvkeep.core.key import Chain, ExtraKeys
+from kvkeep.core.key import Chain
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
+from kvkeep.engine.lookups import Lookups, Request
 from kvkeep.engine.ops import aligned, load_ops
-from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan
+from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan, Trip
 from kvkeep.engine.request import Match, Record, State
 from kvkeep.engine.steps import Load, Steps
 from kvkeep.engine.stores import Stores
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.wire.client import Client
-from kvkeep.wire.messages import Matched
 
-MAX_FAILED_KEYS = 65536
 MAX_EMPTY_STEPS = 1000
-
-STORE_SHARE = 0.9  # of a request's deadline is the store's; the rest is for its answer to come
-REASONS = {
-    "deadline": Miss.TIER_LATE,
-    "not loaded": Miss.TIER_FAILED,
-    "no room": Miss.POOL_FULL,
-    "share": Miss.PINNED_SHARE,
-    "busy": Miss.WRITING,
-}
+COPIED_NBYTES_S = 5e9  # about what one core copies; only the order of magnitude matters
+LATER_STEPS = 2  # that a request is loaded beside the steps costs it about as many of them
 
 Tables = Sequence[Sequence[int]]
-
-
-class Request(NamedTuple):
-    """What the planner needs to know of an engine's request.
-
-    `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
-    so far, drafts left out.
-    """
-
-    name: str
-    tokens: Sequence[int]
-    prompt_tokens: int
-    root: bytes | None
-    extra_keys: ExtraKeys | None = None
-    preempted: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +36,8 @@ class PlannerOptions:
     """How the planner decides.
 
     A request waits at most `deadline_s` for its lookup, tiers included; between two steps all lookups together hold the
-    engine up for at most `patience_s`. `beside_steps`: the engine waits
-    for a load beside its steps and enters nothing of it into its own prefix cache before it is done.
+    engine up for at most `patience_s`. A request's load is made beside the steps, which go on meanwhile, always
+    (`beside_steps`) or when that holds up all requests together for less time (`beside_busy`); else its step waits.
     """
 
     deadline_s: float = 0.5
@@ -69,6 +45,7 @@ class PlannerOptions:
     store_generated: bool = False
     min_hit_tokens: int = 0
     beside_steps: bool = False
+    beside_busy: bool = False
     bypass: bool = False
 
 
@@ -90,12 +67,14 @@ class Planner:
         self._clock = clock
         self._records: dict[str, Record] = {}
         self._due: list[tuple[Record, Load]] = []
-        self._failed: OrderedDict[bytes, None] = OrderedDict()
         self._asked_idle = 0
         self._boot = b""
-        self._patience_s = options.patience_s
         self.figures = figures
         self._steps = Steps(len(layout.shards), figures)
+        self._estimate = Estimate()
+        self._paces = Paces(self._estimate, clock)
+        self._ran: list[str] = []
+        self._lookups = Lookups(link, layout, (options.deadline_s, options.patience_s), self._estimate, figures, clock)
         self._stores = Stores(self._shard, figures, options.patience_s)
 
     def awaits_report(self) -> bool:
@@ -127,15 +106,20 @@ class Planner:
         first = computed // self._layout.chunk_tokens
         if record.match is None or record.match.boot != client.welcome.boot or record.match.first > first:
             self._drop_match(record)
-            match = self._look_up(record, request, client, first)
+            match = self._lookups.answer(record, request, client, first)
             if match is None:
                 return None
             record.match = match
             record.move(State.MATCHED)
         claim, record.why = self._claim(record, request)
+        record.beside = self._options.beside_steps or (claim > 0 and self._pays_beside(record))
         if not claim:
             self._empty_match(record, client)
         return claim
+
+    def loads_beside(self, name: str) -> bool:
+        """Whether what was last promised for a request is loaded beside the steps, as of the last `match`."""
+        return self._records[name].beside
 
     def admitted(self, request: Request, external: int, tables: Callable[[], Tables]) -> None:
         """The engine has allocated the request's blocks, `external` tokens of them to be loaded (0: nothing)."""
@@ -148,7 +132,7 @@ class Planner:
             self._load(record, request, match, external, tables())
         else:
             self._drop_match(record)
-        self._drop_question(record, client)
+        self._lookups.drop(record, client)
         if record.why is not None:
             self.figures.miss(record.why)
             record.why = None
@@ -167,30 +151,38 @@ class Planner:
     def plan_step(self, scheduled: Sequence[Scheduled], tables: Callable[[str], Tables]) -> StepPlan:
         """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
         client = self._live()
-        self._patience_s = self._options.patience_s
+        self._lookups.next_step()
         loads, self._due = self._due, []
         step = self._steps.begin()
         ops: list[LoadOp] = []
+        trips: list[Trip] = []
         for record, load in loads:
-            step.add_load(record, load, len(ops))
-            ops += load.ops
+            if load.beside:
+                trips.append(self._trip(record, load))
+            else:
+                step.add_load(record, load, len(ops))
+                ops += load.ops
+        self._ran = [one.request for one in scheduled]
+        if scheduled:  # without a forward there may be no output to end it
+            self._paces.begun([] if ops else [(one.start, one.final) for one in scheduled])
         if self._options.store_generated and client is not None:
             self._wish_generated(scheduled, client)
         stores = self._stores.ops(step, scheduled, self._records, tables, client)
         self._steps.launch(step)
         boot = client.welcome.boot if client is not None else b""
         offsets = tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
-        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores))
+        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores), tuple(trips), not scheduled)
+
+    def step_over(self) -> None:
+        """The output of a step is in, whether or not there is a report with it."""
+        self._paces.over()
 
     def step_done(self, report: Report) -> set[int]:
         """Takes in what ranks have finished; returns the blocks that the engine must forget (their load failed)."""
         self._asked_idle = 0
         done = self._steps.take(report)
         client = self._link.client  # what ends is told to a slow store too, or its leases would never come back
-        for digest in done.failed_digests:
-            self._failed[digest] = None
-            if len(self._failed) > MAX_FAILED_KEYS:
-                self._failed.popitem(last=False)
+        self._lookups.failed(done.failed_digests)
         if client is not None:
             client.discard(done.failed_digests)
             for lease in done.read_leases(client.welcome.boot):
@@ -206,7 +198,7 @@ class Planner:
         if record is None or record.state is State.ENDED:
             return
         self._drop_match(record)
-        self._drop_question(record, self._link.client)
+        self._lookups.drop(record, self._link.client)
         self._drop_due(record)
         record.move(State.ENDED)
         self._settle(record)
@@ -217,10 +209,10 @@ class Planner:
         client = self._link.client
         for record in self._records.values():
             self._drop_match(record)
-            self._drop_question(record, client)
+            self._lookups.drop(record, client)
             record.stores = False
         self._steps.taint()
-        self._failed.clear()
+        self._lookups.forget_failures()
         if client is not None:
             client.clear()
             client.rename(namespace, identity)
@@ -253,60 +245,6 @@ class Planner:
             self._records[request.name] = record
         return record
 
-    def _look_up(self, record: Record, request: Request, client: Client, first: int) -> Match | None:
-        """The store's answer for the chunks from `first` on; None while it has not come."""
-        boot = client.welcome.boot
-        if record.question is None or record.asked_first != first:
-            digests, short = self._askable(record, request, first)
-            if not digests:
-                return Match(boot, first, 0, (), {}, 0, short)
-            self._drop_question(record, client)
-            # the answer cannot reach beyond a chunk that was not asked for
-            record.short = short if short is Miss.FAILED_BEFORE else None
-            record.asked_chunks = len(digests)
-            record.move(State.ASKED)
-            record.question, record.asked_first, record.asked_at_s = (
-                client.fetch(digests, self._options.deadline_s * STORE_SHARE),
-                first,
-                self._clock(),
-            )
-        waited_from_s = self._clock()
-        answer = client.wait(record.question, self._patience_s)
-        self._patience_s = max(0.0, self._patience_s - (self._clock() - waited_from_s))
-        if isinstance(answer, Matched):
-            record.question = None
-            self.figures.add("lookup_tokens", len(request.tokens))
-            return self._matched(record, answer, boot)
-        if record.question.failed:
-            record.question = None
-            return Match(boot, first, 0, (), {}, 0, Miss.STORE_GONE)
-        if self._clock() - record.asked_at_s < self._options.deadline_s:
-            return None
-        # one deadline is what a slow store may cost: until it has caught up every other request misses at once
-        self._drop_question(record, client)
-        self._link.suspend()
-        return Match(boot, first, 0, (), {}, 0, Miss.DEADLINE)
-
-    def _matched(self, record: Record, answer: Matched, boot: bytes) -> Match:
-        self.figures.add("lookups")
-        for source, count in answer.sources.items():
-            self.figures.add(f"fetched_{source}_chunks", count)
-        hits = len(answer.offsets)
-        why = record.short if hits == record.asked_chunks else REASONS.get(answer.why)
-        if why is None and not hits:
-            why = Miss.NOT_STORED
-        offsets = tuple(answer.offsets)
-        return Match(boot, record.asked_first, answer.lease, offsets, answer.sums, hits, why, answer.sources)
-
-    def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
-        """The digests to look up, up to the first one whose load failed before; and why there is none."""
-        record.chain.extend(request.tokens)
-        digests = record.chain.digests[first:]
-        for place, digest in enumerate(digests if self._failed else ()):
-            if digest in self._failed:
-                return digests[:place], Miss.FAILED_BEFORE
-        return digests, Miss.SHORT
-
     def _claim(self, record: Record, request: Request) -> tuple[int, Miss | None]:
         """What the engine may be promised of a match, and why it is not all of the prompt's whole chunks."""
         match, tokens = record.match, self._layout.chunk_tokens
@@ -337,10 +275,28 @@ class Planner:
         digests = record.chain.digests[first : first + len(ops)]
         ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
         # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
-        blocks = () if self._options.beside_steps else tables[0][span[0] // self._shard.groups[0].block_tokens :]
+        blocks = () if record.beside else tables[0][span[0] // self._shard.groups[0].block_tokens :]
         record.claimed_from = match.tokens_by_source(external)
-        self._due.append((record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks))))
+        self._due.append(
+            (record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks), record.beside))
+        )
         self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
+
+    def _pays_beside(self, record: Record) -> bool:
+        """Whether those that run would wait longer for this load, all together, than it would for their steps."""
+        match, step_s = record.match, self._paces.step_s
+        if not self._options.beside_busy or match is None or step_s is None:
+            return False
+        others = [self._records.get(name) for name in self._ran if name != record.request]
+        running = sum(one is not None and one.state is not State.ENDED for one in others)
+        load_s = len(match.offsets) * self._layout.nbytes / COPIED_NBYTES_S
+        return running * load_s > LATER_STEPS * step_s
+
+    def _trip(self, record: Record, load: Load) -> Trip:
+        step = self._steps.begin(beside=True)
+        step.add_load(record, load, 0)
+        self._steps.launch(step)
+        return Trip(step.number, load.ops)
 
     def _with_sums(self, op: LoadOp, match: Match, number: int) -> LoadOp:
         """The op with each rank's part of the chunk's sums, where the store wants it verified."""
@@ -374,11 +330,6 @@ class Planner:
             if one is record and client is not None and load.boot == client.welcome.boot:
                 client.release(load.lease)
         self._due = [(one, load) for one, load in self._due if one is not record]
-
-    def _drop_question(self, record: Record, client: Client | None) -> None:
-        question, record.question = record.question, None
-        if question is not None and client is not None:
-            client.abandon(question)
 
     def _settle(self, record: Record) -> None:
         """Gives back what an ended request reserved, once no step that names it is under way."""

@@ -82,7 +82,9 @@ class Record:
 
     `keeps`: it may be looked up at all; `stores`: its chunks may be stored. `steps` counts the ops under way that name
     it. `claimed_from` are its claimed tokens by source. `why` is the reason of the miss that is counted at its
-    admission; `short` says why its lookup was cut to `asked_chunks`. `boot` is that of its write leases' store.
+    admission; `short` says why its lookup was cut to `asked_chunks`. `limit_s` is what tiers were given; `hasty`: less
+    than `deadline_s`, since computing is faster. `beside`: its load is beside the steps. `boot` is that of its write
+    leases' store.
     """
 
     request: str
@@ -98,6 +100,9 @@ class Record:
     question: Call | None = None
     asked_first: int = 0
     asked_at_s: float = 0.0
+    limit_s: float = 0.0
+    hasty: bool = False
+    beside: bool = False
     match: Match | None = None
     claimed_from: dict[str, int] = field(default_factory=dict)
     reservation: Call | None = None

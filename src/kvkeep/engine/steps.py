@@ -18,7 +18,10 @@ from kvkeep.telemetry import Figures
 
 @dataclass(frozen=True)
 class Load:
-    """A request's load of the tokens in `span`: its lease, one op and digest a chunk, the blocks that depend on it."""
+    """A request's load of the tokens in `span`: its lease, one op and digest a chunk, the blocks that depend on it.
+
+    `beside`: no step waits for it, so that nothing depends on it before it has arrived.
+    """
 
     boot: bytes
     lease: int
@@ -26,6 +29,7 @@ class Load:
     ops: tuple[LoadOp, ...]
     digests: tuple[bytes, ...]
     blocks: tuple[int, ...]
+    beside: bool = False
 
 
 class Sealed(NamedTuple):
@@ -38,11 +42,15 @@ class Sealed(NamedTuple):
 
 @dataclass
 class Step:
-    """One step under way. `gathers` has the request and chunk of each store op, in the plan's order."""
+    """One step under way, or (`beside`) one load that no step waits for.
+
+    `gathers` has the request and chunk of each store op, in the plan's order.
+    """
 
     number: int
     loads: list[tuple[Record, Load, int]] = field(default_factory=list)
     gathers: list[tuple[Record, OpenChunk, bool]] = field(default_factory=list)
+    beside: bool = False
     tainted: bool = False
     loads_missing: set[int] = field(default_factory=set)
     stores_missing: set[int] = field(default_factory=set)
@@ -88,10 +96,10 @@ class Steps:
         """Whether a step is under way."""
         return bool(self._under_way)
 
-    def begin(self) -> Step:
+    def begin(self, beside: bool = False) -> Step:
         """A new step, not yet under way."""
         self._last += 1
-        return Step(self._last)
+        return Step(self._last, beside=beside)
 
     def launch(self, step: Step) -> None:
         """The step's plan is out; one without copies needs no report."""
@@ -129,7 +137,7 @@ class Steps:
             return
         step.loads_missing.discard(loads.rank)
         step.failed.update(loads.failed)
-        if loads.failed:
+        if loads.failed and not step.beside:
             self.taint()
 
     def _enter_stores(self, stores: StoresDone) -> None:

@@ -39,15 +39,20 @@ from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import mixed_root, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
+from kvkeep.engine.choice import Choice
+from kvkeep.engine.copier import InlineCopier, ThreadCopier, spare_cores
 from kvkeep.engine.fingerprint import Adapters, default_memory
 from kvkeep.engine.link import Link, source_of
+from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
-from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
+from kvkeep.trace import Trace
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
+from kvkeep.transfer.transfer import Transfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
 
@@ -92,7 +97,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer_config = vllm_config.kv_transfer_config
         self.config = _config(transfer_config.kv_connector_extra_config)
-        logging.getLogger("kvkeep").setLevel(self.config.log_level.upper())
+        log.setLevel(self.config.log_level.upper())
+        for handler in logging.getLogger("vllm").handlers:  # where vLLM writes, we do
+            log.addHandler(handler)
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
         self.worker: Worker | None = None
         self.planner: Planner | None = None
@@ -147,24 +154,39 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         on_cpu = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
         transfer = ReferenceTransfer(groups, tokens) if on_cpu else StagedTransfer(groups, tokens)
         door = PoolDoor()
-        self.worker = Worker(rank, transfer, door)
+        self.worker = self._worker(rank, transfer, door, on_cpu)
         found = facts.worker_facts(self._vllm_config, kv_caches)
         self._info = RankInfo(rank, os.getpid(), door.path, transfer.shard, found)
+
+    def _worker(self, rank: int, transfer: Transfer, door: PoolDoor, on_cpu: bool) -> Worker:
+        """A rank's half. Copies on a thread need memory that both reach, and a core that no other rank computes on."""
+        alone = self._vllm_config.parallel_config.world_size == 1
+        cores = spare_cores() if on_cpu and alone else frozenset()
+        in_parts = on_cpu and not facts.splits_batches(self._vllm_config)
+        mode = self.config.transfer_mode if in_parts else "bulk"
+        if mode != self.config.transfer_mode:
+            log.info("kvkeep: transfer_mode %s: bulk, since layers are not computed whole on a CPU", mode)
+        copier = ThreadCopier(cores) if cores else InlineCopier()
+        return Worker(rank, transfer, door, copier, Choice(mode, bool(cores)), Trace(self.config.trace_path))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """Who this rank is, for the planner."""
         return RankMeta(self._info) if self._info is not None else None
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Runs the step's loads; they are complete when this returns."""
+        """Starts the step's loads."""
         if self.worker is not None:
             self.worker.start_loads(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads are complete before the forward."""
+        """Returns when what the step loads of this layer is there."""
+        if self.worker is not None:
+            self.worker.wait_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to do yet: a step's blocks are gathered once it has computed all layers."""
+        """Hands the layer's part of the step's stores over, where they are made by layer."""
+        if self.worker is not None:
+            self.worker.save_layer(self._plan(), layer_name)
 
     def wait_for_save(self) -> None:
         """Runs the step's stores; they are complete when this returns, so no block needs to be held."""
@@ -172,15 +194,16 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.start_stores(self._plan())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """The requests whose asynchronous loads are done; with one group loads are synchronous and named by block."""
-        if self.worker is None or self._groups == 1:
+        """The requests whose asynchronous loads have ended; with one group what failed of them is named by block."""
+        if self.worker is None:
             return KVConnectorTransferResults()
+        self.worker.poll(self._plan())
         loaded = self.worker.take_loaded()
-        failed = {name for name, arrived in loaded.items() if not arrived}
+        failed = {name for name, arrived in loaded.items() if not arrived and self._groups > 1}
         return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """The blocks whose synchronous load failed; with several groups the request is named instead."""
+        """The blocks whose load failed; with several groups the request is named instead."""
         if self.worker is None:
             return set()
         failed = self.worker.take_failed_blocks()
@@ -212,7 +235,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            beside_steps=self._groups > 1,
+            beside_steps=self._groups > 1 or self.config.load == "async",  # vLLM takes several groups' failures only so
+            beside_busy=self.config.load == "auto",
         )
         self.planner = Planner(link, layout, options, self.figures)
 
@@ -241,11 +265,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self.planner.expect(self._request(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens can be loaded; with several groups beside the steps, since vLLM takes failures only so."""
+        """How many tokens can be loaded, and whether beside the steps."""
         if self.planner is None:
             return 0, False
         claim = self.planner.match(self._request(request), num_computed_tokens)
-        return claim, bool(claim) and self._groups > 1
+        return claim, bool(claim) and self.planner.loads_beside(request.request_id)
 
     def update_state_after_alloc(self, request: VllmRequest, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks, `num_external_tokens` of them to be loaded."""
@@ -268,12 +292,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         for name, count in scheduler_output.num_scheduled_tokens.items():
             request = self._requests.get(name)
             if request is not None:
-                final = min(request.num_computed_tokens + count, request.num_tokens)
-                steps.append(Scheduled(name, final, request.all_token_ids))
+                start = request.num_computed_tokens
+                final = min(start + count, request.num_tokens)
+                steps.append(Scheduled(name, final, request.all_token_ids, start))
         return PlanMeta(self.planner.plan_step(steps, lambda name: state.get_block_ids(name) or ()))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """The step's output is in: what all ranks stored becomes readable, what failed is forgotten by vLLM too."""
+        if self.planner is not None:
+            self.planner.step_over()
         meta = connector_output.kv_connector_worker_meta
         if self.planner is None or not isinstance(meta, ReportMeta):
             return

@@ -77,6 +77,12 @@ def _group_refusal(group: KVCacheGroupSpec) -> str:
     return ""
 
 
+def splits_batches(vllm_config: VllmConfig) -> bool:
+    """Whether a layer may be computed in several parts of a batch (DBO), so that its end is not the layer's."""
+    parallel = vllm_config.parallel_config
+    return bool(getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False))
+
+
 def window(group: KVCacheGroupSpec) -> int:
     """The group's sliding window in tokens, 0 if it has none."""
     spec = group.kv_cache_spec

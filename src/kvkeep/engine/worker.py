@@ -1,64 +1,145 @@
 """The rank's half: maps the pool when it is handed over, runs the copies of a step's plan, reports them.
 
-Knows nothing about keys, the store or the engine's calls, and never waits for anyone. Without the pool that a plan is
-made for it loads nothing (the blocks are reported as failed) and stores nothing (the planner sees what is missing).
+Knows nothing about keys, the store or the engine's calls, and waits for nobody but its own copies. Without the pool
+that a plan is made for it loads nothing (the blocks are reported as failed) and stores nothing (the planner sees what
+is missing).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from functools import partial
 
-from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoresDone
+from kvkeep.engine.choice import Choice
+from kvkeep.engine.copier import Copier, InlineCopier
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoresDone, Trip
+from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
 from kvkeep.errors import KVKeepError
-from kvkeep.memory.pool import Pool
+from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
+from kvkeep.trace import Trace
 from kvkeep.transfer.transfer import Transfer
 from kvkeep.wire.handoff import HandedPool, PoolDoor
 
 log = logging.getLogger("kvkeep")
 
+IDLE_WAIT_S = 0.005  # a step without a forward may wait so long for a load beside the steps
+
 
 class Worker:
-    """One rank: `transfer` reaches its part of the engine's cache, pools come through `door`."""
+    """One rank: `transfer` reaches its part of the engine's cache, pools come through `door`.
 
-    def __init__(self, rank: int, transfer: Transfer, door: PoolDoor) -> None:
+    Loads beside the steps run on `copier`; so do, where `choice` says layerwise, all copies of a step.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        transfer: Transfer,
+        door: PoolDoor,
+        copier: Copier | None = None,
+        choice: Choice | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         self._rank = rank
         self._door = door
+        self._choice = choice or Choice("bulk", possible=False)
+        self._clock: Callable[[], float] = time.perf_counter
+        self._tools = Tools(transfer, copier or InlineCopier(), trace or Trace(), self._clock)
+        self._numbers = transfer.shard.numbers
         self._pool: Pool | None = None
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: dict[str, bool] = {}
+        self._trips: deque[tuple[Trip, list[Future[list[int]]]]] = deque()
+        self._step = 0
+        self._layerwise = False
+        self._spent_s = 0.0
+        self._loads: LayerLoads | None = None
+        self._stores: LayerStores | None = None
+        self._bulk_failed: list[int] = []
+        self._leases: list[Lease] = []
+        self._computing: tuple[int, float] | None = None
         self.transfer = transfer
 
     def start_loads(self, plan: StepPlan) -> None:
-        """Scatters everything that the plan loads, before it returns."""
-        if not plan.loads:
+        """Starts what the plan loads: in bulk it is there when this returns, by layer when `wait_layer` does."""
+        self._begin(plan)
+        start_s = self._clock()
+        for trip in plan.trips:
+            self._start(plan, trip)
+        if plan.loads:
+            self.transfer.check([blocks for op in plan.loads for blocks in op.blocks], unique=True)
+            leases = [self._lease(op.boot, op.offset, plan) for op in plan.loads]
+            # what this step writes to, and what is verified before it is used, is there before the first layer
+            late = {n for n, op in enumerate(plan.loads) if self._layerwise and not op.written and not op.sums}
+            early = [(n, op, leases[n]) for n, op in enumerate(plan.loads) if n not in late or leases[n] is None]
+            self._bulk_failed = self._scattered(early)
+            copies = [Copy(n, plan.loads[n].blocks, lease) for n, lease in enumerate(leases) if n in late and lease]
+            self._loads = LayerLoads(self._tools, copies) if copies else None
+            self._leases += [lease for lease in leases if lease is not None]
+        self._spent_s += self._clock() - start_s
+
+    def wait_layer(self, name: str) -> None:
+        """The layer is about to run: what it loads is there when this returns."""
+        number = self._numbers.get(name)
+        if number is None:
             return
-        self.transfer.check([blocks for op in plan.loads for blocks in op.blocks], unique=True)
-        failed = [place for place, op in enumerate(plan.loads) if not self._loads(plan, op)]
-        for place in failed:
-            self._failed_blocks.update(_block_ids(plan.loads[place]))
-        for place, op in enumerate(plan.loads):
-            self._loaded[op.request] = self._loaded.get(op.request, True) and place not in failed
-        if failed:
-            log.warning(
-                "kvkeep: %d of %d chunks were not loaded: they are computed again", len(failed), len(plan.loads)
-            )
-        self._report.loads.append(LoadsDone(plan.step, self._rank, tuple(failed)))
+        start_s = self._clock()
+        self._computed(start_s)
+        if self._loads is not None:
+            self._loads.wait(number)
+        now_s = self._clock()
+        self._spent_s += now_s - start_s
+        self._computing = (number, now_s)
+
+    def save_layer(self, plan: StepPlan, name: str) -> None:
+        """The layer has run: what the plan stores of it leaves beside the next one."""
+        self._begin(plan)
+        number = self._numbers.get(name)
+        if number is None or not plan.stores or not self._layerwise:
+            return
+        start_s = self._clock()
+        if self._stores is None:
+            self._stores = LayerStores(self._tools, self._gathers(plan))
+        self._stores.save(number)
+        self._spent_s += self._clock() - start_s
 
     def start_stores(self, plan: StepPlan) -> None:
-        """Gathers everything that the plan stores, before it returns."""
-        if not plan.stores:
-            return
-        self.transfer.check([blocks for op in plan.stores for blocks in op.blocks], unique=False)
-        sums = {}
-        pool = self._pool_of(plan.boot)
-        for place, op in enumerate(plan.stores if pool is not None else ()):
-            assert pool is not None
-            with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
-                sums[place] = self.transfer.gather(op.blocks, lease, op.seal)
-        self._report.stores.append(StoresDone(plan.step, self._rank, sums))
+        """The step has run: its loads and stores have ended when this returns, so no block needs to be held."""
+        self._begin(plan)
+        start_s = self._clock()
+        self._computed(start_s)
+        if plan.loads:
+            late = self._loads.failed() if self._loads is not None else set()
+            self._loads_ended(plan, sorted({*self._bulk_failed, *late}))
+        if plan.stores:
+            self._report.stores.append(StoresDone(plan.step, self._rank, self._stored(plan)))
+        for lease in self._leases:
+            lease.close()
+        self._loads, self._stores, self._bulk_failed, self._leases = None, None, [], []
+        self._spent_s += self._clock() - start_s
+        if plan.loads or plan.stores:
+            self._choice.took(self._layerwise, self._spent_s, self._nbytes(plan))
+            self._tools.trace.write(self._clock())
+
+    def poll(self, plan: StepPlan) -> None:
+        """Takes in the loads beside the steps that have ended; with nothing else to do it waits a moment for one."""
+        if plan.idle and self._trips:
+            wait_for(self._trips[0][1], IDLE_WAIT_S)
+        while self._trips and all(job.done() for job in self._trips[0][1]):
+            trip, jobs = self._trips.popleft()
+            places = tuple(place for place, job in enumerate(jobs) if finished(job) != [])
+            for place in places:
+                self._failed_blocks.update(_block_ids(trip.loads[place]))
+            self._loaded[trip.loads[0].request] = not places
+            self._report.loads.append(LoadsDone(trip.number, self._rank, places))
+            _complain(len(places), len(trip.loads))
 
     def take_report(self) -> Report:
         """What was finished since the last call."""
@@ -71,26 +152,91 @@ class Worker:
         return failed
 
     def take_loaded(self) -> dict[str, bool]:
-        """The requests whose loads were finished since the last call, and whether all of them succeeded."""
+        """The requests whose loads beside the steps ended since the last call, and whether all of it has arrived."""
         loaded, self._loaded = self._loaded, {}
         return loaded
 
     def close(self) -> None:
-        """Unmaps the pool and closes the door; idempotent."""
+        """Unmaps the pool and closes the door; idempotent. A copy under way keeps its part of the mapping."""
+        self._tools.copier.close()
+        self._tools.trace.write(self._clock(), at_once=True)
         self._door.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def _loads(self, plan: StepPlan, op: LoadOp) -> bool:
-        pool = self._pool_of(op.boot)
-        if pool is None:
-            return False
-        with pool.lend(op.offset + plan.shard_offsets[self._rank], self.transfer.shard) as lease:
-            held = self.transfer.scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
-        if not held:
-            log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
-        return held
+    def _begin(self, plan: StepPlan) -> None:
+        """Decides once a step how its copies are made."""
+        if plan.step != self._step or not plan.step:
+            self._step, self._spent_s = plan.step, 0.0
+            self._layerwise = bool(plan.loads or plan.stores) and self._choice.layerwise()
+
+    def _start(self, plan: StepPlan, trip: Trip) -> None:
+        self.transfer.check([blocks for op in trip.loads for blocks in op.blocks], unique=True)
+        jobs = [(place, op, self._lease(op.boot, op.offset, plan)) for place, op in enumerate(trip.loads)]
+        # one by one, so that what a step waits for comes in between
+        submit = self._tools.copier.submit
+        self._trips.append((trip, [submit(partial(self._travelled, job), beside=True) for job in jobs]))
+
+    def _travelled(self, job: tuple[int, LoadOp, Lease | None]) -> list[int]:
+        """On the copier: the scatter of one of a trip's chunks; its place if it failed."""
+        start_s = self._clock()
+        failed = self._scattered([job])
+        if job[2] is not None:
+            job[2].close()
+        self._tools.trace.span("load beside the steps", "copies", start_s, self._clock())
+        return failed
+
+    def _scattered(self, jobs: Iterable[tuple[int, LoadOp, Lease | None]]) -> list[int]:
+        failed = []
+        for place, op, lease in jobs:
+            held = lease is not None
+            if lease is not None:
+                held = self.transfer.scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
+                if not held:
+                    log.error(
+                        "kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this"
+                    )
+            if not held:
+                failed.append(place)
+        return failed
+
+    def _loads_ended(self, plan: StepPlan, failed: Sequence[int]) -> None:
+        for place in failed:
+            self._failed_blocks.update(_block_ids(plan.loads[place]))
+        _complain(len(failed), len(plan.loads))
+        self._report.loads.append(LoadsDone(plan.step, self._rank, tuple(failed)))
+
+    def _stored(self, plan: StepPlan) -> dict[int, bytes]:
+        if self._stores is not None:
+            return self._stores.finish()
+        gather = self.transfer.gather
+        return {copy.place: gather(copy.blocks, copy.lease, copy.seal) for copy in self._gathers(plan)}
+
+    def _gathers(self, plan: StepPlan) -> list[Copy]:
+        """The plan's gathers with their memory, checked; none without the plan's pool."""
+        self.transfer.check([blocks for op in plan.stores for blocks in op.blocks], unique=False)
+        copies = []
+        for place, op in enumerate(plan.stores):
+            lease = self._lease(plan.boot, op.offset, plan)
+            if lease is not None:
+                self._leases.append(lease)
+                copies.append(Copy(place, op.blocks, lease, op.seal))
+        return copies
+
+    def _lease(self, boot: bytes, offset: int, plan: StepPlan) -> Lease | None:
+        pool = self._pool_of(boot)
+        return pool.lease(offset + plan.shard_offsets[self._rank], self.transfer.shard) if pool is not None else None
+
+    def _computed(self, now_s: float) -> None:
+        """The layer that was running is done."""
+        if self._computing is not None:
+            number, start_s = self._computing
+            self._tools.trace.span(f"compute layer {number}", "engine", start_s, now_s)
+            self._computing = None
+
+    def _nbytes(self, plan: StepPlan) -> int:
+        return (len(plan.loads) + len(plan.stores)) * self.transfer.shard.nbytes
 
     def _pool_of(self, boot: bytes) -> Pool | None:
         """The pool of one boot of the store, taken from the door if it is waiting there."""
@@ -111,5 +257,10 @@ class Worker:
             log.error("kvkeep: the pool cannot be used here: %s", error)
 
 
+def _complain(failed: int, count: int) -> None:
+    if failed:
+        log.warning("kvkeep: %d of %d chunks were not loaded: they are computed again", failed, count)
+
+
 def _block_ids(op: LoadOp) -> Iterable[int]:
-    return (block_id for blocks in op.blocks for block_id in blocks.block_ids)
+    return (int(block_id) for blocks in op.blocks for block_id in blocks.block_ids)

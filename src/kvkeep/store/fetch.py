@@ -24,24 +24,31 @@ POOL = "pool"
 
 
 class Found(NamedTuple):
-    """What a fetch is answered with: the pinned run, where each chunk of it came from, and why it is no longer."""
+    """What a fetch is answered with: the pinned run, where each chunk of it came from, and why it is no longer.
+
+    `took_s` is how long the tiers were waited for.
+    """
 
     fetched: Fetched
     sources: dict[str, int]
     why: Why | None
+    took_s: float = 0.0
 
 
 @dataclass(eq=False)
 class Waiting:
     """A fetch that is not answered yet: its pinned entries by place, the places to come, the first that will not come.
 
-    `asking` is the tier that was asked what it has and did not answer yet.
+    `asking` is the tier that was asked what it has and did not answer yet; it has failed if it takes `late_s` longer
+    than the request waits.
     """
 
     session: Session
     keys: list[bytes]
     answer: Callable[[Found], None]
     promised_nbytes: int
+    began_s: float
+    late_s: float = 0.0
     held: dict[int, Entry] = field(default_factory=dict)
     sources: dict[int, str] = field(default_factory=dict)
     pending: set[int] = field(default_factory=set)
@@ -81,9 +88,17 @@ class Promotions:
         return any(tier.busy for tier in self.tiers)
 
     def fetch(
-        self, session: Session, digests: Sequence[bytes], deadline_s: float, answer: Callable[[Found], None]
+        self,
+        session: Session,
+        digests: Sequence[bytes],
+        deadline_s: float,
+        answer: Callable[[Found], None],
+        limit_s: float = 0.0,
     ) -> None:
-        """Answers now, if the pool has it all or nothing below it can help; else at the latest after `deadline_s`."""
+        """Answers now, if the pool has it all or nothing below it can help; else at the latest after `deadline_s`.
+
+        How long a request waits says nothing about a tier: that has failed if it takes `limit_s`, where that is more.
+        """
         room = self.store.room(session)
         fetched = self.store.fetch(session, digests)
         here = len(fetched.offsets)
@@ -93,7 +108,9 @@ class Promotions:
             return
         waiting = self._wait_with(session, fetched, self.store.keys(session, digests), room, answer)
         waiting.timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, waiting)
-        self._go(self._promote(waiting, here, deadline_s))
+        limit_s = max(deadline_s, limit_s)
+        waiting.late_s = limit_s - deadline_s
+        self._go(self._promote(waiting, here, limit_s))
 
     def _wait_with(
         self, session: Session, fetched: Fetched, keys: list[bytes], room: int, answer: Callable[[Found], None]
@@ -102,7 +119,8 @@ class Promotions:
         held = dict(enumerate(self.store.pin(session, keys[: len(fetched.offsets)])))
         self.store.release(session, fetched.lease)
         reach = min(room, len(keys))
-        waiting = Waiting(session, keys, answer, reach * self.store.taken(session), held, reach=reach)
+        now_s = asyncio.get_running_loop().time()
+        waiting = Waiting(session, keys, answer, reach * self.store.taken(session), now_s, held=held, reach=reach)
         waiting.why = None if reach == len(keys) else Why.SHARE
         waiting.sources = dict.fromkeys(held, POOL)
         session.promised_nbytes += waiting.promised_nbytes
@@ -115,8 +133,8 @@ class Promotions:
             self._end(waiting)
             self.store.index.unpin(waiting.held.values())
 
-    async def _promote(self, waiting: Waiting, first: int, deadline_s: float) -> None:
-        where = await self._located(waiting, first, deadline_s)
+    async def _promote(self, waiting: Waiting, first: int, limit_s: float) -> None:
+        where = await self._located(waiting, first, limit_s)
         if waiting.over:
             return
         wanted = self._plan(waiting, first, where)
@@ -125,9 +143,9 @@ class Promotions:
         if waiting.complete:
             self._finish(waiting)
         for number, tier in enumerate(self.tiers):
-            tier.add([coming for coming in started if coming.tier == number], deadline_s)
+            tier.add([coming for coming in started if coming.tier == number], limit_s)
 
-    async def _located(self, waiting: Waiting, first: int, deadline_s: float) -> list[int | None]:
+    async def _located(self, waiting: Waiting, first: int, limit_s: float) -> list[int | None]:
         """For each key from place `first` to its reach, the first working tier that has it."""
         keys = waiting.keys[first : waiting.reach]
         where: list[int | None] = [None] * len(keys)
@@ -136,7 +154,7 @@ class Promotions:
             asked = [keys[place] for place in open_places]
             gate = tier.gate()
             if gate is Gate.HALF_OPEN:
-                self._go(self._probe(number, asked, waiting.session, deadline_s))
+                self._go(self._probe(number, asked, waiting.session, limit_s))
             if gate is not Gate.CLOSED or not asked:
                 continue
             waiting.asking = tier
@@ -255,9 +273,16 @@ class Promotions:
     def _expire(self, waiting: Waiting) -> None:
         missing = [place for place in waiting.pending if place < waiting.reach]
         waiting.cut(min(missing) if waiting.located else len(waiting.held), Why.DEADLINE)
+        if waiting.asking is not None and waiting.late_s:
+            asyncio.get_running_loop().call_later(waiting.late_s, self._silent, waiting)
+        else:
+            self._silent(waiting)
+        self._finish(waiting)
+
+    def _silent(self, waiting: Waiting) -> None:
+        """A tier that has not said by now what it has does not work."""
         if waiting.asking is not None:
             waiting.asking.overdue((), "it does not say what it has")
-        self._finish(waiting)
 
     def _finish(self, waiting: Waiting) -> None:
         self._end(waiting)
@@ -267,7 +292,8 @@ class Promotions:
         sources: dict[str, int] = {}
         for place in range(len(entries)):
             sources[waiting.sources[place]] = sources.get(waiting.sources[place], 0) + 1
-        waiting.answer(Found(self.store.lend(waiting.session, entries), sources, waiting.why))
+        took_s = asyncio.get_running_loop().time() - waiting.began_s
+        waiting.answer(Found(self.store.lend(waiting.session, entries), sources, waiting.why, took_s))
 
     def _end(self, waiting: Waiting) -> None:
         waiting.over = True

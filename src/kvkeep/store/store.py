@@ -15,6 +15,7 @@ from typing import NamedTuple
 from kvkeep.core.index import Entry, Index, Outcome
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
+from kvkeep.store.namespaces import Namespaces
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
 NAMESPACE_NBYTES = 16
@@ -66,6 +67,7 @@ class Store:
     lingering: dict[int, Session] = field(default_factory=dict)
     lending: bool = True
     revoked: int = 0
+    namespaces: Namespaces = field(default_factory=Namespaces)
     _last: int = 0
     _writing: dict[int, WriteLease] = field(default_factory=dict)
 

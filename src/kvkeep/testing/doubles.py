@@ -5,12 +5,17 @@ Knows nothing about requests, stores or engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer, check_blocks
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -83,3 +88,39 @@ class StillTransfer:
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`, for as many blocks as there are."""
         check_blocks(self.shard, [1 << 31] * len(self.shard.groups), blocks, unique=unique)
+
+
+@dataclass
+class HeldCopier:
+    """Keeps copies until it is told to run some, or until somebody waits for one."""
+
+    waiting: dict[bool, deque[Callable[[], None]]] = field(default_factory=lambda: {False: deque(), True: deque()})
+
+    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
+        """As `Copier.submit`."""
+        job: HeldFuture[T] = HeldFuture(self)
+        self.waiting[beside].append(lambda: job.set_result(call()))
+        return job
+
+    def run(self, count: int) -> None:
+        """Runs the next `count` copies."""
+        for _ in range(min(count, sum(map(len, self.waiting.values())))):
+            (self.waiting[False] or self.waiting[True]).popleft()()
+
+    def close(self) -> None:
+        """As `Copier.close`."""
+        self.run(sum(map(len, self.waiting.values())))
+
+
+class HeldFuture(Future[T]):
+    """A copy that is run, after all that were submitted before it, when it is waited for."""
+
+    def __init__(self, copier: HeldCopier) -> None:
+        super().__init__()
+        self._copier = copier
+
+    def result(self, timeout: float | None = None) -> T:
+        """As `Future.result`, without a wait."""
+        while not self.done():
+            self._copier.run(1)
+        return super().result(timeout)

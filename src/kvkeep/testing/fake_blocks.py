@@ -66,3 +66,11 @@ class FakeBlocks:
     def idle(self) -> bool:
         """Whether nobody uses any block."""
         return not any(self._uses)
+
+    def table(self, group: int, prefix: tuple[int, ...], first_seen: int, size: int) -> list[int] | None:
+        """A block table for `prefix` out of the cache, null where its tokens cannot see; None if a block is missing."""
+        gone = first_seen // size
+        names = [(group, prefix[: (place + 1) * size]) for place in range(gone, len(prefix) // size)]
+        if not all(name in self.cached for name in names):
+            return None
+        return [0] * gone + [self.cached[name] for name in names]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,16 @@ import torch
 
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.choice import Choice
 from kvkeep.engine.link import Link, Source
+from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Report, Scheduled
-from kvkeep.engine.planner import Planner, PlannerOptions, Request
+from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures
 from kvkeep.testing.fake_blocks import FakeBlocks
-from kvkeep.testing.fake_model import PARTS, FakeModel
+from kvkeep.testing.fake_check import check_chunk, check_table
+from kvkeep.testing.fake_model import FakeModel, Values
 from kvkeep.testing.fake_request import EngineShape, FakeRequest, Phase
 from kvkeep.testing.rank_process import RankProcess
 from kvkeep.transfer.pages import GroupCaches
@@ -37,14 +40,19 @@ START_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 10.0
 NAMESPACE = b"fake engine's ns"
 
-
 Wrap = Callable[[int, Transfer], Transfer]
+MakeRank = Callable[[int, Transfer, PoolDoor, Choice], Worker | RankProcess]
+
+
+def rank_here(rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
+    """A rank's half in this process, whose copies end at once."""
+    return Worker(rank, transfer, door, choice=choice)
 
 
 class FakeEngine:
     """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer.
 
-    `rank` makes a rank's half: in this process, or in one of its own.
+    `rank` makes a rank's half, in this process or in one of its own.
     """
 
     def __init__(
@@ -53,7 +61,7 @@ class FakeEngine:
         source: Source,
         options: PlannerOptions | None = None,
         wrap: Wrap = lambda _, one: one,
-        rank: type[Worker | RankProcess] = Worker,
+        rank: MakeRank = rank_here,
     ) -> None:
         self.shape = shape
         self.model = FakeModel(shape.groups, shape.ranks, shape.num_blocks)
@@ -63,15 +71,17 @@ class FakeEngine:
         self.running: list[FakeRequest] = []
         self.failed_loads = 0
         self.external_tokens = 0
-        self.asynchronous = len(shape.groups) > 1
+        self._arrived: dict[str, list[bool]] = {}
         transfers = [wrap(rank, self._transfer(rank)) for rank in range(shape.ranks)]
         doors = [PoolDoor() for _ in transfers]
-        self.workers = [rank(n, one, door) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
+        mode = Choice("layerwise" if shape.layerwise else "bulk", possible=True)
+        self.workers = [rank(n, one, door, mode) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
         self.pids = [os.getpid(), *(one.pid for one in self.workers if isinstance(one, RankProcess))]
+        self.layers = list(transfers[0].shard.numbers)  # the same names on every rank
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
-        options = options or PlannerOptions(beside_steps=self.asynchronous)
+        options = options or PlannerOptions(beside_steps=len(shape.groups) > 1)
         self.planner = Planner(self.link, self.layout, options, Figures())
 
     # ---- what a test does ----------------------------------------------------------------------------------
@@ -86,9 +96,10 @@ class FakeEngine:
     def abort(self, name: str) -> None:
         """The user went away: the request ends between two steps. One that is done already is left alone."""
         request = self.requests[name]
-        if request.phase is Phase.LOADING:
-            return  # the engine keeps its blocks until the load has ended
-        if request.phase is not Phase.DONE:
+        if request.phase is Phase.LOADING:  # the engine keeps its blocks until the load has ended
+            request.phase = Phase.GIVEN_UP
+            self.planner.ended(name)
+        elif request.phase not in (Phase.GIVEN_UP, Phase.DONE):
             self._end(request)
 
     def preempt(self) -> None:
@@ -102,16 +113,21 @@ class FakeEngine:
         if self._schedule_running(counts):
             self._schedule_waiting(counts)
         scheduled = [
-            Scheduled(one.name, min(one.computed + count, len(one.tokens)), one.tokens) for one, count in counts.items()
+            Scheduled(one.name, min(one.computed + count, len(one.tokens)), one.tokens, one.computed)
+            for one, count in counts.items()
         ]
         plan = self.planner.plan_step(scheduled, lambda name: self.requests[name].tables)
         for worker in self.workers:
             worker.start_loads(plan)
+        self._wait_for_layers(counts)
         for one, count in counts.items():
             self.model.forward(one.tokens, (one.computed, one.computed + count), one.tables)
             one.computed += count
         for worker in self.workers:
+            for name in self.layers:
+                worker.save_layer(plan, name)
             worker.start_stores(plan)
+            worker.poll(plan)
         self._take_in(list(counts))
         self.check()
 
@@ -129,6 +145,18 @@ class FakeEngine:
         for worker in self.workers:
             worker.close()
 
+    def _wait_for_layers(self, counts: dict[FakeRequest, int]) -> None:
+        """Every layer is waited for; no load may come so late that it would overwrite what this step has written."""
+        before = self._open_blocks(counts)
+        for worker in self.workers:
+            for name in self.layers:
+                worker.wait_layer(name)
+        for old, new in zip(before, self._open_blocks(counts), strict=True):
+            assert (old == new).all(), "a block that the step writes was loaded late"
+
+    def _open_blocks(self, ran: Iterable[FakeRequest]) -> list[Values]:
+        return [block for one in ran for block in self.model.open_blocks(one.computed, one.tables)]
+
     # ---- what it checks ------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -139,7 +167,7 @@ class FakeEngine:
             assert (held == right).all(), f"cached block {block_id} of group {group} ends {prefix} and is wrong"
         for request in self.running:
             for group in range(len(self.shape.groups)):
-                self._check_table(request, group)
+                check_table(self.model, request, group)
 
     def check_pool(self, pool: npt.NDArray[np.uint8]) -> int:
         """Reads every chunk of its requests that the store gives out; how many of them were checked byte for byte."""
@@ -151,31 +179,11 @@ class FakeEngine:
             answer = client.wait(client.fetch(digests), ANSWER_LIMIT_S)
             assert isinstance(answer, Matched), "the store does not answer"
             for number, offset in enumerate(answer.offsets):
-                self._check_chunk(pool, offset, tuple(request.tokens[: (number + 1) * self.layout.chunk_tokens]))
+                prefix = tuple(request.tokens[: (number + 1) * self.layout.chunk_tokens])
+                check_chunk(self.model, self.layout, pool[offset:], prefix)
             checked += len(answer.offsets)
             client.release(answer.lease)
         return checked
-
-    def _check_table(self, request: FakeRequest, group: int) -> None:
-        right = self.model.expected(group, tuple(request.tokens[: request.computed]))
-        cache, size = self.model.caches[group], self.shape.groups[group].block_tokens
-        seen = np.arange(self.model.first_seen(group, request.computed), request.computed)
-        blocks = np.array(request.tables[group])[seen // size]
-        assert (blocks != 0).all(), f"{request.name}: group {group} gave up a block that is still seen"
-        held = cache[..., blocks, seen % size]
-        assert (held == right[..., seen]).all(), f"{request.name}: a computed block of group {group} is wrong"
-
-    def _check_chunk(self, pool: npt.NDArray[np.uint8], offset: int, prefix: tuple[int, ...]) -> None:
-        tokens = self.layout.chunk_tokens
-        for rank, shard in enumerate(self.layout.shards):
-            base = offset + self.layout.shard_offset(rank)
-            for one in shard.ranges:
-                right = self.model.expected(one.group, prefix)[rank, one.layer, :, -tokens:]
-                raw = pool[base + one.offset : base + one.offset + one.nbytes]
-                held = raw.view(np.uint64).reshape(PARTS, tokens)
-                assert (held == right).all(), f"the pool's chunk that ends {prefix} is wrong on rank {rank}"
-                padding = pool[base + one.offset + one.nbytes : base + one.offset + one.padded_nbytes]
-                assert not padding.any(), "padding is not zero"
 
     # ---- scheduling ----------------------------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class FakeEngine:
 
     def _schedule_waiting(self, counts: dict[FakeRequest, int]) -> None:
         for request in list(self.waiting):
-            if request.phase is Phase.LOADING or not self._budget(counts):
+            if request.phase in (Phase.LOADING, Phase.GIVEN_UP) or not self._budget(counts):
                 continue
             computed, external = request.computed, 0
             if request.phase is Phase.WAITING:
@@ -215,7 +223,7 @@ class FakeEngine:
     def _admit(self, request: FakeRequest, computed: int, external: int, counts: dict[FakeRequest, int]) -> bool:
         """Allocates and tells the planner; False: there is no room and the request goes on waiting."""
         start = computed + external
-        beside = bool(external) and self.asynchronous
+        beside = bool(external) and self.planner.loads_beside(request.name)
         count = 0 if beside else min(self._budget(counts), len(request.tokens) - start)
         if not self._allocate(request, start, start + count):
             if request.phase is Phase.WAITING:
@@ -256,19 +264,14 @@ class FakeEngine:
         """The longest prefix, at most N - 1 tokens, whose blocks every group has, and its block tables."""
         step = math.lcm(*(group.block_tokens for group in self.shape.groups))
         for hit in range((len(tokens) - 1) // step * step, 0, -step):
-            tables = [self._cached_table(number, tuple(tokens[:hit])) for number in range(len(self.shape.groups))]
+            tables = [
+                self.blocks.table(number, tuple(tokens[:hit]), self.model.first_seen(number, hit), group.block_tokens)
+                for number, group in enumerate(self.shape.groups)
+            ]
             found = [table for table in tables if table is not None]
             if len(found) == len(tables):
                 return hit, found
         return 0, []
-
-    def _cached_table(self, number: int, prefix: tuple[int, ...]) -> list[int] | None:
-        size = self.shape.groups[number].block_tokens
-        gone = self.model.first_seen(number, len(prefix)) // size
-        names = [(number, prefix[: (place + 1) * size]) for place in range(gone, len(prefix) // size)]
-        if not all(name in self.blocks.cached for name in names):
-            return None
-        return [0] * gone + [self.blocks.cached[name] for name in names]
 
     def _name_blocks(self, request: FakeRequest, upto: int) -> None:
         """Enters full blocks into the prefix cache, also those that this very step is going to fill."""
@@ -292,10 +295,13 @@ class FakeEngine:
         request.computed, request.phase = 0, Phase.WAITING
 
     def _end(self, request: FakeRequest) -> None:
+        self._leave(request)
+        self.planner.ended(request.name)
+
+    def _leave(self, request: FakeRequest) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
         self._free(request)
         request.phase = Phase.DONE
-        self.planner.ended(request.name)
 
     def _free(self, request: FakeRequest) -> None:
         for table in request.tables:
@@ -311,22 +317,21 @@ class FakeEngine:
         report = Report()
         for worker in self.workers:
             report = report.merged(worker.take_report())
-        hurt: set[FakeRequest] = set()
-        if self.asynchronous:
-            self._loads_done(loaded)
-        else:
-            hurt = self._cut_back(failed)
+        hurt = self._cut_back(failed) if len(self.shape.groups) == 1 else set()
+        self._loads_done(loaded)
         for request in ran:
             if request not in hurt:
                 self._sample(request)
         forget = self.planner.step_done(report)
-        assert self.asynchronous or failed <= forget, f"blocks {failed - forget} failed and stay in the prefix cache"
+        left = failed & set(self.blocks.cached.values()) - forget if len(self.shape.groups) == 1 else set()
+        assert not left, f"blocks {left} failed and stay in the prefix cache"
         self.blocks.forget(forget)
 
     def _cut_back(self, failed: set[int]) -> set[FakeRequest]:
         """Every request that uses a failed block goes on from there; what it computed since is worth nothing."""
         hurt = set()
-        for request in self.running if failed else ():
+        loading = [one for one in self.waiting if one.phase is Phase.LOADING]
+        for request in self.running + loading if failed else ():
             table, size = request.tables[0], self.shape.groups[0].block_tokens
             place = next((n for n, block_id in enumerate(table) if block_id in failed), None)
             if place is not None and place * size < request.computed:
@@ -337,11 +342,17 @@ class FakeEngine:
         return hurt
 
     def _loads_done(self, loaded: list[dict[str, bool]]) -> None:
-        for name in sorted(set().union(*loaded)):
-            request = self.requests[name]
-            assert all(name in one for one in loaded), f"a rank has not said that {name} is loaded"
-            if not all(one[name] for one in loaded):
-                self.failed_loads += 1
+        """A load beside the steps has ended when every rank has said so, once."""
+        for one in loaded:
+            for name, arrived in one.items():
+                self._arrived.setdefault(name, []).append(arrived)
+        for name in [name for name, ranks in self._arrived.items() if len(ranks) == self.shape.ranks]:
+            request, arrived = self.requests[name], all(self._arrived.pop(name))
+            if request.phase is Phase.GIVEN_UP:
+                self._leave(request)
+                continue
+            if not arrived and (len(self.shape.groups) > 1 or not request.computed):
+                self.failed_loads += len(self.shape.groups) > 1
                 self._restart(request)
                 continue
             request.phase = Phase.LOADED
@@ -368,9 +379,9 @@ class FakeEngine:
         return ReferenceTransfer(groups, self.shape.chunk_tokens)
 
     def _hello(self, resumes: int) -> Hello:
-        every = self.shape.verify_every
         sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]
-        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, self.pids, every, resumes, sizes)
+        every, pids = self.shape.verify_every, self.pids
+        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, pids, every, resumes, sizes)
 
     def _asked(self, request: FakeRequest) -> Request:
         return Request(

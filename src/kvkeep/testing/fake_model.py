@@ -80,6 +80,15 @@ class FakeModel:
         """What a full block must hold that ends `prefix`: uint64 (ranks, layers, PARTS, block_tokens)."""
         return self.expected(group, prefix)[..., -self.groups[group].block_tokens :]
 
+    def open_blocks(self, computed: int, tables: Sequence[Sequence[int]]) -> list[Values]:
+        """A copy of each group's block that holds computed tokens and has room for more."""
+        found = []
+        for number, group in enumerate(self.groups):
+            place, filled = divmod(computed, group.block_tokens)
+            if filled:
+                found.append(self.caches[number][..., tables[number][place], :].copy())
+        return found
+
     def first_seen(self, group: int, place: int) -> int:
         """The first token that the token at `place` can see."""
         window = self.groups[group].window

@@ -22,6 +22,7 @@ class EngineShape:
     budget_tokens: int = 32
     vocabulary: int = 8
     verify_every: int = 0
+    layerwise: bool = False
 
 
 class Phase(Enum):
@@ -29,6 +30,7 @@ class Phase(Enum):
 
     WAITING = "waiting"
     LOADING = "loading"  # its blocks are being loaded beside the steps
+    GIVEN_UP = "given up"  # the user went away while they were
     LOADED = "loaded"  # they are, and it waits for its turn
     RUNNING = "running"
     DONE = "done"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.plan import LoadOp, Report, StepPlan, StoreOp
+from kvkeep.engine.plan import LoadOp, Report, StepPlan, StoreOp, Trip
 from kvkeep.engine.worker import Worker
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import Blocks, Transfer
@@ -38,7 +38,7 @@ class Told(NamedTuple):
 
 
 class RankProcess:
-    """Plays a `Worker`: each call goes to the process and comes back when it is done there, however long that takes."""
+    """Plays a `Worker` that copies in bulk: each call comes back when it is done there, however long that takes."""
 
     def __init__(self, rank: int, transfer: Transfer, door: PoolDoor) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -59,13 +59,22 @@ class RankProcess:
 
     def start_loads(self, plan: StepPlan) -> None:
         """As `Worker.start_loads`."""
-        if plan.loads:
+        if plan.loads or plan.trips:
             self._call(LOADS, plan)
+
+    def wait_layer(self, name: str) -> None:
+        """As `Worker.wait_layer`: in bulk everything is there already."""
+
+    def save_layer(self, plan: StepPlan, name: str) -> None:
+        """As `Worker.save_layer`: in bulk nothing leaves before the step has run."""
 
     def start_stores(self, plan: StepPlan) -> None:
         """As `Worker.start_stores`."""
-        if plan.stores:
+        if plan.loads or plan.stores:
             self._call(STORES, plan)
+
+    def poll(self, plan: StepPlan) -> None:
+        """As `Worker.poll`: the process tells with each answer what has ended."""
 
     def take_report(self) -> Report:
         """As `Worker.take_report`; the last of the three `take_...` that are asked after a step."""
@@ -119,6 +128,7 @@ def _served(worker: Worker, sock: socket.socket) -> int:
                 worker.start_loads(plan)
             else:
                 worker.start_stores(plan)
+            worker.poll(plan)
             told = Told(worker.take_report(), worker.take_failed_blocks(), worker.take_loaded())
             with suppress(ConnectionError):
                 sock.sendall(framed(msgspec.msgpack.encode(told)))
@@ -128,12 +138,17 @@ def _served(worker: Worker, sock: socket.socket) -> int:
 
 def _plan_of(sent: Mapping[str, Any]) -> StepPlan:
     """The plan out of its MessagePack form, whose types msgspec cannot tell: block ids may be an array."""
-    loads = [
-        LoadOp(boot, request, start, offset, _blocks_of(blocks), tuple(sums))
-        for boot, request, start, offset, blocks, sums in sent["loads"]
-    ]
+    trips = [Trip(number, _loads_of(loads)) for number, loads in sent["trips"]]
     stores = [StoreOp(offset, _blocks_of(blocks), seal) for offset, blocks, seal in sent["stores"]]
-    return StepPlan(sent["step"], sent["boot"], tuple(sent["shard_offsets"]), tuple(loads), tuple(stores))
+    loads, offsets = _loads_of(sent["loads"]), tuple(sent["shard_offsets"])
+    return StepPlan(sent["step"], sent["boot"], offsets, loads, tuple(stores), tuple(trips), sent["idle"])
+
+
+def _loads_of(sent: Sequence[Sequence[Any]]) -> tuple[LoadOp, ...]:
+    return tuple(
+        LoadOp(boot, request, start, offset, _blocks_of(blocks), tuple(sums), written)
+        for boot, request, start, offset, blocks, sums, written in sent
+    )
 
 
 def _blocks_of(sent: Sequence[Sequence[Any]]) -> tuple[Blocks, ...]:

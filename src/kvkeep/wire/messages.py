@@ -13,7 +13,7 @@ import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 3
+VERSION = 4
 DIGEST_NBYTES = 32
 
 
@@ -48,18 +48,23 @@ class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
-    """Pin the longest run of present chunks from the first digest on, brought from tiers for at most `deadline_s`."""
+    """Pin the longest run of present chunks from the first digest on, brought from tiers for at most `deadline_s`.
+
+    A tier that takes longer than `limit_s` (at least `deadline_s`) is taken for one that has failed.
+    """
 
     call: int
     digests: bytes
     deadline_s: float = 0.0
+    limit_s: float = 0.0
 
 
 class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (0: no chunk, no lease).
 
     `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
-    its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for).
+    its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
+    how long the tiers were waited for.
     """
 
     call: int
@@ -68,6 +73,7 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     sums: dict[int, bytes]
     sources: dict[str, int] = {}
     why: str = ""
+    took_s: float = 0.0
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):
@@ -148,12 +154,22 @@ class AskStats(msgspec.Struct, frozen=True, tag=14, array_like=True):
     check: bool = False
 
 
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """A namespace: who named it last, what it is (for people), how many chunks of it are in the pool."""
+
+    namespace: bytes
+    name: str
+    identity: str
+    chunks: int
+
+
 class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True):
-    """The store's figures by name; `problem` is empty unless the check found one."""
+    """The store's figures by name; if the check was asked for, `problem` has what it found, `known` the namespaces."""
 
     call: int
     figures: dict[str, int]
     problem: str = ""
+    known: list[Known] = []
 
 
 class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Outcome
+from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
 from kvkeep.store.fetch import Found
 from kvkeep.store.sessions import Opening, Session
@@ -185,12 +186,13 @@ class Server:
         def answer(found: Found) -> None:
             why = found.why.value if found.why is not None else ""
             try:
-                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why))
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s))
             except WireError as error:
                 self._refuse(peer, error)
 
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
-        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer)
+        limit_s = min(MAX_DEADLINE_S, asked.limit_s)
+        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer, limit_s)
 
     async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
         await self.walk.clear(namespace)
@@ -228,6 +230,8 @@ class Server:
         except OSError as error:
             raise WireError(f"the pool could not be handed over: {error}") from error
         log.info("session %d opened by %s (pid %d)", peer.session.number, hello.name, peer.pid)
+        if hello.identity:
+            self._named(peer.session, hello.identity)
 
     def _asked(self, session: Session, message: m.ToStore) -> m.FromStore | None:
         """The answer to a message of an open session, None where it has none."""
@@ -252,11 +256,21 @@ class Server:
                 self._go(self.walk.discard(store.keys(session, digests)))
             case m.Rename():
                 store.rename(session, message.namespace)
+                self._named(session, message.identity)
             case m.AskStats():
-                return m.Stats(
-                    message.call, store.figures() | self.walk.figures(), self._problem() if message.check else ""
-                )
+                figures = store.figures() | self.walk.figures()
+                return m.Stats(message.call, figures, *((self._problem(), self._known()) if message.check else ()))
         return None
+
+    def _named(self, session: Session, identity: str) -> None:
+        """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
+        apart = self.store.namespaces.name(session.namespace, session.opening.name, identity)
+        if apart:
+            log.info("session %d shares nothing with the one before: %s", session.number, "; ".join(apart))
+
+    def _known(self) -> list[m.Known]:
+        counts = self.store.index.prefixes(NAMESPACE_NBYTES)
+        return [m.Known(one, *named, counts[one]) for one, named in self.store.namespaces.known.items()]
 
     def _problem(self) -> str:
         try:

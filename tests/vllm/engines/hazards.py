@@ -63,8 +63,8 @@ def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
 
 
 class Run:
-    def __init__(self, model: str, kvkeep: bool, ranks: int) -> None:
-        extra = {"pool_size": "64 MiB", "patience_s": 2.0, "deadline_s": 20.0, "verify_pool": "off"}
+    def __init__(self, model: str, kvkeep: bool, ranks: int, **more: object) -> None:
+        extra = {**more, "pool_size": "64 MiB", "patience_s": 2.0, "deadline_s": 20.0, "verify_pool": "off"}
         config = {
             "kv_connector": "KVKeepConnector",
             "kv_connector_module_path": "kvkeep.engine.vllm",

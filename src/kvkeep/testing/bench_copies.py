@@ -1,17 +1,14 @@
-"""What `CacheEngine` costs: its verbs without any copying, a chunk; and its copies, beside a block-wise memmove.
+"""The copies of `CacheEngine`, beside a block-wise memmove.
 
-    python bench/engine.py [--only verbs bulk layerwise] [--json FILE]
-
-A private store process each, one thread here. The copies are those of 2,048 tokens: 32 layers, K and V apart, blocks of
-16 tokens of 32 KiB each, in random order; the yardstick moves the same blocks of the same cache to and from memory of
-the same kind with ctypes.memmove. Wall time: the verbs wait for the store's answers.
+Those of 2,048 tokens: 32 layers, K and V apart, blocks of 16 tokens of 32 KiB each, in random order; the yardstick
+moves the same blocks of the same cache to and from memory of the same kind with ctypes.memmove. Knows nothing about how
+rows are shown.
 """
 
 from __future__ import annotations
 
 import ctypes
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,21 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvkeep.cli.rows import Case, Row, alternate, run_groups, seconds
+from kvkeep.cli.rows import Case, Row, alternate, seconds
 from kvkeep.config import Config
-from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
+from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of
 from kvkeep.engine.link import source_of
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
-from kvkeep.testing.doubles import StillTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.transfer import Blocks, Transfer
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
-CHUNKS = 512  # of a prompt of 131,072 tokens
 COPIED_TOKENS = 2048
 PAGE_NBYTES = 32 << 10  # K, or V, of one block in one layer: 8 heads of 128, bf16
 Words = npt.NDArray[np.uint32]
@@ -51,54 +46,6 @@ def fresh(random_: np.random.Generator, count: int) -> Words:
     return random_.integers(0, 150_000, count, dtype=np.uint32)
 
 
-# ---- the verbs, without copies -------------------------------------------------------------------------------
-
-
-def verb_rows() -> list[Row]:
-    """Microseconds a chunk of 512, hashing included where tokens are new; the yardstick is a bare round trip."""
-    layers = tuple(LayerLayout(f"layer {n}", (64,)) for n in range(LAYERS))
-    shard = ShardLayout(CHUNK_TOKENS, (GroupLayout(BLOCK_TOKENS, 0, layers),))
-    table = np.arange(1, CHUNKS * CHUNK_TOKENS // BLOCK_TOKENS + 1)
-    numbers = np.random.default_rng(1)
-    with engine(StillTransfer(shard), 3 * CHUNKS, []) as one:
-        tokens = fresh(numbers, CHUNKS * CHUNK_TOKENS)
-        one.store(tokens, [table])
-
-        def each(action: Callable[[], int]) -> float:
-            def checked() -> None:
-                done = action()
-                assert done == len(tokens), f"{done} tokens"
-
-            return seconds(checked) / CHUNKS * 1e6
-
-        def store() -> float:
-            new = fresh(numbers, len(tokens))
-            return each(lambda: one.store(new, [table]))
-
-        def lookup_fresh() -> float:
-            one._prompts._known = ()
-            return each(lambda: one.lookup(tokens))
-
-        def trip() -> float:
-            return seconds(one.store_figures) / CHUNKS * 1e6
-
-        actions = {
-            "store-chunk": (store, "<= 15 us"),
-            "retrieve-chunk": (lambda: each(lambda: int(one.retrieve(tokens, [table]).sum())), "<= 15 us"),
-            "lookup-chunk": (lambda: each(lambda: one.lookup(tokens)), "<= 3 us"),
-            "lookup-chunk-new-tokens": (lookup_fresh, ""),
-        }
-        made = []
-        for name, (measure, goal) in actions.items():
-            one.store(tokens, [table])  # the stores before may have displaced them
-            ours, trips = alternate(40, measure, trip)
-            made.append(Case(name, "us", "a bare round trip, by as many chunks", goal=goal).row(ours, trips))
-        return made
-
-
-# ---- copies --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class NoSums:
     """`inner`, but a gather's sums are zeros: what the sums cost is the difference."""
@@ -107,16 +54,20 @@ class NoSums:
 
     @property
     def shard(self) -> ShardLayout:
+        """As `Transfer.shard`."""
         return self.inner.shard
 
-    def gather(self, blocks: list[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+    def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
+        """As `Transfer.gather`, without sums."""
         self.inner.gather(blocks, lease, False, layers)
-        return bytes(16 * len(self.shard.chosen(layers)))
+        return bytes(SUM_NBYTES * len(self.shard.chosen(layers)))
 
-    def scatter(self, lease: Lease, blocks: list[Blocks], sums: bytes, layers: range | None = None) -> bool:
+    def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        """As `Transfer.scatter`, verifying nothing."""
         return self.inner.scatter(lease, blocks, b"", layers)
 
-    def check(self, blocks: list[Blocks], unique: bool) -> None:
+    def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
+        """As `Transfer.check`."""
         self.inner.check(blocks, unique)
 
 
@@ -140,6 +91,7 @@ class Bench:
         return COPIED_TOKENS * 2 * LAYERS * PAGE_NBYTES / BLOCK_TOKENS / 1e9 / seconds(checked)
 
     def store(self, which: str, layerwise: bool) -> float:
+        """A prompt that nobody has seen."""
         one, new = self.engines[which], fresh(self.numbers, COPIED_TOKENS)
 
         def action() -> int:
@@ -153,6 +105,7 @@ class Bench:
         return self.rate(action)
 
     def retrieve(self, which: str, layerwise: bool) -> float:
+        """The prompt, into other blocks than it came from."""
         one = self.engines[which]
         one.store(self.tokens, self.tables[0])  # stores of others may have displaced it
 
@@ -160,11 +113,13 @@ class Bench:
             if not layerwise:
                 return int(one.retrieve(self.tokens, self.tables[1]).sum())
             *_, mask = one.retrieve_layer(self.tokens, self.tables[1])
+            assert isinstance(mask, np.ndarray)
             return int(mask.sum())
 
         return self.rate(action)
 
     def memmove(self, out: bool) -> float:
+        """The yardstick, out of the cache or into it."""
         pairs = self.moves[0 if out else 1]
 
         def action() -> int:
@@ -185,8 +140,8 @@ def bench() -> Iterator[Bench]:
     layers = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) for _ in range(LAYERS)]
     groups = [GroupCaches({f"layer {n}": one for n, one in enumerate(layers)}, num_blocks, BLOCK_TOKENS, 0)]
     transfer = ReferenceTransfer(groups, CHUNK_TOKENS)
-    ids = random.Random(2).sample(range(1, num_blocks), 2 * per_prompt)
-    tables = ([np.array(ids[:per_prompt])], [np.array(ids[per_prompt:])])
+    ids = np.random.default_rng(2).permutation(np.arange(1, num_blocks))
+    tables = ([ids[:per_prompt]], [ids[per_prompt:]])
     pool_chunks = 3 * COPIED_TOKENS // CHUNK_TOKENS
     engines = {name: engine(one, pool_chunks, groups) for name, one in (("", transfer), ("-no-sums", NoSums(transfer)))}
     numbers = np.random.default_rng(3)
@@ -221,30 +176,16 @@ def moved(
     return pairs
 
 
-def copy_rows(layerwise: bool) -> list[Row]:
-    """Store and retrieve of the same prompt's length, each beside the same blocks' memmove."""
+def copy_rows(runs: int, layerwise: bool) -> list[Row]:
+    """Store and retrieve of a prompt of 2,048 tokens, each beside the same blocks' memmove."""
     name, goal = ("layerwise", ">= 0.9") if layerwise else ("bulk", ">= 1.0")
-    made = []
     with bench() as one:
-        for which in one.engines:
-            pairs = [
-                (f"{name}-store{which}", lambda which=which: one.store(which, layerwise), lambda: one.memmove(True)),
-                (
-                    f"{name}-retrieve{which}",
-                    lambda which=which: one.retrieve(which, layerwise),
-                    lambda: one.memmove(False),
-                ),
-            ]
-            for case, ours, theirs in pairs if not which else pairs[:1]:
-                asked = "" if which else goal
-                row = Case(case, "GB/s", "memmove of each block", "higher", asked).row(*alternate(15, ours, theirs))
-                made.append(row)
-    return made
-
-
-GROUPS = {"verbs": verb_rows, "bulk": lambda: copy_rows(False), "layerwise": lambda: copy_rows(True)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_groups(GROUPS, "CacheEngine", __doc__)
+        cases: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = [
+            (f"{name}-store", goal, lambda: one.store("", layerwise), lambda: one.memmove(True)),
+            (f"{name}-retrieve", goal, lambda: one.retrieve("", layerwise), lambda: one.memmove(False)),
+            (f"{name}-store-no-sums", "", lambda: one.store("-no-sums", layerwise), lambda: one.memmove(True)),
+        ]
+        return [
+            Case(case, "GB/s", "memmove of each block", "higher", asked).row(*alternate(runs, ours, theirs))
+            for case, asked, ours, theirs in cases
+        ]
