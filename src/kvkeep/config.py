@@ -78,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     transfer_mode: Annotated[
         Literal["bulk", "layerwise", "auto"], Meta(description='"bulk", "layerwise" or "auto"')
     ] = "auto"
+    transfer: Annotated[Literal["auto", "kernel", "copy"], Meta(description='"auto", "kernel" or "copy"')] = "auto"
+    transfer_programs: Annotated[int, Meta(gt=0, le=1024, description="a whole number > 0 and <= 1024")] = 16
     trace_path: Annotated[str, Meta(description='"" for no trace, or the path of a file')] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],

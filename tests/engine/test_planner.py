@@ -553,6 +553,47 @@ def test_ended_while_its_step_is_under_way(bench: Bench) -> None:
     assert bench.figures()["chunks"] == 3, "what the step stored is worth keeping"
 
 
+def test_a_name_may_be_used_again_while_a_step_of_its_last_request_is_under_way(bench: Bench) -> None:
+    bench.keep(range(512))
+    old, new = asking("r", range(800)), asking("r", range(5000, 5600))
+    assert bench.planner.match(old, 0) == 512
+    bench.admit(old, 512)
+    first = bench.plan(old, 800)
+    bench.planner.ended("r")
+    bench.planner.expect(new)
+    assert bench.match(new) == 0
+    bench.admit(new)
+    bench.figures()
+    second = bench.plan(new, 600)
+    bench.done(first)
+    bench.done(second)
+    assert bench.match(asking("again", range(5000, 5600))) == 512
+    assert bench.match(asking("longer", range(800))) == 768
+    for name in ("r", "again", "longer"):
+        bench.planner.ended(name)
+    assert bench.at_rest()
+
+
+def test_a_store_that_is_lost_takes_what_ended_requests_had_reserved_with_it(bench: Bench) -> None:
+    """Its lease numbers may mean something to the next store."""
+    request = asking("r", range(600))
+    bench.match(request)
+    bench.admit(request)
+    bench.figures()
+    plan = bench.plan(request, 600)
+    bench.planner.ended("r")
+    bench.lose_store()
+    bench.planner.plan_step([], lambda _: table(600))
+    bench.find_store()
+    bench.keep(range(512), "other")
+    held = bench.match(asking("reader", range(600)))
+    assert held == 512
+    bench.done(plan)
+    assert bench.figures()["pinned_nbytes"] == 2 * bench.layout.nbytes, "a lease of another's was released"
+    bench.planner.ended("reader")
+    assert bench.at_rest()
+
+
 def test_ended_while_its_question_is_open(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):

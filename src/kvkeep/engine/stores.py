@@ -135,7 +135,7 @@ class Stores:
                 continue
             if op is not None:
                 advance(chunk, op, step.number)
-                step.gathers.append((record, chunk, op.seal))
+                step.add_gather(record, chunk, op.seal)
                 ops.append(op)
         return ops
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0
@@ -45,6 +46,14 @@ class Transfer(Protocol):
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """An assertion if a block does not exist, is the null block, or (with `unique`) is named twice."""
+
+
+class Opened(NamedTuple):
+    """A transfer, what page-locks the pool for it (None: nothing needs to), and what people should know about it."""
+
+    transfer: Transfer
+    pin_calls: PinCalls | None = None
+    text: str = ""
 
 
 def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence[Blocks], unique: bool) -> None:

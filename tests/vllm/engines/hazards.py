@@ -88,6 +88,7 @@ class Run:
         self.connector = self.scheduler.connector
         self.count = 0
         self.answers: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
 
     def add(self, tokens: list[int], answer: int = 8) -> str:
         self.count += 1
@@ -100,6 +101,7 @@ class Run:
         for output in self.engine.step():
             if output.finished:
                 self.answers[output.request_id] = list(output.outputs[0].token_ids)
+                self.reasons[output.request_id] = output.outputs[0].finish_reason
 
     def finish(self) -> None:
         while self.engine.has_unfinished_requests():
