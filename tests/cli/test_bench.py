@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from kvkeep.cli import bench_engine
 from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_disk import Maker, Size, cached_rows, disk_rows, transfer_rows
 from kvkeep.cli.bench_engine import engine_rows
 from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
 from kvkeep.cli.bench_moves import LINE_NBYTES, aligned, move_rows
@@ -66,6 +68,31 @@ def test_without_torch_the_engine_group_says_what_is_missing(monkeypatch: pytest
     result = invoke("engine")
     assert result.exit_code == 2
     assert "pip install 'kvkeep[torch]'" in result.output
+
+
+@pytest.mark.parametrize("fio", [False, True])
+def test_the_disk_cases_of_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fio: bool):
+    if fio and shutil.which("fio") is None:
+        pytest.skip("fio is not installed")
+    monkeypatch.setattr("kvkeep.cli.bench_disk.has_fio", lambda: fio)
+    size = Size("64k", 64 << 10, 6, "")
+    rows = [*transfer_rows(Maker(tmp_path), size, 1), *cached_rows(Maker(tmp_path / "cached"), size, 1)]
+    beside = ("", "-vs-fio") if fio else ("",)
+    names = [f"disk-{verb}-64k{what}" for verb in ("store", "load") for what in beside]
+    assert [row.case for row in rows] == [*names, "disk-load-64k-cached"]
+    assert all(0 < row.min <= row.max and row.yardstick_min > 0 for row in rows)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "cached"], "what was written is removed"
+
+
+@pytest.mark.slow
+def test_the_disk_cases_that_have_a_goal():
+    goals = {row.case: row.goal for row in disk_rows(1) if row.goal}
+    assert goals == {
+        **{f"disk-{verb}-{size}": ">= 0.95" for verb in ("store", "load") for size in ("32m", "2m")},
+        **{f"disk-{verb}-256k": ">= 0.70" for verb in ("store", "load")},
+        "disk-verify-share": "<= 0.10",
+        "disk-metadata": "<= 60 us",
+    }
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from kvkeep.config import Config
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of
 from kvkeep.engine.link import Source
+from kvkeep.testing.device_doubles import LOCKS, HeldDevice
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
@@ -123,8 +124,13 @@ def library(
     made: Transfer = ReferenceTransfer(groups, CHUNK)
     if settings.pop("staged", False):
         made = StagedTransfer(groups, CHUNK)
+    device = settings.pop("device", None)
+    if isinstance(device, HeldDevice):
+        made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
-    with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, layers) as engine:
+    with CacheEngine(
+        Opened(transfer, LOCKS if device else None), identity_of(MODEL, groups, CHUNK), source, config, layers
+    ) as engine:
         yield Library(engine, groups, source)

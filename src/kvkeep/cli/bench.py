@@ -14,6 +14,7 @@ import typer
 
 from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
 from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
+from kvkeep.cli.bench_disk import disk_rows
 from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.cli.bench_index import index_rows
 from kvkeep.cli.bench_moves import move_rows
@@ -29,6 +30,7 @@ class Group(StrEnum):
     INDEX = "index"
     ENGINE = "engine"
     DAEMON = "daemon"
+    DISK = "disk"
 
 
 ROWS: dict[Group, Callable[[int], list[Row]]] = {
@@ -38,6 +40,7 @@ ROWS: dict[Group, Callable[[int], list[Row]]] = {
     Group.INDEX: index_rows,
     Group.ENGINE: engine_rows,
     Group.DAEMON: lambda runs: [*lookup_rows(runs), *move_rows(runs), *idle_rows(runs)],
+    Group.DISK: disk_rows,
 }
 CORE = (Group.KEYS, Group.ALLOC, Group.POLICY, Group.INDEX)
 
@@ -53,7 +56,8 @@ def bench(
 ) -> None:
     """Measures keys, allocators, policies and the index: one thread each, in CPU time, about a minute; others by name.
 
-    engine: `CacheEngine`, about a minute. daemon: four client processes over one store process, about two.
+    engine: `CacheEngine`, about a minute. daemon: four client processes over one store process, about two. disk: the
+    disk tier in a folder of $TMPDIR (1 GiB), about two.
     """
     chosen = groups or CORE
     if Group.ENGINE in chosen and not has_torch():

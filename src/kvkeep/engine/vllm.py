@@ -100,6 +100,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.figures = Figures()
         self.identity: Identity | None = None
         self._info: RankInfo | None = None
+        self._writes_early = facts.writes_early(vllm_config)
         self._requests = Requests(Adapters(default_memory()))
         self._differences = Differences()
         self._fails_whole = facts.fails_whole(kv_cache_config)
@@ -186,6 +187,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Runs the step's stores. No block needs to be held: what writes to one later comes after its copy."""
         if self.worker is not None:
             self.worker.start_stores(self._plan())
+            if self._writes_early:
+                self.worker.before_writes()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """The requests whose asynchronous loads have ended; what failed is named by block where that is enough."""

@@ -90,6 +90,11 @@ def _group_refusal(group: KVCacheGroupSpec) -> str:
     return ""
 
 
+def writes_early(vllm_config: VllmConfig) -> bool:
+    """Whether a step zeroes and copies blocks before it calls `handle_preemptions`: vLLM's second model runner does."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", True))
+
+
 def splits_batches(vllm_config: VllmConfig) -> bool:
     """Whether a layer may be computed in several parts of a batch (DBO), so that its end is not the layer's.
 

@@ -30,7 +30,7 @@ class Epochs(msgspec.Struct, frozen=True):
 
     def of(self, namespace: bytes) -> int:
         """The epoch that a record of this namespace must carry."""
-        return self.namespaces.get(namespace.hex(), self.everything)
+        return self.namespaces.get(namespace.hex(), self.everything) if self.namespaces else self.everything
 
     def raised(self, namespace: bytes | None, now_ns: int) -> Epochs:
         """The epochs after a clear; past 4,096 cleared namespaces everything is cleared instead."""

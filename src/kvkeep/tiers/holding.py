@@ -28,24 +28,27 @@ log = logging.getLogger("kvkeep.disk")
 
 T = TypeVar("T")
 _UNLINKS = 64  # a job
+_RECORDS = 256  # a job: threads that share the GIL take longer over many small jobs than one does
 
 
 class DiskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a disk tier. `limit_nbytes` is shared evenly by the directories, `threads` are each one's.
 
-    `direct` lets it go past the page cache where the file system can; `min_free_nbytes` stay free whoever fills the
-    disk. The limits in seconds: of the start, of the end, of waiting for room.
+    One thread never stores. `direct` lets it go past the page cache where the file system can; `min_free_nbytes` stay
+    free whoever fills the disk. A thread takes `batch_nbytes` of loads or `store_batch_nbytes` of stores at once. The
+    limits in seconds: of the start, of the end, of waiting for room.
     """
 
     directories: Annotated[tuple[str, ...], Meta(min_length=1)]
     limit_nbytes: Annotated[int, Meta(gt=0)]
     policy: str = "lru"
-    threads: Annotated[int, Meta(ge=2)] = 4
+    threads: Annotated[int, Meta(ge=2)] = 5
     durability: Durability = Durability.NONE
     min_free_nbytes: Annotated[int, Meta(ge=0)] = 1 << 30
     direct: bool = True
     queue_jobs: Annotated[int, Meta(gt=0)] = 4096
     batch_nbytes: Annotated[int, Meta(gt=0)] = 2 << 20
+    store_batch_nbytes: Annotated[int, Meta(gt=0)] = 8 << 20
     open_s: float = 10.0
     close_s: float = 2.0
     room_s: float = 5.0
@@ -212,12 +215,12 @@ class Holding:
 
 
 def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:
-    """The items in their order, in runs of at most 64 and `most_nbytes`; one that is larger is alone."""
+    """The items in their order, in runs of at most `_RECORDS` and `most_nbytes`; one that is larger is alone."""
     runs: list[list[T]] = []
     room = 0
     for item in items:
         size = nbytes(item)
-        if not runs or size > room or len(runs[-1]) == 64:
+        if not runs or size > room or len(runs[-1]) == _RECORDS:
             runs.append([])
             room = most_nbytes
         runs[-1].append(item)

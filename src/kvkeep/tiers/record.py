@@ -104,10 +104,10 @@ def decode_header(octets: Bytes) -> Header:
     _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(data)
     end = _FIXED.size + count * _RANGE.size
     table = list(_RANGE.iter_unpack(data[_FIXED.size : end]))
-    sizes = tuple([nbytes for nbytes, _ in table])
+    sizes = tuple([size for size, _ in table])
     if any(not 0 < size < _MAX_RANGE_NBYTES or size % ALIGN_NBYTES for size in sizes):
         raise CorruptChunk("a range's size is no multiple of 4 KiB")
-    if reserved or data[end:-SUM_NBYTES].strip(b"\0"):
+    if reserved or data[end:-SUM_NBYTES] != bytes(nbytes - SUM_NBYTES - end):
         raise CorruptChunk("bytes that version 1 does not use are not zero")
     return Header(namespace + digest, epoch, sizes, b"".join([one for _, one in table]), codec)
 

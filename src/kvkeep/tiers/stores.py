@@ -52,7 +52,7 @@ class Stores:
         for write in writes:
             assert write.payload.nbytes == sum(write.sizes), f"{write.payload.nbytes} bytes for ranges of {write.sizes}"
             answers.append(self._begun(write, fresh))
-        runs = batches(fresh, lambda one: one.nbytes, holding.options.batch_nbytes)
+        runs = batches(fresh, lambda one: one.nbytes, holding.options.store_batch_nbytes)
         try:
             await holding.end([holding.begin(partial(self._store, run)) for run in runs])
         finally:
