@@ -8,7 +8,7 @@ FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast bench venv clean peers soak gpu-test gpu-bench chaos fuzz
+.PHONY: help demo test check fast bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -41,15 +41,26 @@ bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{co
 	OMP_NUM_THREADS=1 $(PY) bench/micro.py --json bench/results/micro.json
 
 GPU_PY ?= python3
+GPU_TESTS := tests/transfer/test_gpu.py tests/transfer/test_compiled.py tests/transfer/test_cuda.py \
+             tests/memory/test_pin.py tests/engine/test_device_worker.py
 
-gpu-test:       ## on a machine with a CUDA device: the tests of the device path (torch, triton, pytest, msgspec in GPU_PY)
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) -m pytest -p no:cacheprovider tests/transfer tests/memory -m "not slow"
+gpu-wheels:     ## here: what a bare machine with torch, triton and pytest lacks, into .whl (docs/reference/gpu.md)
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  -d .whl "msgspec>=0.19,<0.22"
+
+gpu-test:       ## on a machine with a CUDA device: the tests of the device path, in GPU_PY (docs/reference/gpu.md)
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) -m pytest -p no:cacheprovider -W default $(GPU_TESTS)
 
 gpu-bench:      ## there: bandwidth and what it costs the model, as a table and bench/results/gpu.json
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) bench/gpu.py --json bench/results/gpu.json
 
 peers: $(VENV)/.ready   ## time to first token beside LMCache 0.5.6, as a table and bench/results/ttft.json (about 20 minutes)
 	$(PY) bench/ttft.py --json bench/results/ttft.json
+
+peers-micro: $(VENV)/.ready   ## the micro-benchmarks beside LMCache's, which lie in ../shared/peers: bench/results/peers.json (about 10 minutes)
+	[ -e build/peer-venv/.ready ] || PYTHON=$(PYTHON) bash scripts/peers.sh
+	OMP_NUM_THREADS=1 $(PY) bench/peers.py --json bench/results/peers.json
 
 soak: $(VENV)/.ready   ## 20 minutes of mixed work with a small pool and disk; every answer is checked
 	$(PY) scripts/models.py tiny

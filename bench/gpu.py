@@ -206,7 +206,8 @@ def main() -> None:
     show(rows, f"{torch.cuda.get_device_name(0)}, {PROGRAMS} programs a launch")
     write(rows, options.json)
     samples = probe(device, CudaLane(device), partial(mover, "kernel"), partial(mover, "engine"))
-    print(decide(torch.cuda.get_device_name(0), samples))
+    choice = decide(torch.cuda.get_device_name(0), samples, PROGRAMS)
+    print(choice, *choice.lines, sep="\n")
 
 
 if __name__ == "__main__":

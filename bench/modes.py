@@ -1,20 +1,24 @@
 """kvkeep's ways to copy beside each other in real vLLM: bulk, layer by layer, beside the steps; A B A B, one run.
 
-Rows: a cold prompt (stores), a stored prefix with as many new tokens behind it (loads under a prefill), and how long a
-running request waits while another one's prefix is loaded. Takes about 10 minutes; knows nothing about peers.
+Rows: a cold prompt (stores), a stored prefix with new tokens behind it (loads under a prefill), how long a running
+request waits while another one's prefix is loaded, and a prefix that is on disk only, page cache dropped. The
+yardstick is bulk; with `none` among the ways, what cannot be a hit is also beside vLLM without kvkeep. Takes about 20
+minutes; dropping the page cache needs root. Knows nothing about peers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ttft import BUILD, KVKEEP, Engine, engine
+from restart import DISK, drop_page_cache, settle
+from ttft import BUILD, KVKEEP, PLAIN, Engine, engine
 
 from kvkeep.cli.rows import Case, Row, say, show, write
 
@@ -23,7 +27,9 @@ WAYS: dict[str, dict[str, str]] = {
     "layerwise": {"load": "sync", "transfer_mode": "layerwise"},
     "async": {"load": "async", "transfer_mode": "bulk"},
     "auto": {},
+    "none": {},
 }
+POOL_MIB = 264  # two prompts of 8k tokens, or three of 4k, take turns: each finds the others in its place
 
 
 def cold(engines: dict[str, Engine], tokens: int, seeds: range) -> dict[str, list[float]]:
@@ -64,6 +70,48 @@ def stalls(engines: dict[str, Engine], tokens: int, seed: int, runs: int) -> tup
     return found, first
 
 
+def on_disk(options: argparse.Namespace, sizes: dict[int, int]) -> dict[str, dict[str, list[float]]]:
+    """Prompts that only the disk has: `sizes` says how many prompts of how many tokens take turns.
+
+    They are computed once; each way starts on a copy of that disk.
+    """
+    shutil.rmtree(DISK, ignore_errors=True)
+    settings = {"pool_size": f"{POOL_MIB} MiB", "max_pinned_share": 1.0, "deadline_s": 10.0, "disk_size": "4 GiB"}
+    with ExitStack() as stack:
+        one = begun(stack, options, "source", {**settings, "disk_path": str(DISK / "source")})
+        one.answer()
+        for tokens, count in sizes.items():
+            for seed in range(count):
+                say(f"storing {tokens} {seed}: {one.ask(tokens, tokens + seed, range(1)).ttft_s:.2f} s")
+                settle()  # the next one takes its place in the pool
+    found: dict[str, dict[str, list[float]]] = {f"disk-{tokens}": {} for tokens in sizes}
+    with ExitStack() as stack:
+        engines = {}
+        for name in [name for name in options.ways if name != "none"]:
+            shutil.copytree(DISK / "source", DISK / name)
+            path = {"disk_path": str(DISK / name)}
+            engines[name] = begun(stack, options, name, {**settings, **WAYS[name], **path})
+            engines[name].answer()
+        for tokens, count in sizes.items():
+            for number in range(options.runs + count):
+                for name in turned(engines, number):
+                    engines[name].tell(reset=True)
+                    drop_page_cache()
+                    took = engines[name].ask(tokens, tokens + number % count, range(tokens - 1, tokens + 1)).ttft_s
+                    if number >= count:
+                        found[f"disk-{tokens}"].setdefault(name, []).append(took)
+            say(f"disk {tokens}: " + told(found[f"disk-{tokens}"]))
+    shutil.rmtree(DISK, ignore_errors=True)
+    return found
+
+
+def begun(stack: ExitStack, options: argparse.Namespace, name: str, settings: dict[str, Any] | None) -> Engine:
+    """An engine that is being started, without kvkeep if there are no settings."""
+    say(f"starting {name}: {json.dumps(settings)}")
+    transfer = {**KVKEEP, "kv_connector_extra_config": settings} if settings is not None else None
+    return stack.enter_context(engine(f"modes-{name}", Path(sys.executable), options, transfer))
+
+
 def turned(engines: dict[str, Engine], number: int) -> list[str]:
     names = list(engines)
     return names[number % len(names) :] + names[: number % len(names)]
@@ -74,19 +122,31 @@ def told(found: dict[str, list[float]]) -> str:
 
 
 def rows(engines: dict[str, Engine], options: argparse.Namespace) -> list[Row]:
-    """One row for each way but bulk, which is the yardstick."""
-    tokens, made = options.tokens, []
-    seeds = range(options.pairs)
+    """Each way beside bulk, and beside no cache where nothing can be a hit."""
+    tokens, seeds = options.tokens, range(options.pairs)
     measured = {f"cold-{tokens}": cold(engines, tokens, seeds)}
+    if "cold" in options.cases:
+        measured["cold-1000"] = cold(engines, 1000, range(1000, 1000 + options.runs))
+        measured["cold-100"] = cold(engines, 100, range(2000, 2000 + 2 * options.runs))
+    keeping = {name: one for name, one in engines.items() if name != "none"}
     if "extended" in options.cases:
-        measured[f"extend-{tokens}+1024"] = extended(engines, tokens, 1024, seeds)
-        measured[f"extend-{tokens}+128"] = extended(engines, tokens, 128, seeds)
+        measured[f"extend-{tokens}+1024"] = extended(keeping, tokens, 1024, seeds)
+        measured[f"extend-{tokens}+128"] = extended(keeping, tokens, 128, seeds)
     if "stalls" in options.cases:
-        held, first = stalls(engines, tokens, 0, options.runs)
+        held, first = stalls(keeping, tokens, 0, options.runs)
         measured |= {f"running-step-{tokens}": held, f"ttft-beside-a-running-one-{tokens}": first}
-    for case, found in measured.items():
-        for name in [name for name in engines if name != "bulk"]:
-            made.append(Case(f"{case}-{name}", "s", "kvkeep, bulk and sync").row(found[name], found["bulk"]))
+    return [one for case, found in measured.items() for one in compared(case, found)]
+
+
+def compared(case: str, found: dict[str, list[float]]) -> list[Row]:
+    """The rows of one case: bulk is the yardstick of the other ways, no cache of all that keep one."""
+    made = []
+    for name in [name for name in found if name != "none"]:
+        if "none" in found:
+            made.append(Case(f"{case}-{name}-vs-none", "s", PLAIN, goal="<= 1.05").row(found[name], found["none"]))
+        if name != "bulk" and "bulk" in found:
+            goal = "<= 0.9" if case.startswith("disk") else "<= 1.05"
+            made.append(Case(f"{case}-{name}", "s", "kvkeep, bulk and sync", goal=goal).row(found[name], found["bulk"]))
     return made
 
 
@@ -95,21 +155,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUILD / "models" / "bench")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--cases", nargs="+", choices=["extended", "stalls"], default=["extended", "stalls"])
+    cases = ["cold", "extended", "stalls", "disk"]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    settings: dict[str, Any] = KVKEEP["kv_connector_extra_config"]
-    with ExitStack() as stack:
-        engines = {}
-        for name in options.ways:
-            transfer = {**KVKEEP, "kv_connector_extra_config": {**settings, **WAYS[name], "pool_size": "1 GiB"}}
-            say(f"starting {name}: {json.dumps(WAYS[name])}")
-            engines[name] = stack.enter_context(engine(f"modes-{name}", Path(sys.executable), options, transfer))
-            engines[name].answer()
-        made = rows(engines, options)
+    made: list[Row] = []
+    if set(options.cases) != {"disk"}:
+        with ExitStack() as stack:
+            engines = {}
+            for name in options.ways:
+                settings = {"pool_size": "1 GiB", **WAYS[name]} if name != "none" else None
+                engines[name] = begun(stack, options, name, settings)
+                engines[name].answer()
+            made += rows(engines, options)
+    if "disk" in options.cases:
+        for case, found in on_disk(options, {4096: 3, 8192: 2}).items():
+            made += compared(case, found)
     write(made, options.json)
     show(made, f"ways to copy, {options.dtype}")
 

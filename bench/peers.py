@@ -1,9 +1,9 @@
-"""The parts of kvkeep beside LMCache's, in turn: keys, allocators, eviction, lookup.
+"""The parts of kvkeep beside LMCache's, in turn: keys, allocators, eviction, lookup, the engine's verbs and copies.
 
 `OMP_NUM_THREADS=1 python bench/peers.py --scripts FOLDER [--only NAME ...] [--rounds N] [--json FILE]`. FOLDER holds
 the micro-benchmarks of LMCache (`bench_a_tokens.py` and so on, each of which appends its rows to $LMBENCH_OUT); they
 run in the environment of `scripts/peers.sh`. One round is all of a peer's script, then ours; a value of a round is the
-median of its runs.
+median of its runs. A file keeps its rows of the sides that are not named.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = "LMCache"
 LIMIT_S = 600.0
 RUNS = 7  # a round
+# transformers, which LMCache imports, does not survive that one of the scripts replaces torch.cuda.Stream before
+START = """import runpy, sys, transformers.generation.utils
+runpy.run_path(sys.argv[1], run_name="__main__")"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Pair:
 
     def peer_value(self, row: dict[str, float]) -> float:
         """Its median in our unit."""
-        return row["us_median"] if self.unit == "us" else row["median"] / 1e6
+        return row["us_median"] if self.unit == "us" else row["median"] / (1e6 if self.unit == "Mtok/s" else 1)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Side:
 
 
 DATABASE = "ChunkedTokenDatabase.process_tokens sha256_cbor {} n=131072"
+BLOCKS = "flashattn[2,NB,BS,H,D] random slots"
 SIDES = {
     "keys": Side(
         "bench_a_tokens.py",
@@ -84,6 +88,20 @@ SIDES = {
             Pair("reserve-commit-chunk", "LRU n=100000 allocate(evict 1)+put at capacity"),
         ),
     ),
+    "engine": Side(
+        "bench_e_engine.py",
+        {},
+        ("engine",),
+        (
+            Pair("store-chunk", "bulk store, MockGPUConnector (no copy): pure overhead, list tokens"),
+            Pair("retrieve-chunk", "bulk retrieve, MockGPUConnector (no copy): pure overhead"),
+            Pair("engine-lookup-chunk", "lookup hit pin + lookup_unpin, list tokens"),
+            Pair("bulk-store", f"bulk store {BLOCKS} interm_buf=False", "GB/s"),
+            Pair("bulk-retrieve", f"bulk retrieve {BLOCKS} interm_buf=False", "GB/s"),
+            Pair("layerwise-store", "layerwise store flashattn random slots", "GB/s"),
+            Pair("layerwise-retrieve", "layerwise retrieve flashattn random slots", "GB/s"),
+        ),
+    ),
 }
 
 
@@ -92,9 +110,9 @@ def peer_rows(side: Side, python: Path, scripts: Path, folder: Path) -> dict[str
     out = folder / "peer.jsonl"
     out.unlink(missing_ok=True)
     settings = {"LMBENCH_OUT": str(out), "LMBENCH_REPS": str(RUNS), "OMP_NUM_THREADS": "1", **side.settings}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings
+    environment = os.environ | settings | {"PYTHONPATH": str(scripts / "vllm_stub")}  # all that it needs of vLLM
     done = subprocess.run(
-        [python, scripts / side.script],
+        [python, "-c", START, scripts / side.script],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -146,7 +164,7 @@ def main() -> None:
         )
     made = [row for name in options.only for row in compared(name, options)]
     show(made, f"kvkeep beside {PEER}")
-    write(made, options.json)
+    write(made, options.json, keeps=True)
 
 
 if __name__ == "__main__":

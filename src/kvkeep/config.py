@@ -47,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     enabled: Annotated[bool, Meta(description="true or false")] = True
     pool_size: Annotated[int | str, Meta(description=_SIZE_RIGHT)] = "auto"
     chunk_tokens: Annotated[int, Meta(gt=0, description="a whole number of tokens > 0")] = 256
+    chain: Annotated[Literal["auto", "kvkeep"], Meta(description='"auto" or "kvkeep"')] = "auto"
     policy: Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')] = "lru"
     store: Annotated[
         str,
@@ -77,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     transfer_mode: Annotated[
         Literal["bulk", "layerwise", "auto"], Meta(description='"bulk", "layerwise" or "auto"')
     ] = "auto"
+    transfer: Annotated[Literal["auto", "kernel", "copy"], Meta(description='"auto", "kernel" or "copy"')] = "auto"
+    transfer_programs: Annotated[int, Meta(gt=0, le=1024, description="a whole number > 0 and <= 1024")] = 16
     trace_path: Annotated[str, Meta(description='"" for no trace, or the path of a file')] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],

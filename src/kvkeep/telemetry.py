@@ -45,7 +45,8 @@ COUNTERS = {
     "skipped_present_chunks": "chunks that were in the pool already, or being written by another request",
     "skipped_full_chunks": "chunks for which the pool had no room",
     "skipped_gone_chunks": "chunks whose blocks the engine had freed before they could be gathered",
-    "dropped_chunks": "gathered chunks that were not committed: a load failed in their step, or a rank skipped them",
+    "dropped_chunks": "gathered chunks that were not committed: their step had failed loads, a rank skipped them, "
+    "or their request was preempted before the copy was over",
     "store_losses": "times that the store process was lost",
     "resets": "times that the engine asked for an empty cache",
 }

@@ -15,6 +15,7 @@ from kvkeep.cli.bench_engine import engine_rows
 from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
 from kvkeep.cli.bench_moves import LINE_NBYTES, aligned, move_rows
 from kvkeep.cli.main import app
+from kvkeep.cli.rows import Case, write
 
 KEYS = ["keys-array", "keys-list", "keys-one-more-chunk"]
 ALLOC = ["freelist", "freelist-holes", "freelist-fail", "slots"]
@@ -37,6 +38,23 @@ def test_the_groups_that_are_named_run_and_their_rows_are_written(tmp_path: Path
         assert math.isclose(row["ratio"], row["median"] / row["yardstick_median"])
         assert row["machine"]
         assert row["command"]
+
+
+def test_rows_of_other_cases_stay_where_they_are_to_be_kept(tmp_path: Path):
+    file = tmp_path / "rows.json"
+
+    def row(case: str, value: float):
+        return Case(case, "us", "nothing").row([value], [1.0])
+
+    write([row("a", 1.0), row("b", 2.0)], file)
+    write([row("b", 3.0), row("c", 4.0)], file, keeps=True)
+    assert [(one["case"], one["median"]) for one in json.loads(file.read_text())] == [
+        ("a", 1.0),
+        ("b", 3.0),
+        ("c", 4.0),
+    ]
+    write([row("d", 5.0)], file)
+    assert [one["case"] for one in json.loads(file.read_text())] == ["d"]
 
 
 def test_an_unknown_group_is_answered_with_the_known_ones():
@@ -80,7 +98,7 @@ def test_the_disk_cases_that_have_a_goal():
 @pytest.mark.slow
 def test_the_engine_cases():
     rows = engine_rows(1)
-    verbs = ["store-chunk", "retrieve-chunk", "lookup-chunk", "lookup-chunk-new-tokens"]
+    verbs = ["store-chunk", "retrieve-chunk", "engine-lookup-chunk", "engine-lookup-new-tokens"]
     copies = [f"{way}-{verb}" for way in ("bulk", "layerwise") for verb in ("store", "retrieve", "store-no-sums")]
     assert [row.case for row in rows] == [*verbs, *copies]
     assert all(row.min > 0 for row in rows)

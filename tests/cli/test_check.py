@@ -9,9 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from kvkeep.cli.main import app
+from kvkeep.store.namespaces import Named
 from kvkeep.testing.faulty_files import flip_bit
 from kvkeep.testing.tier_conformance import holds, key, write_of
 from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.wire.identities import write_identities
 
 WRITES = [write_of(key(number)) for number in range(6)]
 
@@ -52,6 +54,21 @@ def invoke(*arguments: str):
 def test_good_records_are_good(root: Path) -> None:
     result = invoke(str(root))
     assert (result.exit_code, result.output) == (0, "6 records: 6 good\n")
+
+
+def test_whose_records_they_are_is_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    mine, others = WRITES[0].key[:16], b"o" * 16
+    write_identities(root, {others: Named("vllm m", "kv_dtype  'fp8'"), mine: Named("vllm m", "kv_dtype  'bfloat16'")})
+    (row,) = (line for line in invoke(str(root)).output.splitlines() if mine.hex()[:8] in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["vllm m", "6", ""]
+    os.renames(root / mine.hex(), root / others.hex())
+    for number in range(3):
+        Path(path_of(root, number)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path_of(root, number).replace(mine.hex(), others.hex()), path_of(root, number))
+    rows = [line for line in invoke(str(root)).output.splitlines() if "vllm m" in line]
+    assert [row.split("│")[3].strip() for row in rows] == ["6", "3"]
+    assert "kv_dtype: 'bfloat16' here, 'fp8' there" in rows[1]
 
 
 def test_every_kind_of_bad_record_is_named(root: Path) -> None:

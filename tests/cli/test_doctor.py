@@ -21,6 +21,7 @@ from kvkeep.cli.doctor import (
     check_sealing,
     check_speed,
     check_store,
+    check_transfer,
     check_vllm,
     installed,
 )
@@ -30,14 +31,16 @@ from kvkeep.errors import ConfigError
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import Limit, Limits
 from kvkeep.testing.store_thread import shared_store
+from kvkeep.transfer.choice import Choice, Sample, decide, write_choice
 from kvkeep.wire.process import StoreOptions
 
 GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
-def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_module, "_PROBE_NBYTES", 1 << 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing was measured"))
 
 
 def invoke(*arguments: str, env: dict[str, str] | None = None):
@@ -55,7 +58,7 @@ def test_a_right_machine_is_ok() -> None:
     assert result.exit_code == 0, result.output
     for row in ("Python", "vLLM", "configuration", "a pool of 1 MiB", "memfd, sealed", "GB/s"):
         assert row in result.output
-    assert result.output.count(" ok ") == 6
+    assert result.output.count(" ok ") == 7
     assert "problem" not in result.output
 
 
@@ -116,6 +119,12 @@ def test_python_versions(version: tuple[int, int], right: bool) -> None:
     assert f"{version[0]}.{version[1]}" in check.found
 
 
+@pytest.mark.parametrize(("policy", "said"), [("recompute", "computed again"), ("keep", "fails the request")])
+def test_it_says_what_becomes_of_a_load_that_fails(policy: str, said: str) -> None:
+    result = invoke("doctor", "--pool-size", "1 MiB", env={"KVKEEP_LOAD_FAILURE_POLICY": policy})
+    assert said in " ".join(result.output.split())
+
+
 def test_memory_names_the_limit() -> None:
     limits = Limits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
     assert check_memory(Config(), limits).cure == ""
@@ -163,6 +172,41 @@ def test_a_disk_tier_in_place_of_a_file_names_the_directory(tmp_path: Path) -> N
     file = tmp_path / "file"
     file.touch()
     assert str(file) in check_disk(file / "folder", Config(disk_path=str(file))).cure
+
+
+def measured() -> Choice:
+    return decide("H100", [Sample(True, 4096, 21e9, 3e9), Sample(False, 65536, 50e9, 52e9)], 16)
+
+
+def test_what_was_measured_of_a_device_is_shown_by_size_and_direction(tmp_path: Path) -> None:
+    file = tmp_path / "transfer.json"
+    assert write_choice(file, measured())
+    (check,) = check_transfer(Config(), file, has_device=False)
+    assert not check.cure
+    text = text_of(check)
+    assert "H100, 16 programs" in text
+    assert "store    4 KiB: kernel 21.0, copy engine 3.0 GB/s: kernel" in text
+    assert "load    64 KiB: kernel 50.0, copy engine 52.0 GB/s: copy engine" in text
+    (other,) = check_transfer(Config(transfer_programs=8), file, has_device=True)
+    assert "measured again for transfer_programs = 8" in other.found
+
+
+def test_a_machine_without_a_device_has_no_row_and_a_new_one_says_what_comes(tmp_path: Path) -> None:
+    file = tmp_path / "transfer.json"
+    assert check_transfer(Config(), file, has_device=False) == []
+    (new,) = check_transfer(Config(), file, has_device=True)
+    assert new.found == "not measured yet: an engine does it when it starts"
+    (fixed,) = check_transfer(Config(transfer="copy"), file, has_device=True)
+    assert fixed.found == "the copy engine, as set"
+    (fixed,) = check_transfer(Config(transfer="kernel"), file, has_device=True)
+    assert fixed.found == "the kernel, as set"
+
+
+def test_the_command_shows_the_file_of_this_user(tmp_path: Path) -> None:
+    assert write_choice(tmp_path / "kvkeep" / "transfer.json", measured())
+    result = invoke("doctor", "--pool-size", "1 MiB", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert result.exit_code == 0, result.output
+    assert "GPU copies" in result.output
 
 
 @pytest.mark.parametrize(

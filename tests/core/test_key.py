@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core import cbor
-from kvkeep.core.key import BlockChain, Chain, key_of, mixed_root, none_hash, token_array
+from kvkeep.core.key import BlockChain, BlockHashes, Chain, key_of, mixed_root, none_hash, token_array
 
 UINTS = st.one_of(
     st.integers(0, 30), st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 2**32 - 1),
@@ -285,35 +285,53 @@ def test_mixed_root_depends_on_both_and_on_where_they_meet():
     assert mixed_root(b"ab", b"c") == sha256(b"\x82\x42ab\x41c").digest()
 
 
-@given(st.integers(0, 40), st.integers(1, 5), st.lists(st.integers(0, 40), max_size=6))
-def test_a_block_chain_takes_the_hash_of_each_chunks_last_block(count, blocks_per_chunk, cuts):
-    hashes = [sha256(bytes([place])).digest() for place in range(count)]
-    chain = BlockChain(blocks_per_chunk)
-    given_out = [digest for cut in [*sorted(cuts), 40] for digest in chain.extend(hashes[:cut])]
-    whole = range(blocks_per_chunk, count + 1, blocks_per_chunk)
-    assert given_out == chain.digests == [hashes[end - 1] for end in whole]
+@given(st.integers(0, 200), st.integers(1, 5), st.integers(1, 5), st.lists(st.integers(0, 200), max_size=6))
+def test_a_block_chain_takes_the_hash_of_each_chunks_last_block(count, block_tokens, blocks_per_chunk, cuts):
+    hashes: list[bytes] = []
+    chain = BlockChain(block_tokens * blocks_per_chunk, BlockHashes(hashes, block_tokens))
+    given_out = []
+    for cut in [*sorted(min(cut, count) for cut in cuts), count]:
+        hashes += [sha256(bytes([place])).digest() for place in range(len(hashes), cut // block_tokens)]
+        given_out += chain.extend(range(cut))
+    chunks = count // (block_tokens * blocks_per_chunk)
+    assert given_out == chain.digests == [hashes[(n + 1) * blocks_per_chunk - 1] for n in range(chunks)]
+
+
+def test_a_block_chain_reads_no_further_than_the_tokens_that_it_is_told_of():
+    hashes = Chain(16, none_hash()).extend(range(64))
+    assert BlockChain(32, BlockHashes(hashes, 16)).extend(range(63)) == [hashes[1]]
 
 
 def test_a_block_chain_over_blocks_of_a_whole_chunk_is_the_chain():
     tokens = list(range(100))
     hashes = Chain(16, none_hash()).extend(tokens)
-    assert BlockChain(1).extend(hashes) == hashes
+    assert BlockChain(16, BlockHashes(hashes, 16)).extend(tokens) == hashes
 
 
 def test_an_adapters_content_changes_every_digest_of_a_block_chain():
-    hashes = Chain(16, none_hash()).extend(list(range(64)))
-    mixed = BlockChain(2, b"content").extend(hashes)
+    hashes = Chain(16, none_hash()).extend(range(64))
+    mixed, other = (BlockChain(32, BlockHashes(hashes, 16, one)).extend(range(64)) for one in (b"content", b"other"))
     assert mixed == [mixed_root(one, b"content") for one in hashes[1::2]]
-    assert not {*mixed, *BlockChain(2, b"other content").extend(hashes)} & {*hashes}
+    assert not {*mixed, *other} & {*hashes}
+    assert not {*mixed} & {*other}
+
+
+def test_hashes_that_are_late_make_digests_when_they_come():
+    hashes = Chain(16, none_hash()).extend(range(64))
+    late: list[bytes] = []
+    chain = BlockChain(32, BlockHashes(late, 16))
+    found = []
+    for one in hashes:
+        found.append(chain.extend(range(64)))
+        late.append(one)
+    assert [*found, chain.extend(range(64))] == [[], [], [hashes[1]], [], [hashes[3]]]
 
 
 def test_what_is_no_sha256_is_a_broken_invariant():
     with pytest.raises(AssertionError, match="not SHA-256"):
-        BlockChain(1).extend([bytes(8)])
-    chain = BlockChain(1)
-    chain.extend([bytes(32)] * 2)
-    with pytest.raises(AssertionError, match="1 hashes where 2"):
-        chain.extend([bytes(32)])
+        BlockChain(1, BlockHashes([bytes(8)], 1)).extend([1])
+    with pytest.raises(AssertionError, match="chunks of 24 tokens over blocks of 16"):
+        BlockChain(24, BlockHashes([], 16))
 
 
 def test_key_of():
@@ -359,7 +377,7 @@ def test_vllms_own_function(monkeypatch):
             parent = kv_cache_utils.hash_block_tokens(sha256_cbor, parent, tokens[start : start + 64], extra)
             digests.append(parent)
         assert Chain(64, none_hash(), keys).extend(tokens) == digests
-        assert BlockChain(4).extend(digests) == digests[3::4]
+        assert BlockChain(256, BlockHashes(digests, 64)).extend(tokens) == digests[3::4]
 
 
 @pytest.mark.slow

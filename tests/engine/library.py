@@ -12,11 +12,12 @@ from kvkeep.config import Config
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of
 from kvkeep.engine.link import Source
+from kvkeep.testing.device_doubles import LOCKS, HeldDevice
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Transfer
+from kvkeep.transfer.transfer import Opened, Transfer
 
 NB, CHUNK = 80, 8
 MODEL = Model("test", weights="same weights")
@@ -123,8 +124,13 @@ def library(
     made: Transfer = ReferenceTransfer(groups, CHUNK)
     if settings.pop("staged", False):
         made = StagedTransfer(groups, CHUNK)
+    device = settings.pop("device", None)
+    if isinstance(device, HeldDevice):
+        made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
-    with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config, layers) as engine:
+    with CacheEngine(
+        Opened(transfer, LOCKS if device else None), identity_of(MODEL, groups, CHUNK), source, config, layers
+    ) as engine:
         yield Library(engine, groups, source)

@@ -19,6 +19,7 @@ from kvkeep.core.key import none_hash
 from kvkeep.engine import line
 from kvkeep.engine.prompts import Prompts
 from kvkeep.errors import StoreGone
+from kvkeep.testing.device_doubles import HeldDevice
 from kvkeep.testing.doubles import FaultyTransfer
 from kvkeep.testing.fake_model import FakeModel, GroupShape
 from kvkeep.testing.store_thread import ThreadSource
@@ -69,6 +70,27 @@ def test_through_a_staging_copy_too():
         before = lib.pages()
         *_, mask = lib.engine.retrieve_layer(range(32), there)
         assert mask.all()
+        assert lib.pages() == lib.after(before, here, there, mask)
+        lib.settled()
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_by_a_device_of_its_own_accord_too(layout: str, kind: Callable[[list[int]], Any]):
+    device = HeldDevice()
+    with library(LAYOUTS[layout](), device=device) as lib:
+        assert lib.engine.store(range(100, 116), [kind(one) for one in lib.table(HERE, 16)]) == 16
+        pool = lib.engine._line._pool
+        assert pool is not None
+        pool._populating.join(10.0)
+        lib.fill(2)
+        here, there = lib.table(HERE, 32), lib.table(THERE, 32)
+        assert lib.engine.store(range(32), [kind(one) for one in here]) == 32
+        assert device.stores.waits > 0, "staged"
+        before = lib.pages()
+        *_, mask = lib.engine.retrieve_layer(range(32), [kind(one) for one in there])
+        assert mask.all()
+        assert not device.loads.held
         assert lib.pages() == lib.after(before, here, there, mask)
         lib.settled()
 

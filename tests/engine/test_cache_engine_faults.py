@@ -25,6 +25,7 @@ from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import shared_store
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.transfer import Opened
 from kvkeep.wire.frames import framed
 from kvkeep.wire.messages import VERSION, Welcome, encoded
 from kvkeep.wire.process import StoreOptions
@@ -46,7 +47,7 @@ def private(clock: ManualClock, deadline_s: float = 20.0) -> Iterator[tuple[Libr
     source = PrivateSource(StoreOptions(POOL_NBYTES, log_level="critical"))
     config = Config(deadline_s=deadline_s, chunk_tokens=CHUNK)
     with CacheEngine(
-        ReferenceTransfer(groups, CHUNK), identity_of(MODEL, groups, CHUNK), source, config, (), clock
+        Opened(ReferenceTransfer(groups, CHUNK)), identity_of(MODEL, groups, CHUNK), source, config, (), clock
     ) as one:
         lib = Library(one, groups, source)
         lib.fill(1)
@@ -231,14 +232,14 @@ def test_closed_with_a_generator_open_its_memory_is_lent_to_nobody(folder: Path)
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
-        with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config) as one:
+        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config) as one:
             lib = Library(one, groups, source)
             lib.fill(1)
             one.store(TOKENS, [HERE])
             before = lib.pages()
             retrieving = one.retrieve_layer(TOKENS, [THERE])
             assert next(retrieving) == 32
-        with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config) as two:
+        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config) as two:
             assert two.store_figures()["quarantined_nbytes"] == 4 * transfer.shard.nbytes
             assert two.clear() == 4
             region = running.region.array
@@ -257,7 +258,7 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
-        with CacheEngine(transfer, identity_of(MODEL, groups, CHUNK), source, config, (), clock) as one:
+        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, (), clock) as one:
             one.store(TOKENS, [HERE])
             one.lookup(TOKENS, "pin")
             retrieving = one.retrieve_layer(TOKENS, [THERE])

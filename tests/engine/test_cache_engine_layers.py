@@ -116,7 +116,10 @@ def test_store_layer_yields_layers_and_one_times_whatever_happens(lib: Library, 
         lib.engine.bypass(False)
         if state.stores:
             assert lib.engine.lookup(TOKENS) == 32
-            assert lib.engine.retrieve(TOKENS, lib.table(THERE, 32)).all()
+            before, there = lib.pages(), lib.table(THERE, 32)
+            mask = lib.engine.retrieve(TOKENS, there)
+            assert mask.all()
+            assert lib.pages() == lib.after(before, lib.table(HERE, 32), there, mask), "a hole got its own blocks"
 
 
 @pytest.mark.parametrize("steps", range(8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier, ThreadCopier
+from kvkeep.engine.device_copies import Rank
+from kvkeep.engine.device_worker import DeviceWorker
+from kvkeep.engine.mapped import MappedPool
 from kvkeep.engine.planner import PlannerOptions
 from kvkeep.engine.worker import Worker
+from kvkeep.testing.device_doubles import LOCKS, HeldDevice
 from kvkeep.testing.doubles import FaultyTransfer, HeldCopier
 from kvkeep.testing.fake_engine import FakeEngine
 from kvkeep.testing.fake_model import GroupShape
 from kvkeep.testing.fake_request import EngineShape, Phase
 from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.transfer.device import DeviceTransfer
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Transfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import Stats
@@ -41,21 +48,46 @@ class Bench:
     faults: list[FaultyTransfer] = field(default_factory=list)
     copier: type[Copier] = InlineCopier
     copiers: list[Copier] = field(default_factory=list)
+    on_device: bool = False
+    devices: list[HeldDevice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         layers = sum(group.layers for group in self.shape.groups)
         self.source = ThreadSource(self.chunks * layers * self.shape.ranks * padded_nbytes(1))
         # an answer is always waited for: what a test does decides what happens, not the machine's speed
-        options = self.options or PlannerOptions(beside_steps=len(self.shape.groups) > 1, patience_s=10.0)
-        self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_rank)
+        options = self.options or PlannerOptions(beside_steps=self.shape.fails_whole, patience_s=10.0)
+        make = self.make_on_device if self.on_device else ReferenceTransfer
+        self.engine = FakeEngine(self.shape, self.source, options, self.wrap, self.make_rank, make)
+
+    def make_on_device(self, groups: Sequence[GroupCaches], chunk_tokens: int) -> Transfer:
+        self.devices.append(HeldDevice())
+        return self.devices[-1].transfer(groups, chunk_tokens)
+
+    def lock_pools(self) -> None:
+        """Lets every rank map its pool and lock all of it: what is not locked yet is staged, and never late."""
+        self.engine.add("maps", list(range(900, 910)))
+        self.run()
+        for worker in self.engine.workers:
+            assert isinstance(worker, DeviceWorker)
+            pool = worker._rank.pool._pool
+            assert pool is not None
+            pool._populating.join(10.0)
 
     def wrap(self, rank: int, inner: Transfer) -> Transfer:
+        if self.on_device:
+            return inner
         self.faults.append(FaultyTransfer(inner, self.failing.get(rank, set())))
         return self.faults[-1]
 
-    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
+    def make_copier(self) -> Copier:
         self.copiers.append(self.copier())
-        return Worker(rank, transfer, door, self.copiers[-1], choice)
+        return self.copiers[-1]
+
+    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker | DeviceWorker:
+        if isinstance(transfer, DeviceTransfer):
+            mode = "layerwise" if self.shape.layerwise else "bulk"
+            return DeviceWorker(Rank(rank, transfer, MappedPool(door, LOCKS)), self.make_copier, mode)
+        return Worker(rank, transfer, door, self.make_copier(), choice)
 
     def copy(self, rank: int, count: int = 100) -> None:
         """Runs copies of a rank that were held back."""
@@ -69,7 +101,8 @@ class Bench:
     def run(self) -> None:
         """Steps until every request is done, with copies between the steps."""
         for _ in range(1000):
-            if not self.engine.waiting and not self.engine.running:
+            told = not self.on_device or not self.engine.planner.awaits_report()
+            if not self.engine.waiting and not self.engine.running and told:
                 return
             self.engine.step()
             for copier in self.copiers:
@@ -80,6 +113,24 @@ class Bench:
     def stored(self) -> int:
         """How many chunks the store can give out now."""
         return self.stats()["chunks"]
+
+    @property
+    def events(self) -> dict[str, Callable[[], None]]:
+        """What may happen at any time and needs nothing to be chosen."""
+        lost = {"lose": self.lose, "forget": self.forget_locally, "reset": self.reset}
+        return {"step": self.engine.step, "preempt": self.engine.preempt, **lost}
+
+    def reset(self) -> None:
+        """A new epoch begins."""
+        self.engine.planner.reset(bytes(15) + bytes([len(self.engine.requests)]), "")
+
+    def lose(self) -> None:
+        """The connection to the store breaks; there is another one at once, to a new boot of it."""
+        link = self.engine.link
+        assert link.client is not None
+        link.client.lose("a test")
+        link.live(idle=False)
+        link.start(10.0)
 
     def forget_locally(self) -> None:
         """The engine's own prefix cache is empty: only the store can help."""
@@ -164,6 +215,19 @@ def test_a_load_that_fails_on_one_rank_is_computed_again_and_never_asked_again(g
         assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
         retried = 8 if groups != "full" else 0  # vLLM starts such a request over
         assert bench.engine.external_tokens == 24 + retried + 8, "the chunk that failed was offered again"
+        bench.end()
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_with_a_window_a_request_whose_load_failed_in_part_starts_over(failing: int) -> None:
+    """Of what came before the part that failed, only what the last token sees was ever loaded."""
+    with Bench(EngineShape(groups=(GroupShape(4, window=13),), chunk_tokens=CHUNK), failing={0: {failing}}) as bench:
+        for name in ("first", "fails", "again"):
+            bench.engine.add(name, list(range(29)), 4)
+            bench.engine.run()
+            bench.forget_locally()
+        assert bench.faults[0].failures == 1
+        assert len({tuple(one.tokens) for one in bench.engine.requests.values()}) == 1
         bench.end()
 
 
@@ -333,11 +397,64 @@ def test_the_check_can_fail() -> None:
             bench.engine.step()
 
 
+def on_device(groups: str, **sizes: object) -> Bench:
+    """An engine whose ranks copy on devices that are as late as they may be."""
+    return Bench(shape(groups, **sizes), copier=HeldCopier, on_device=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("groups", list(GROUPS))
+def test_a_prompt_comes_back_on_a_device(groups: str, ranks: int, layerwise: bool) -> None:
+    with on_device(groups, ranks=ranks, budget_tokens=12, layerwise=layerwise) as bench:
+        prompt = list(range(29))
+        bench.engine.add("first", prompt, 4)
+        bench.run()
+        assert bench.stored() == 3
+        bench.forget_locally()
+        again = bench.engine.add("again", prompt, 4)
+        bench.run()
+        assert again.tokens == bench.engine.requests["first"].tokens
+        assert bench.engine.external_tokens == 24 == bench.figure("delivered_tokens")
+        assert bench.end() == 3 + 3
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_device_that_is_late_stores_what_a_request_had_although_its_blocks_are_anothers(layerwise: bool) -> None:
+    with on_device("full", num_blocks=7, layerwise=layerwise) as bench:
+        bench.lock_pools()
+        first = bench.engine.add("first", list(range(16)), 1)
+        bench.engine.step()
+        assert first.phase is Phase.DONE
+        assert bench.stored() == 1, "told of before its copy was over"
+        assert bench.stats()["writing_nbytes"] > 0, "the pool's memory was given back under a copy"
+        bench.forget_locally()
+        bench.engine.add("second", list(range(100, 124)), 1)
+        bench.engine.step()
+        bench.run()
+        assert bench.stored() == 1 + 2 + 3
+        assert bench.end() == 1 + 2 + 3
+
+
+def test_a_preemption_before_a_late_store_is_over_costs_that_store_only() -> None:
+    with on_device("full", num_blocks=20) as bench:
+        bench.lock_pools()
+        bench.engine.add("preempted", list(range(16)), 4)
+        bench.engine.step()
+        bench.engine.preempt()
+        bench.forget_locally()
+        bench.run()
+        assert bench.stored() == 1 + 2
+        assert bench.figure("dropped_chunks") == 2
+        assert bench.end() == 1 + 2
+
+
 # ---- anything, in any order ------------------------------------------------------------------------------------
 
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 30), st.integers(1, 6))
 EVENTS = st.lists(
-    st.sampled_from(["step", "step", "step", "copy", "add", "add", "preempt", "abort", "forget"]), max_size=40
+    st.sampled_from(["step"] * 6 + ["copy", "add"] * 3 + ["land", "preempt", "abort", "forget", "reset", "lose"]),
+    max_size=40,
 )
 
 
@@ -348,6 +465,7 @@ def prompt_of(stem: int, branch: int, length: int) -> Sequence[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(
+    on_device=st.booleans(),
     groups=st.sampled_from(list(GROUPS)),
     ranks=st.integers(1, 2),
     budget=st.integers(3, 40),
@@ -362,6 +480,7 @@ def prompt_of(stem: int, branch: int, length: int) -> Sequence[int]:
     data=st.data(),
 )
 def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
+    on_device: bool,
     groups: str,
     ranks: int,
     budget: int,
@@ -379,7 +498,7 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
         groups, ranks=ranks, budget_tokens=budget, num_blocks=60, verify_every=verify_every, layerwise=layerwise
     )
     options = PlannerOptions(beside_steps=beside or groups != "full", store_generated=generated, patience_s=10.0)
-    with Bench(sizes, chunks, options, failing, copier=HeldCopier) as bench:
+    with Bench(sizes, chunks, options, failing, copier=HeldCopier, on_device=on_device) as bench:
         engine = bench.engine
         for event in events:
             if event == "add" and prompts:
@@ -387,16 +506,19 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
             elif event == "abort" and engine.requests:
                 engine.abort(data.draw(st.sampled_from(sorted(engine.requests))))
-            elif event == "preempt":
-                engine.preempt()
-            elif event == "forget":
-                bench.forget_locally()
             elif event == "copy":
-                bench.copy(data.draw(st.integers(0, ranks - 1)), data.draw(st.integers(1, 4)))
-            elif event == "step":
-                engine.step()
+                bench.copy(data.draw(st.integers(0, len(bench.copiers) - 1)), data.draw(st.integers(1, 4)))
+            elif event == "land" and on_device:
+                device = bench.devices[data.draw(st.integers(0, ranks - 1))]
+                lane = device.stores if data.draw(st.booleans()) else device.loads
+                lane.land(data.draw(st.integers(1, 4)))
+            elif event in bench.events:
+                bench.events[event]()
         for stem, branch, length, generate in prompts:
             engine.add(f"{len(engine.requests)}", prompt_of(stem, branch, length), generate)
         bench.run()
-        assert engine.planner.figures.count("dropped_chunks") == 0 or any(fault.failures for fault in bench.faults)
+        # a device is late enough for a preemption to come before the end of a store
+        late = on_device and "preempt" in events
+        whole = not any(fault.failures for fault in bench.faults) and not {"reset", "lose"} & set(events)
+        assert engine.planner.figures.count("dropped_chunks") == 0 or not whole or late
         bench.end()

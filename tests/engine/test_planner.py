@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.core.key import none_hash
+from kvkeep.core.key import BlockHashes, Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
 from kvkeep.engine.lookups import Request
@@ -553,6 +553,47 @@ def test_ended_while_its_step_is_under_way(bench: Bench) -> None:
     assert bench.figures()["chunks"] == 3, "what the step stored is worth keeping"
 
 
+def test_a_name_may_be_used_again_while_a_step_of_its_last_request_is_under_way(bench: Bench) -> None:
+    bench.keep(range(512))
+    old, new = asking("r", range(800)), asking("r", range(5000, 5600))
+    assert bench.planner.match(old, 0) == 512
+    bench.admit(old, 512)
+    first = bench.plan(old, 800)
+    bench.planner.ended("r")
+    bench.planner.expect(new)
+    assert bench.match(new) == 0
+    bench.admit(new)
+    bench.figures()
+    second = bench.plan(new, 600)
+    bench.done(first)
+    bench.done(second)
+    assert bench.match(asking("again", range(5000, 5600))) == 512
+    assert bench.match(asking("longer", range(800))) == 768
+    for name in ("r", "again", "longer"):
+        bench.planner.ended(name)
+    assert bench.at_rest()
+
+
+def test_a_store_that_is_lost_takes_what_ended_requests_had_reserved_with_it(bench: Bench) -> None:
+    """Its lease numbers may mean something to the next store."""
+    request = asking("r", range(600))
+    bench.match(request)
+    bench.admit(request)
+    bench.figures()
+    plan = bench.plan(request, 600)
+    bench.planner.ended("r")
+    bench.lose_store()
+    bench.planner.plan_step([], lambda _: table(600))
+    bench.find_store()
+    bench.keep(range(512), "other")
+    held = bench.match(asking("reader", range(600)))
+    assert held == 512
+    bench.done(plan)
+    assert bench.figures()["pinned_nbytes"] == 2 * bench.layout.nbytes, "a lease of another's was released"
+    bench.planner.ended("reader")
+    assert bench.at_rest()
+
+
 def test_ended_while_its_question_is_open(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):
@@ -809,3 +850,37 @@ def test_a_step_without_a_forward_is_no_pace() -> None:
         bench.clock.advance(0.6)
         bench.planner.step_over()
         assert bench.planner._estimate.compute_s(0, 600) == pytest.approx(0.6)
+
+
+def hashed(name: str, tokens: Sequence[int], hashes: list[bytes], fingerprint: bytes = b"") -> Request:
+    """A request of an engine that hashes its blocks; the hashes of all tokens are there."""
+    hashes[:] = Chain(BLOCK, none_hash()).extend(tokens)
+    return Request(name, tokens, len(tokens), none_hash(), None, False, BlockHashes(hashes, BLOCK, fingerprint))
+
+
+def test_with_the_engines_block_hashes_a_prompt_and_what_was_generated_are_found_again() -> None:
+    with bench_of(options=PlannerOptions(patience_s=LIMIT_S, store_generated=True)) as bench:
+        hashes: list[bytes] = []
+        writer = hashed("writer", range(300), hashes)
+        assert bench.match(writer) == 0
+        bench.admit(writer)
+        bench.figures()
+        bench.done(bench.plan(writer, 300))
+        for tokens in (range(500), range(520)):  # the hashes grow in place as tokens are generated
+            grown = hashed("writer", tokens, hashes)._replace(prompt_tokens=300)
+            bench.done(bench.plan(grown, len(tokens)))
+        bench.planner.ended("writer")
+        assert bench.match(hashed("reader", range(600), [])) == 512
+
+
+def test_what_was_stored_under_block_hashes_is_no_other_adapters() -> None:
+    with bench_of() as bench:
+        writer = hashed("writer", range(512), [], b"content of an adapter")
+        assert bench.match(writer) == 0
+        bench.admit(writer)
+        bench.figures()
+        bench.done(bench.plan(writer, 512))
+        bench.planner.ended("writer")
+        for name, fingerprint in (("replaced", b"content of another"), ("without", b"")):
+            assert bench.match(hashed(name, range(600), [], fingerprint)) == 0
+        assert bench.match(hashed("same", range(600), [], b"content of an adapter")) == 512

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 
 from kvkeep.core.key import Chain, none_hash
+from kvkeep.engine.ops import rewind
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StoresDone
 from kvkeep.engine.request import OpenChunk, Record
 from kvkeep.engine.steps import Done, Load, Steps
@@ -29,7 +30,7 @@ class Bench:
         if load:
             ops = tuple(LoadOp(BOOT, "r", start, 0, ()) for start in (0, 8))
             step.add_load(self.record, Load(BOOT, 70 + number, (0, 15), ops, (b"first", b"second"), (1, 2, 3)), 0)
-        step.gathers.append((self.record, chunk, True))
+        step.add_gather(self.record, chunk, True)
         self.steps.launch(step)
         return chunk
 
@@ -95,8 +96,21 @@ def test_a_step_after_the_failure_is_known_is_sealed_again() -> None:
 def test_a_chunk_that_was_rewound_meanwhile_is_not_sealed() -> None:
     bench = Bench()
     chunk = bench.step(1)
-    chunk.sealed_in = 0  # its request was preempted: its blocks have another content now
+    rewind(chunk)  # its request was preempted: its blocks have another content now
     assert bench.take(stored(1, 0), stored(1, 1)).sealed == []
+
+
+def test_a_late_report_of_old_blocks_does_not_undo_the_gather_of_the_new_ones() -> None:
+    bench = Bench()
+    chunk = bench.step(1)
+    rewind(chunk)
+    again = bench.steps.begin()
+    chunk.sealed_in = again.number
+    again.add_gather(bench.record, chunk, True)
+    bench.steps.launch(again)
+    assert bench.take(stored(1, 0), stored(1, 1)).sealed == []
+    assert [one.chunk for one in bench.take(stored(2, 0), stored(2, 1)).sealed] == [chunk]
+    assert bench.figures.count("dropped_chunks") == 1
 
 
 def test_leases_of_another_start_of_the_store_are_not_released() -> None:

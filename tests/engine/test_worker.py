@@ -152,6 +152,27 @@ def test_the_pool_of_an_earlier_boot_is_not_touched_again(rank: Rank) -> None:
     assert new.array.any()
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_failed_is_known_before_the_end_of_a_step_with_a_drafter(layers: int) -> None:
+    """vLLM asks for it when the model has run, and ends the step when the drafter has: the tokens are told in between."""
+    rank = Rank(0, layers)
+    rank.hand(FIRST)
+    rank.faults.failing_blocks = {3}
+    plan = StepPlan(1, FIRST, (0, 8192), loads=(scatter(0, 1, 2), scatter(16384, 3, 4)), stores=(gather(32768, 5, 6),))
+    rank.worker.start_loads(plan)
+    for number in range(layers):
+        rank.worker.wait_layer(f"layer{number}")
+        rank.worker.save_layer(plan, f"layer{number}")
+    rank.worker.poll(plan)
+    assert rank.worker.take_failed_blocks() == {3, 4}
+    assert rank.worker.take_report() == Report([LoadsDone(1, 0, (1,))], [])
+    rank.worker.start_stores(plan)
+    assert rank.worker.take_failed_blocks() == set()
+    report = rank.worker.take_report()
+    assert (report.loads, len(report.stores)) == ([], 1)
+    rank.close()
+
+
 def test_a_request_is_loaded_beside_the_steps_only_if_every_chunk_was(rank: Rank) -> None:
     rank.hand(FIRST)
     rank.faults.failing_calls = {1}

@@ -120,3 +120,23 @@ def test_a_pool_that_cannot_be_locked_lends_as_any_other(device: Device | None):
         assert lease.pieces == ()
         lease.views()[0][:] = 1
     pool.close()
+
+
+@pytest.mark.parametrize("lease_first", [True, False])
+def test_memory_stays_locked_while_a_copy_may_be_under_way_in_it(lease_first: bool):
+    device = Device()
+    pool = pool_with(device, lambda pool: pool.pin is not None and pool.pin.pinned_nbytes == pool.nbytes)
+    first, second = pool.lease(0, SHARD), pool.lease(mmap.PAGESIZE, SHARD)
+    first.close()
+    first.close()
+    assert device.locked
+    if lease_first:
+        second.close()
+        assert device.locked, "the pool is still open"
+        pool.close()
+    else:
+        pool.close()
+        assert device.locked, "a lease is still open"
+        second.views()[0][:] = 1
+        second.close()
+    assert not device.locked

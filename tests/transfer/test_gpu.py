@@ -9,12 +9,18 @@ from pathlib import Path as File
 import numpy as np
 import pytest
 import torch
+import xxhash
 
+from kvkeep.engine.copier import ThreadCopier
+from kvkeep.engine.device_copies import Rank
+from kvkeep.engine.device_worker import DeviceWorker, Mode
+from kvkeep.engine.mapped import MappedPool
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
 from kvkeep.memory.pin import Pin
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
 from kvkeep.testing.conformance import CHECKS, TransferCase
-from kvkeep.transfer.choice import Sample, decide, read_choice
+from kvkeep.transfer.choice import Sample, Wish, decide, read_choice
 from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
 from kvkeep.transfer.device import DeviceTransfer, Path
 from kvkeep.transfer.kernels import KernelMover
@@ -28,11 +34,14 @@ from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.rotary import Pairing, key_pages, rotate_blocks, turn_between
 from kvkeep.transfer.rotary_kernel import turn_blocks
 from kvkeep.transfer.transfer import Blocks
+from kvkeep.transfer.turned_scatter import Plane, TurnedScatter
+from kvkeep.wire.handoff import PoolDoor, send_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 NB = 9
 TURNS = 200  # of a race
+BOOT = b"boot number one."
 WAYS = ("kernel", "engine")
 Groups = list[list[torch.Tensor]]
 
@@ -286,6 +295,98 @@ def test_nobody_waits_for_work_of_others(way: str):
     assert not cache[1:].any()
 
 
+# ---- a rank's half -------------------------------------------------------------------------------------------
+
+
+class OneRank:
+    """A worker over one layer of eight large blocks and a pool of its own."""
+
+    def __init__(self, way: str, mode: Mode) -> None:
+        self.cache = torch.zeros((NB, 256 << 10), dtype=torch.uint8, device=device())
+        transfer = transfer_of([GroupCaches({"l": self.cache}, NB, 1, 0)], 8, way)
+        self.shard = transfer.shard
+        self.region = Region.create(4 * self.shard.nbytes)
+        door = PoolDoor()
+        send_pool(door.path, self.region.fd, BOOT, 5.0)
+        self.mapped = MappedPool(door, CudaMemory(load_driver(), 0).calls)
+        lease = self.mapped.lease(BOOT, 0, self.shard)
+        assert lease is not None
+        lease.close()
+        assert self.mapped._pool is not None
+        self.mapped._pool._populating.join(timeout=30.0)
+        self.worker = DeviceWorker(Rank(0, transfer, self.mapped), ThreadCopier, mode)
+
+    def told(self) -> Report:
+        """The next report; how long it takes is the device's business."""
+        for _ in range(10_000):
+            self.worker.poll(StepPlan(idle=True))
+            if report := self.worker.take_report():
+                return report
+        raise AssertionError("nothing was told")
+
+    def close(self) -> None:
+        self.worker.close()
+        self.region.close()
+
+
+@pytest.mark.parametrize("mode", ["bulk", "layerwise"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_is_given_to_another_request_at_once_was_stored_as_it_was(way: str, mode: Mode):
+    one = OneRank(way, mode)
+    for turn in range(1, TURNS):
+        plan = StepPlan(turn, BOOT, (0,), stores=(StoreOp(0, (ALL,), True),))
+        busy()
+        one.cache.fill_(turn % 251)  # late: the step
+        one.worker.save_layer(plan, "l")
+        one.worker.start_stores(plan)
+        one.worker.before_writes()
+        one.cache.fill_(255)  # the next step writes for somebody else
+        (done,) = one.told().stores
+        stored = one.region.array[: one.shard.nbytes]
+        assert (stored == turn % 251).all(), f"turn {turn}"
+        assert done.sums == {0: xxhash.xxh3_128_digest(stored.data)}
+    one.close()
+
+
+@pytest.mark.parametrize("mode", ["bulk", "layerwise"])
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_reads_what_was_loaded_and_the_pool_is_another_requests_once_that_is_told(way: str, mode: Mode):
+    one = OneRank(way, mode)
+    seen = torch.zeros_like(one.cache)
+    for turn in range(1, TURNS):
+        one.region.array[: one.shard.nbytes] = turn % 251
+        plan = StepPlan(turn, BOOT, (0,), loads=(LoadOp(BOOT, "r", 0, 0, (ALL,)),))
+        busy()
+        one.cache.fill_(255)  # late: an earlier step still writes there
+        one.worker.before_writes()
+        one.worker.start_loads(plan)
+        one.worker.wait_layer("l")
+        seen.copy_(one.cache)  # as attention would
+        one.worker.start_stores(plan)
+        assert one.told().loads == [LoadsDone(turn, 0, ())]
+        one.region.array[: one.shard.nbytes] = 254
+        assert bool((seen[1:] == turn % 251).all()), f"turn {turn}"
+    one.close()
+
+
+def test_a_step_waits_for_no_copy():
+    one = OneRank("kernel", "bulk")
+    plan = StepPlan(1, BOOT, (0,), stores=(StoreOp(0, (ALL,), True),))
+    one.worker.start_stores(plan)  # compiled
+    one.told()
+    torch.cuda._sleep(2_000_000_000)  # the step computes for about a second
+    over = torch.cuda.Event()
+    over.record()
+    one.worker.start_stores(plan)
+    one.worker.start_loads(StepPlan(2, BOOT, (0,), trips=(Trip(3, (LoadOp(BOOT, "r", 0, 0, (ALL,)),)),)))
+    one.worker.before_writes()
+    one.worker.poll(StepPlan())
+    assert not one.worker.take_report(), "told before its copy was over"
+    assert not over.query(), "the engine's thread waited"
+    assert one.told()
+    one.close()
+
+
 # ---- position, and what is chosen ----------------------------------------------------------------------------
 
 
@@ -308,16 +409,43 @@ def test_the_kernel_turns_k_as_torch_does(dtype: torch.dtype, interleaved: bool)
         torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_k_turns_within_the_scatter_as_behind_it(dtype: torch.dtype):
+    caches = {f"l{n}": torch.randn((2, NB, 16, 8, 128), device=device()).to(dtype) for n in range(3)}
+    transfer = transfer_of([GroupCaches(caches, NB, 16, 0)], 64, "kernel")
+    lease = Lease(locked(transfer.shard.nbytes), transfer.shard, (0,))
+    transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, False)
+    job, ids = Job([Blocks(0, 0, (5, 8, 6, 7))], lease), [5, 8, 6, 7]
+    pace = frequencies({"rope_theta": 500_000.0}, 128, Span(8192)).to(device())
+    p = torch.arange(64, device=device())
+    turn = turn_between((p, pace), (p + 70_000, pace))
+    keys = [key_pages(name, one, "2bthd") for name, one in caches.items()]
+    transfer.start_scatter([job]).order()
+    turn_blocks(keys, ids, turn, Pairing())
+    wanted = [one.clone() for one in caches.values()]
+    for one in caches.values():
+        one[:, ids] = 0
+    planes = []
+    for number, one in enumerate(caches.values()):
+        first, second = (part for part in transfer.parts if part.range_ == number)
+        planes += [Plane(one[0], first, True), Plane(one[1], second, False)]
+    for only in range(3):
+        transfer.start_scatter([job], only, TurnedScatter(planes, turn, Pairing())).order()
+    for one, other in zip(caches.values(), wanted, strict=True):
+        assert torch.equal(one[1], other[1]), "V turned"
+        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
 def test_opening_measures_once_and_keeps_it(tmp_path: File):
     caches = GroupCaches({"l": on_device(2, NB, 16, 64)}, NB, 16, 0)
     kept = tmp_path / "transfer.json"
-    first = open_transfer([caches], 64, kept)
+    first = open_transfer([caches], 64, Wish(kept))
     assert isinstance(first.transfer, DeviceTransfer)
     assert first.pin_calls is not None
-    choice = read_choice(kept, torch.cuda.get_device_name(0))
+    choice = read_choice(kept, torch.cuda.get_device_name(0), 16)
     assert choice is not None
     assert all(isinstance(sample, Sample) and sample.kernel_rate > 1e8 for sample in choice.samples)
-    assert decide(choice.device, choice.samples) == choice
+    assert decide(choice.device, choice.samples, 16) == choice
     written = os.stat(kept).st_mtime_ns
-    assert open_transfer([caches], 64, kept).text == first.text == str(choice)
+    assert open_transfer([caches], 64, Wish(kept)).text == first.text == str(choice)
     assert os.stat(kept).st_mtime_ns == written

@@ -74,6 +74,17 @@ def test_a_page_goes_to_its_place_in_its_chunk():
     assert len(copies(PARTS, [job(Blocks(0, 0, ()))])) == 0
 
 
+def test_block_ids_may_be_an_array():
+    lease = Lease(np.zeros(SHARD.nbytes, np.uint8), SHARD, (0,))
+    listed, packed = ([Job([Blocks(0, 1, ids)], lease)] for ids in ((5, 3), np.array([5, 3], np.intp)))
+    assert (
+        places(packed, 0).tolist()
+        == places(listed, 0).tolist()
+        == [[5, address_of(lease), 1], [3, address_of(lease), 2]]
+    )
+    assert len(places([Job([Blocks(0, 0, np.zeros(0, np.intp))], lease)], 0)) == 0
+
+
 def test_neighbouring_blocks_are_one_copy_unless_the_engine_leaves_gaps():
     rows = merged(copies(PARTS, [one := job(Blocks(0, 0, (5, 6, 7, 3)))]))
     at = address_of(one.lease)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvkeep.transfer import probe as probe_module
+from kvkeep.transfer.choice import Wish
 from kvkeep.transfer.lanes import InlineLane
 from kvkeep.transfer.memcpy import CopyMover
 from kvkeep.transfer.moves import Mover, Part
@@ -29,7 +30,7 @@ class Memmove:
 
 def test_on_a_cpu_nothing_is_measured_or_locked(tmp_path: Path):
     caches = GroupCaches({"l": torch.zeros(9, 64)}, 9, 16, 0)
-    opened = open_transfer([caches], 64, tmp_path / "kept.json")
+    opened = open_transfer([caches], 64, Wish(tmp_path / "kept.json"))
     assert isinstance(opened.transfer, ReferenceTransfer)
     assert opened.pin_calls is None
     assert not list(tmp_path.iterdir())

@@ -125,6 +125,7 @@ SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
+    "block-hashes": Job("answers", keep={}, options={"prefix_caching_hash_algo": "sha256_cbor"}),
     "async": Job("answers", keep={"load": "async"}),
     "layerwise": Job("answers", keep={"transfer_mode": "layerwise", "trace_path": "trace.json"}),
     "tight-async": Job("tight", keep={"load": "async", "transfer_mode": "layerwise"}, options=TIGHT),

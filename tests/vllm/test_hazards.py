@@ -103,3 +103,15 @@ def test_a_request_given_up_in_mid_load_gives_its_blocks_back(beside: Any) -> No
     assert found["free"] == found["total"]
     assert found["p"] == beside[1]["cold"]["p"]
     assert found["stats"]["pinned_nbytes"] == 0
+
+
+@pytest.mark.parametrize("load", ["sync", "async"])
+def test_where_vllm_s_own_policy_is_kept_a_failed_load_fails_its_request_and_no_other(
+    script_run: Callable[..., dict[str, Any]], load: str
+) -> None:
+    found = script_run("fails.py", load, 1)
+    assert found["reasons"] == {"p": "error", "r": "length"}
+    assert (found["r"], found["q"]) == (found["cold"]["r"], found["cold"]["q"])
+    assert found["held"] == 0
+    assert found["stats"]["problem"] == ""
+    assert found["stats"]["pinned_nbytes"] == found["stats"]["writing_nbytes"] == 0

@@ -50,7 +50,9 @@ def bench(
         list[Group] | None, typer.Argument(help="Which parts; those of the core if none is named.")
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="How often each case and its yardstick run, in turn.")] = 15,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows to this file too; it keeps those of groups not named.")
+    ] = None,
 ) -> None:
     """Measures keys, allocators, policies and the index: one thread each, in CPU time, about a minute; others by name.
 
@@ -66,4 +68,4 @@ def bench(
         say(f"{group.value} ...")
         made += ROWS[group](runs)
     show(made, "kvkeep bench")
-    write(made, json)
+    write(made, json, keeps=bool(groups))

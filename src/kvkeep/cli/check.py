@@ -8,16 +8,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 
+from kvkeep.cli.serve import show_namespaces
+from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.boot import lock_directory
 from kvkeep.tiers.directio import Files, posix_files
 from kvkeep.tiers.scrub import Condition, Finding, known_epochs, record_paths, scrub
+from kvkeep.wire.identities import read_identities
+from kvkeep.wire.messages import Known
 
 _SHOWN = 100  # lines of a report that a person reads
 
@@ -31,7 +36,7 @@ def check(
         raise TierUnavailable(f"{directory} is no directory")
     files = posix_files()
     with open(lock_directory(files, directory), "rb") if repair else nullcontext():
-        bad, counts = examine(files, directory)
+        bad, counts, owners = examine(files, directory)
         left = [one for one in bad if not (repair and _removed(files, one.path))]
     console = Console(soft_wrap=True, highlight=False)
     for one in bad[:_SHOWN]:
@@ -41,12 +46,13 @@ def check(
     total = sum(counts.values())
     parts = [f"{counts[one]} {one.value}" for one in Condition if counts[one] or one is Condition.GOOD]
     console.print(f"{total} records: {', '.join(parts)}" + (f"; {len(bad) - len(left)} removed" if repair else ""))
+    show_namespaces(by_namespace(directory, owners), "records")
     if left:
         raise typer.Exit(1)
 
 
-def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condition]]:
-    """The bad records, and how many there are of each kind; shows a bar on a terminal."""
+def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condition], Counter[bytes]]:
+    """The bad records, how many there are of each kind and of each namespace; shows a bar on a terminal."""
     try:
         records, epochs = record_paths(files, directory), known_epochs(files, directory)
     except OSError as error:
@@ -63,7 +69,16 @@ def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condit
         counts[one.condition] += 1
         if one.condition is not Condition.GOOD:
             bad.append(one)
-    return bad, counts
+    return bad, counts, Counter(key[:NAMESPACE_NBYTES] for key, _ in records)
+
+
+def by_namespace(directory: str, owners: Counter[bytes]) -> list[Known]:
+    """Whose records there are, those named last at the end; nothing where nobody has named himself."""
+    names = read_identities(Path(directory))
+    if not names:
+        return []
+    known = [Known(one, *names[one], owners[one]) for one in names if owners[one]]
+    return [*(Known(one, "not named", "", owners[one]) for one in owners if one not in names), *known]
 
 
 def _removed(files: Files, path: str) -> bool:

@@ -27,6 +27,7 @@ from kvkeep.config import Config, load_config, parse_size
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import Limits, check_room, read_limits, size_text
+from kvkeep.transfer.choice import default_file, kept_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,11 +60,13 @@ def doctor(
         check_python(sys.version_info[:2]),
         check_vllm(installed("vllm")),
         configured,
+        check_policy(settings),
         *([check_store(settings.socket_path)] if settings.socket_path is not None else []),
         check_memory(settings, read_limits()),
         *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
         check_sealing(),
         check_speed(time.perf_counter),
+        *check_transfer(settings, default_file(), Path("/dev/nvidiactl").exists()),
     ]
     Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(as_table(checks))
     if any(check.cure for check in checks):
@@ -115,6 +118,15 @@ def check_config(file: str | None) -> tuple[Config, Check]:
     except ConfigError as error:
         return Config(), Check("configuration", "wrong", str(error))
     return config, Check("configuration", "read without an error")
+
+
+def check_policy(config: Config) -> Check:
+    """What becomes of a request whose promised prefix does not come after all."""
+    recompute = config.load_failure_policy == "recompute"
+    found = (
+        "computed again" if recompute else "as vLLM's kv_load_failure_policy says, which by itself fails the request"
+    )
+    return Check("a load that fails", found)
 
 
 def check_memory(config: Config, limits: Limits) -> Check:
@@ -171,6 +183,22 @@ def check_speed(clock: Callable[[], float]) -> Check:
         return Check(name, "not enough memory", str(error))
     assert not out.any(), "fresh shared memory is not zero"
     return Check(name, f"populate {_rate(populated - began)}, copy {_rate(copied - populated)}")
+
+
+def check_transfer(config: Config, file: Path, has_device: bool) -> list[Check]:
+    """Say how a CUDA device copies: what is set, or what was measured by page size and direction; none, no row."""
+    choice = kept_choice(file)
+    if choice is None and not has_device:
+        return []
+    if config.transfer != "auto":
+        found = f"{'the kernel' if config.transfer == 'kernel' else 'the copy engine'}, as set"
+    elif choice is None:
+        found = "not measured yet: an engine does it when it starts"
+    else:
+        stale = choice.programs != config.transfer_programs
+        again = f"; measured again for transfer_programs = {config.transfer_programs} when an engine starts"
+        found = "\n".join([f"{choice.device}, {choice.programs} programs{again if stale else ''}", *choice.lines])
+    return [Check("GPU copies", found)]
 
 
 def as_table(checks: list[Check]) -> Table:

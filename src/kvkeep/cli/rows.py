@@ -147,13 +147,18 @@ def show(rows: Sequence[Row], title: str) -> None:
     print("ratio: ours to the yardstick's, of the medians and of the best runs; ↓ lower is better, ↑ higher is better")
 
 
-def write(rows: Sequence[Row], file: Path | None) -> None:
-    """Writes the rows as a JSON list, each with the machine and the command; does nothing without a file."""
+def write(rows: Sequence[Row], file: Path | None, keeps: bool = False) -> None:
+    """Writes the rows as a JSON list, each with the machine and the command; does nothing without a file.
+
+    `keeps`: the file's rows of other cases stay, for what takes long and is measured in parts.
+    """
     if file is None:
         return
+    old = json.loads(file.read_text()) if keeps and file.exists() else []
+    others = [row for row in old if row["case"] not in {one.case for one in rows}]
     program = Path(sys.argv[0])
     command = shlex.join(["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]])
     file.parent.mkdir(parents=True, exist_ok=True)
     where = {"machine": machine(), "command": command}
-    file.write_text(json.dumps([{**asdict(row), **where} for row in rows], indent=1) + "\n")
+    file.write_text(json.dumps([*others, *({**asdict(row), **where} for row in rows)], indent=1) + "\n")
     say(f"{len(rows)} rows in {file}")

@@ -63,16 +63,16 @@ def stats(socket: Socket) -> None:
         table.add_row(name.removesuffix("_nbytes").replace("_", " "), text)
     table.add_row("index adds up", answer.problem or "yes")
     Console().print(table)
-    show_namespaces(answer.known)
+    show_namespaces(answer.known, "chunks in the pool")
     if answer.problem:
         raise typer.Exit(1)
 
 
-def show_namespaces(known: Sequence[Known]) -> None:
-    """Shows who shares with whom: a namespace a row, and by what each is told from the one before it."""
+def show_namespaces(known: Sequence[Known], what: str) -> None:
+    """Shows who shares with whom: a namespace a row with its number of `what`, and by what it differs from the last."""
     if not known:
         return
-    table = Table("namespace", "named last by", "chunks in the pool", "differs from the row above", title="namespaces")
+    table = Table("namespace", "named last by", what, "differs from the row above", title="namespaces")
     above = ""
     for one in known:
         apart = told_apart(one.identity, above) if above else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,27 @@ def token_array(tokens: Tokens) -> cbor.Words:
     position, for a token below 0, above 2**32 - 1 or not an int.
     """
     return _converted(tokens, 0, len(tokens))
+
+
+class BlockHashes(NamedTuple):
+    """An engine's own hashes of a request's whole blocks of `block_tokens`, a list that grows as its tokens come.
+
+    `fingerprint` is the content of the request's adapter, which such a hash does not cover; empty for none.
+    """
+
+    hashes: Sequence[bytes]
+    block_tokens: int
+    fingerprint: bytes = b""
+
+
+class Digests(Protocol):
+    """The digests of one request's whole chunks, grown as its tokens come."""
+
+    digests: list[bytes]  # one per whole chunk so far
+
+    def extend(self, tokens: Tokens) -> list[bytes]:
+        """Return the digests of the chunks that have become whole; `tokens` are all of the request's so far."""
+        ...
 
 
 class Chain:
@@ -107,26 +128,27 @@ class BlockChain:
     """The digests of one request's whole chunks, taken from the engine's own block hashes: no token is hashed.
 
     The digest of a chunk is the hash of its last block, which covers all tokens before it. Right only for an engine
-    whose hashes are `sha256_cbor`. The `fingerprint` of an adapter, which such a hash does not cover, is mixed into
-    each digest.
+    whose hashes are `sha256_cbor`. An adapter's fingerprint is mixed into each digest.
     """
 
     digests: list[bytes]  # one per whole chunk so far
 
-    def __init__(self, blocks_per_chunk: int, fingerprint: bytes = b"") -> None:
-        assert blocks_per_chunk > 0, f"chunks of {blocks_per_chunk} blocks"
+    def __init__(self, chunk_tokens: int, blocks: BlockHashes) -> None:
+        step, rest = divmod(chunk_tokens, blocks.block_tokens)
+        assert step > 0 == rest, f"chunks of {chunk_tokens} tokens over blocks of {blocks.block_tokens}"
         self.digests = []
-        self._blocks_per_chunk = blocks_per_chunk
-        self._fingerprint = fingerprint
+        self._chunk_tokens = chunk_tokens
+        self._step = step
+        self._blocks = blocks
 
-    def extend(self, block_hashes: Sequence[bytes]) -> list[bytes]:
-        """Return the digests of the chunks that have become whole; `block_hashes` are all of the request's."""
-        first = len(self.digests)
-        step = self._blocks_per_chunk
-        assert len(block_hashes) >= first * step, f"{len(block_hashes)} hashes where {first * step} have been read"
-        lasts = [bytes(one) for one in block_hashes[(first + 1) * step - 1 :: step]]
+    def extend(self, tokens: Tokens) -> list[bytes]:
+        """Return the digests of the chunks that have become whole; `tokens` are all of the request's, only counted."""
+        first, step = len(self.digests), self._step
+        hashes, _, fingerprint = self._blocks
+        chunks = min(len(tokens) // self._chunk_tokens, len(hashes) // step)  # hashes may come later than tokens
+        lasts = [bytes(one) for one in hashes[(first + 1) * step - 1 : chunks * step : step]]
         assert all(len(one) == DIGEST_NBYTES for one in lasts), "a block hash is not SHA-256"
-        self.digests += [mixed_root(one, self._fingerprint) for one in lasts] if self._fingerprint else lasts
+        self.digests += [mixed_root(one, fingerprint) for one in lasts] if fingerprint else lasts
         return self.digests[first:]
 
 

@@ -23,7 +23,7 @@ from kvkeep.engine.link import Link, Source
 from kvkeep.engine.prompts import Extra, Prompts
 from kvkeep.memory.pool import Lease
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened
 from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
 
 START_LIMIT_S = 30.0
@@ -59,7 +59,7 @@ class CacheEngine:
 
     def __init__(
         self,
-        transfer: Transfer,
+        opened: Opened,
         identity: Identity,
         source: Source,
         config: Config,
@@ -67,6 +67,7 @@ class CacheEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.figures = Figures()
+        transfer = opened.transfer
         self._transfer = transfer
         self._layers = transfer.shard.in_order(layers)
         self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
@@ -89,7 +90,7 @@ class CacheEngine:
 
         link = Link(source, hello, [], clock)
         link.start(START_LIMIT_S)
-        self._line = Line(link, transfer.shard, config.deadline_s)
+        self._line = Line(link, transfer.shard, config.deadline_s, opened.pin_calls)
 
     @property
     def layers(self) -> int:

@@ -41,15 +41,12 @@ class Cut(NamedTuple):
 
     def blocks(self, numbers: Iterable[int]) -> list[list[Blocks]]:
         """The blocks of each of these chunks that hold tokens from `start` on, group by group."""
-        sizes = [(group.block_tokens, self.shard.blocks(number)) for number, group in enumerate(self.shard.groups)]
-        firsts = [self.start // block_tokens for block_tokens, _ in sizes]
-        return [
-            [
-                Blocks(group, max(0, first - number * count), table[max(first, number * count) : (number + 1) * count])
-                for group, ((_, count), first, table) in enumerate(zip(sizes, firsts, self.tables, strict=True))
-            ]
-            for number in numbers
-        ]
+        wanted, runs = list(numbers), []
+        for number, (group, table) in enumerate(zip(self.shard.groups, self.tables, strict=True)):
+            count, first = self.shard.blocks(number), self.start // group.block_tokens
+            starts = [(chunk * count, max(first, chunk * count)) for chunk in wanted]
+            runs.append([Blocks(number, start - base, table[start : base + count]) for base, start in starts])
+        return [list(blocks) for blocks in zip(*runs, strict=True)]
 
     def mask(self, end: int) -> Mask:
         """True for the tokens from `start` up to `end`."""

@@ -6,6 +6,7 @@ says, and what its tensors show (shapes, dtypes, the order of their dimensions).
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from kvkeep.core.key import DEFAULT_SEED
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.link import Source, source_of
+from kvkeep.engine.open_rank import wish_of
+from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Transfer
+
+log = logging.getLogger("kvkeep")
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ def open_engine(
     """
     config = config or Config()
     tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])
-    on_cpu = all(cache.device.type == "cpu" for group in groups for cache in group.caches.values())
-    transfer: Transfer = ReferenceTransfer(groups, tokens) if on_cpu else StagedTransfer(groups, tokens)
-    source: Source = source_of(config, transfer.shard.nbytes, tokens)
-    return CacheEngine(transfer, identity_of(model, groups, tokens), source, config, layers)
+    opened = open_transfer(groups, tokens, wish_of(config))
+    log.info("kvkeep: copies: %s", opened.text)
+    source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
+    return CacheEngine(opened, identity_of(model, groups, tokens), source, config, layers)
 
 
 def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) -> Identity:

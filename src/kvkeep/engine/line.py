@@ -20,6 +20,7 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.lookups import REASONS, STORE_SHARE
 from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
 from kvkeep.telemetry import Miss
@@ -64,10 +65,14 @@ class Pin(NamedTuple):
 
 
 class Line:
-    """Over `link`, which has been started; every call to the store waits at most `deadline_s`, and so does a turn."""
+    """Over `link`, which has been started; every call to the store waits at most `deadline_s`, and so does a turn.
 
-    def __init__(self, link: Link, shard: ShardLayout, deadline_s: float) -> None:
+    `pin_calls` page-lock the pool where a device copies by itself.
+    """
+
+    def __init__(self, link: Link, shard: ShardLayout, deadline_s: float, pin_calls: PinCalls | None = None) -> None:
         self._link = link
+        self._pin_calls = pin_calls
         self._shard = shard
         self._deadline_s = deadline_s
         self._turn = threading.Lock()
@@ -226,7 +231,7 @@ class Line:
         if client is not None and (self._pool is None or self._pool.boot != client.welcome.boot):
             if self._pool is not None:
                 self._pool.close()
-            self._pool = _mapped(client)
+            self._pool = _mapped(client, self._pin_calls)
         return client if self._pool is not None else None
 
     def _answer(self, client: Client | None, ask: Callable[[Client], Call]) -> Answer | None:
@@ -260,10 +265,11 @@ class Line:
         return Held(client, lease, [self._pool.lease(offset, self._shard) for offset in offsets])
 
 
-def _mapped(client: Client) -> Pool | None:
+def _mapped(client: Client, pin_calls: PinCalls | None) -> Pool | None:
     """The pool of a client's store in this process; a store whose pool cannot be mapped is as good as gone."""
     try:
-        return Pool(client.welcome.boot, Region.attach(os.dup(client.pool_fd), client.welcome.pool_nbytes))
+        region = Region.attach(os.dup(client.pool_fd), client.welcome.pool_nbytes)
+        return Pool(client.welcome.boot, region, pin_calls)
     except (OSError, KVKeepError) as error:
         client.lose(f"its pool cannot be used here: {error}")
         return None

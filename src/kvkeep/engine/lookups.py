@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvkeep.core.key import ExtraKeys
+from kvkeep.core.key import BlockHashes, ExtraKeys
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.estimate import Estimate
 from kvkeep.engine.link import Link
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     """What the planner needs to know of an engine's request.
 
     `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
-    so far, drafts left out.
+    so far, drafts left out. With `block_hashes` its digests are taken from them.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Request(NamedTuple):
     root: bytes | None
     extra_keys: ExtraKeys | None = None
     preempted: bool = False
+    block_hashes: BlockHashes | None = None
 
 
 class Lookups:

@@ -94,3 +94,4 @@ def rewind(chunk: OpenChunk) -> None:
     """Forgets what was gathered: the chunk is filled from its start again."""
     chunk.next_places = [0] * len(chunk.next_places)
     chunk.sealed_in = 0
+    chunk.rewinds += 1

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvkeep.core.key import Chain
+from kvkeep.core.key import BlockChain, Chain, Digests
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
@@ -66,6 +66,7 @@ class Planner:
         self._options = options
         self._clock = clock
         self._records: dict[str, Record] = {}
+        self._ended: set[Record] = set()  # steps still name them; their names may be in use again
         self._due: list[tuple[Record, Load]] = []
         self._asked_idle = 0
         self._boot = b""
@@ -194,9 +195,10 @@ class Planner:
 
     def ended(self, name: str) -> None:
         """The request is over, whatever became of it: what it held comes back once no step uses it."""
-        record = self._records.get(name)
-        if record is None or record.state is State.ENDED:
+        record = self._records.pop(name, None)
+        if record is None:
             return
+        self._ended.add(record)
         self._drop_match(record)
         self._lookups.drop(record, self._link.client)
         self._drop_due(record)
@@ -229,7 +231,7 @@ class Planner:
             if self._boot:
                 self.figures.add("store_losses")
             self._boot = boot
-            for record in self._records.values():
+            for record in (*self._records.values(), *self._ended):
                 record.match = record.question = None
                 self._stores.forget(record)
         return client
@@ -237,7 +239,10 @@ class Planner:
     def _record(self, request: Request) -> Record:
         record = self._records.get(request.name)
         if record is None:
-            chain = Chain(self._layout.chunk_tokens, request.root or b"", request.extra_keys)
+            tokens, hashes = self._layout.chunk_tokens, request.block_hashes
+            chain: Digests = Chain(tokens, request.root or b"", request.extra_keys)
+            if hashes is not None:
+                chain = BlockChain(tokens, hashes)
             record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
             if self._options.bypass or request.root is None:
                 record.keeps = record.stores = False
@@ -287,8 +292,7 @@ class Planner:
         match, step_s = record.match, self._paces.step_s
         if not self._options.beside_busy or match is None or step_s is None:
             return False
-        others = [self._records.get(name) for name in self._ran if name != record.request]
-        running = sum(one is not None and one.state is not State.ENDED for one in others)
+        running = sum(name in self._records for name in self._ran if name != record.request)
         load_s = len(match.offsets) * self._layout.nbytes / COPIED_NBYTES_S
         return running * load_s > LATER_STEPS * step_s
 
@@ -338,4 +342,4 @@ class Planner:
         client = self._link.client
         if client is not None:
             self._stores.give_up(record, client)
-        self._records.pop(record.request, None)
+        self._ended.discard(record)

@@ -11,7 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kvkeep.core.key import Chain
+from kvkeep.core.key import Digests
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Call
 
@@ -65,7 +65,8 @@ class Match(NamedTuple):
 class OpenChunk:
     """A reserved chunk that is being filled.
 
-    `next_places` has for each group the next place to gather; `sealed_in` is the step of its last gather (0: to come).
+    `next_places` has for each group the next place to gather; `sealed_in` is the step of its last gather (0: to come);
+    `rewinds` counts how often it was filled from its start again.
     """
 
     number: int
@@ -74,6 +75,7 @@ class OpenChunk:
     offset: int
     next_places: list[int]
     sealed_in: int = 0
+    rewinds: int = 0
 
 
 @dataclass(eq=False)
@@ -88,7 +90,7 @@ class Record:
     """
 
     request: str
-    chain: Chain
+    chain: Digests
     prompt_tokens: int
     state: State = State.NEW
     keeps: bool = True

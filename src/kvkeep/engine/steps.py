@@ -32,6 +32,15 @@ class Load:
     beside: bool = False
 
 
+class Gather(NamedTuple):
+    """One store op under way; `rewinds` are those that its chunk had by then: after another one it is void."""
+
+    record: Record
+    chunk: OpenChunk
+    seal: bool
+    rewinds: int
+
+
 class Sealed(NamedTuple):
     """A chunk whose every range has been gathered and summed by every rank."""
 
@@ -44,12 +53,12 @@ class Sealed(NamedTuple):
 class Step:
     """One step under way, or (`beside`) one load that no step waits for.
 
-    `gathers` has the request and chunk of each store op, in the plan's order.
+    `gathers` has each store op, in the plan's order.
     """
 
     number: int
     loads: list[tuple[Record, Load, int]] = field(default_factory=list)
-    gathers: list[tuple[Record, OpenChunk, bool]] = field(default_factory=list)
+    gathers: list[Gather] = field(default_factory=list)
     beside: bool = False
     tainted: bool = False
     loads_missing: set[int] = field(default_factory=set)
@@ -61,10 +70,14 @@ class Step:
         """Remembers a load whose first op is at `place` of the plan."""
         self.loads.append((record, load, place))
 
+    def add_gather(self, record: Record, chunk: OpenChunk, seal: bool) -> None:
+        """Remembers the plan's next store op."""
+        self.gathers.append(Gather(record, chunk, seal, chunk.rewinds))
+
     @property
     def records(self) -> list[Record]:
         """Every request that the step names, once for each time."""
-        return [record for record, _, _ in self.loads] + [record for record, _, _ in self.gathers]
+        return [record for record, _, _ in self.loads] + [gather.record for gather in self.gathers]
 
 
 @dataclass
@@ -163,11 +176,13 @@ class Steps:
                 done.forget.update(load.blocks)
 
     def _finish_stores(self, step: Step, done: Done) -> None:
-        for place, (record, chunk, seal) in enumerate(step.gathers):
+        for place, (record, chunk, seal, rewinds) in enumerate(step.gathers):
             record.steps -= 1
             done.records.append(record)
             parts = [self._part(step, rank, place) for rank in range(self._ranks)]
-            if step.tainted or None in parts or (seal and chunk.sealed_in != step.number):
+            if chunk.rewinds != rewinds:  # it is being filled again, and this would have been of its old blocks
+                self._figures.add("dropped_chunks")
+            elif step.tainted or None in parts:
                 self._figures.add("dropped_chunks")
                 rewind(chunk)
             elif seal:

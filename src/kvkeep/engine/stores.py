@@ -34,11 +34,12 @@ class Stores:
         if not record.stores or record.reservation is not None:
             return
         upto = len(tokens) // self._shard.chunk_tokens
+        if len(record.chain.digests) < upto:
+            record.chain.extend(tokens)
+            upto = min(upto, len(record.chain.digests))
         numbers = [number for number in range(record.reserved_to, upto) if number not in present]
         record.reserved_to = max(record.reserved_to, upto)
         if numbers:
-            if len(record.chain.digests) < upto:
-                record.chain.extend(tokens)
             record.wanted = numbers
             record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
 
@@ -134,7 +135,7 @@ class Stores:
                 continue
             if op is not None:
                 advance(chunk, op, step.number)
-                step.gathers.append((record, chunk, op.seal))
+                step.add_gather(record, chunk, op.seal)
                 ops.append(op)
         return ops
 

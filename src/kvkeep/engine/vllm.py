@@ -36,31 +36,25 @@ from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.config import Config, load_config
 from kvkeep.core.identity import Identity, described, namespace
-from kvkeep.core.key import mixed_root, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
-from kvkeep.engine.choice import Choice
-from kvkeep.engine.copier import InlineCopier, ThreadCopier, spare_cores
+from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.fingerprint import Adapters, default_memory
 from kvkeep.engine.link import Link, source_of
-from kvkeep.engine.lookups import Request
+from kvkeep.engine.open_rank import open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
+from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.trace import Trace
-from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Transfer
+from kvkeep.transfer.open import open_transfer
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
 
 log = logging.getLogger("kvkeep")
 
 START_LIMIT_S = 30.0
-
-
 HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
 
 
@@ -101,18 +95,19 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         for handler in logging.getLogger("vllm").handlers:  # where vLLM writes, we do
             log.addHandler(handler)
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
-        self.worker: Worker | None = None
+        self.worker: Worker | DeviceWorker | None = None
         self.planner: Planner | None = None
         self.figures = Figures()
         self.identity: Identity | None = None
         self._info: RankInfo | None = None
-        self._requests: dict[str, VllmRequest] = {}
-        self._roots: dict[str, bytes | None] = {}
-        self._adapters = Adapters(default_memory())
+        self._writes_early = facts.writes_early(vllm_config)
+        self._requests = Requests(Adapters(default_memory()))
         self._differences = Differences()
-        self._groups = len(kv_cache_config.kv_cache_groups)
-        if role is KVConnectorRole.SCHEDULER and self.config.load_failure_policy == "recompute":
-            transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
+        self._fails_whole = facts.fails_whole(kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER:
+            if self.config.load_failure_policy == "recompute":
+                transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
+            log.info("kvkeep: kv_load_failure_policy is %s", transfer_config.kv_load_failure_policy)
 
     # ---- what vLLM asks of the class -----------------------------------------------------------------------
 
@@ -120,6 +115,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """False: a cache may drop what it did not get to store."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """True where loads go by layer: a whole graph would not wait for them."""
+        return _config(extra_config).transfer_mode == "layerwise"
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
@@ -151,27 +151,22 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         tokens = facts.chunk_tokens(self.config.chunk_tokens, self._kv_cache_config)
         groups = facts.group_caches(kv_caches, self._kv_cache_config)
-        on_cpu = all(tensor.device.type == "cpu" for tensor in kv_caches.values())
-        transfer = ReferenceTransfer(groups, tokens) if on_cpu else StagedTransfer(groups, tokens)
+        opened = open_transfer(groups, tokens, wish_of(self.config))
         door = PoolDoor()
-        self.worker = self._worker(rank, transfer, door, on_cpu)
-        found = facts.worker_facts(self._vllm_config, kv_caches)
-        self._info = RankInfo(rank, os.getpid(), door.path, transfer.shard, found)
-
-    def _worker(self, rank: int, transfer: Transfer, door: PoolDoor, on_cpu: bool) -> Worker:
-        """A rank's half. Copies on a thread need memory that both reach, and a core that no other rank computes on."""
         alone = self._vllm_config.parallel_config.world_size == 1
-        cores = spare_cores() if on_cpu and alone else frozenset()
-        in_parts = on_cpu and not facts.splits_batches(self._vllm_config)
-        mode = self.config.transfer_mode if in_parts else "bulk"
-        if mode != self.config.transfer_mode:
-            log.info("kvkeep: transfer_mode %s: bulk, since layers are not computed whole on a CPU", mode)
-        copier = ThreadCopier(cores) if cores else InlineCopier()
-        return Worker(rank, transfer, door, copier, Choice(mode, bool(cores)), Trace(self.config.trace_path))
+        whole = not facts.splits_batches(self._vllm_config)
+        self.worker = open_rank(rank, opened, door, self.config, alone, whole)
+        found = facts.worker_facts(self._vllm_config, kv_caches)
+        self._info = RankInfo(rank, os.getpid(), door.path, opened.transfer.shard, found)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """Who this rank is, for the planner."""
         return RankMeta(self._info) if self._info is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """The step is about to write to blocks, whoever had them: what a device still stores of them comes first."""
+        if self.worker is not None:
+            self.worker.before_writes()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Starts the step's loads."""
@@ -189,25 +184,27 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker.save_layer(self._plan(), layer_name)
 
     def wait_for_save(self) -> None:
-        """Runs the step's stores; they are complete when this returns, so no block needs to be held."""
+        """Runs the step's stores. No block needs to be held: what writes to one later comes after its copy."""
         if self.worker is not None:
             self.worker.start_stores(self._plan())
+            if self._writes_early:
+                self.worker.before_writes()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """The requests whose asynchronous loads have ended; with one group what failed of them is named by block."""
+        """The requests whose asynchronous loads have ended; what failed is named by block where that is enough."""
         if self.worker is None:
             return KVConnectorTransferResults()
         self.worker.poll(self._plan())
         loaded = self.worker.take_loaded()
-        failed = {name for name, arrived in loaded.items() if not arrived and self._groups > 1}
+        failed = {name for name, arrived in loaded.items() if not arrived and self._fails_whole}
         return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """The blocks whose load failed; with several groups the request is named instead."""
+        """The blocks whose load failed, unless the request is named instead."""
         if self.worker is None:
             return set()
         failed = self.worker.take_failed_blocks()
-        return failed if self._groups == 1 else set()
+        return set() if self._fails_whole else failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank has finished since the last step."""
@@ -225,17 +222,23 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         shards = tuple(info.shard for info in ranks if info.shard is not None)
         layout = ChunkLayout(shards)
         weights = facts.weights_fingerprint(self._vllm_config, self.config.outlived)
-        self.identity = facts.identity(self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights)
+        kind = chain_kind(self.config.chain, layout.chunk_tokens, self._vllm_config, self._kv_cache_config)
+        self._requests.kind = kind
+        self.identity = facts.identity(
+            self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights, kind
+        )
         link = self._link(ranks, layout)
         link.start(START_LIMIT_S)
         if link.client is not None:
             self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
+        # a whole request's failure is known to vLLM only so, and of a step's own it has told the next step's tokens
+        overlaps = self._vllm_config.max_concurrent_batches > 1
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            beside_steps=self._groups > 1 or self.config.load == "async",  # vLLM takes several groups' failures only so
+            beside_steps=self._fails_whole or overlaps or self.config.load == "async",
             beside_busy=self.config.load == "auto",
         )
         self.planner = Planner(link, layout, options, self.figures)
@@ -259,22 +262,21 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
-        self._requests[request.request_id] = request
-        self._roots[request.request_id] = self._root(request)
+        self._requests.add(request)
         if self.planner is not None:
-            self.planner.expect(self._request(request))
+            self.planner.expect(self._requests.translated(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded, and whether beside the steps."""
         if self.planner is None:
             return 0, False
-        claim = self.planner.match(self._request(request), num_computed_tokens)
+        claim = self.planner.match(self._requests.translated(request), num_computed_tokens)
         return claim, bool(claim) and self.planner.loads_beside(request.request_id)
 
     def update_state_after_alloc(self, request: VllmRequest, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks, `num_external_tokens` of them to be loaded."""
         if self.planner is not None:
-            self.planner.admitted(self._request(request), num_external_tokens, blocks.get_block_ids)
+            self.planner.admitted(self._requests.translated(request), num_external_tokens, blocks.get_block_ids)
         else:
             self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
 
@@ -290,7 +292,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         state = scheduler_output.kv_connector_block_state
         steps = []
         for name, count in scheduler_output.num_scheduled_tokens.items():
-            request = self._requests.get(name)
+            request = self._requests.known.get(name)
             if request is not None:
                 start = request.num_computed_tokens
                 final = min(start + count, request.num_tokens)
@@ -316,8 +318,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: VllmRequest, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks are free at once."""
-        self._requests.pop(request.request_id, None)
-        self._roots.pop(request.request_id, None)
+        self._requests.drop(request.request_id)
         if self.planner is not None:
             self.planner.ended(request.request_id)
         return False, None
@@ -351,7 +352,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def _built_on(self, blocks: set[int]) -> set[int]:
         """The blocks of other requests that were computed from any of `blocks`."""
         found: set[int] = set()
-        for name in self._requests:
+        for name in self._requests.known:
             for table in self._kv_cache_manager.get_block_ids(name):
                 first = next((place for place, block in enumerate(table) if block in blocks), len(table))
                 found.update(table[first:])
@@ -361,27 +362,6 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         meta = self._get_connector_metadata()
         assert isinstance(meta, PlanMeta)
         return meta.plan
-
-    def _request(self, request: VllmRequest) -> Request:
-        name = request.request_id
-        if name not in self._requests:
-            self.on_new_request(request)
-        return Request(
-            name,
-            request.all_token_ids,
-            request.num_prompt_tokens,
-            self._roots[name],
-            facts.extra_keys(request),
-            request.num_preemptions > 0,
-        )
-
-    def _root(self, request: VllmRequest) -> bytes | None:
-        """Where the request's chain of digests starts; None if its adapter's content is in doubt."""
-        lora = request.lora_request
-        if lora is None:
-            return none_hash()
-        content = self._adapters.fingerprint(lora.lora_int_id, lora.lora_path, lora.load_inplace)
-        return mixed_root(none_hash(), bytes.fromhex(content)) if content is not None else None
 
 
 def _config(extra: Mapping[str, object] | None) -> Config:

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 says of a model, its cache and its requests, in kvkeep's words.
+"""What vLLM 0.32 says of a model and its cache, in kvkeep's words.
 
 Translates and decides nothing but what is refused: a kind of group that is not known here is named, not guessed at.
 """
@@ -11,14 +11,12 @@ import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import vllm
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
-from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -27,13 +25,12 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
-from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
-from kvkeep.core.key import DEFAULT_SEED, ExtraKeys
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
 from kvkeep.engine.plan import RankInfo
+from kvkeep.engine.vllm_chain import ChainKind
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.pages import GroupCaches
 
@@ -53,14 +50,30 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         return "an engine that spans several hosts is not supported"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "KV scales that are calculated while serving (calculate_kv_scales) are not part of any identity"
-    latent = getattr(vllm_config.model_config, "use_mla", False)
-    if latent and current_platform.is_cpu() and not vllm_config.cache_config.enable_prefix_caching:
-        # without AMX a token's rotated part depends on the batch that it was computed in: layer 0 shows it
-        return "vLLM reuses no prefix of latent attention (MLA) on this CPU, and so does kvkeep"
+    why = _reuse_refusal(vllm_config)
+    if why:
+        return why
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         why = _group_refusal(group)
         if why:
             return f"KV-cache group {number}: {why}"
+    return ""
+
+
+def _reuse_refusal(vllm_config: VllmConfig) -> str:
+    """Why no prefix may be given back whatever it is made of."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if not model.is_prefix_caching_supported:
+        return "this model, or how its output is pooled, needs all tokens computed: vLLM reuses no prefix of it"
+    if vllm_config.diffusion_config is not None:
+        return "a diffusion model computes its tokens anew until they are final"
+    latent = getattr(model, "use_mla", False)
+    if latent and current_platform.is_cpu() and not cache.enable_prefix_caching:
+        # without AMX a token's rotated part depends on the batch that it was computed in: layer 0 shows it
+        return "vLLM reuses no prefix of latent attention (MLA) on this CPU, and so does kvkeep"
+    images = model.multimodal_config
+    if images is not None and not images.mm_processor_cache_gb and not cache.enable_prefix_caching:
+        return "with mm_processor_cache_gb 0 and prefix caching off vLLM numbers images, and does not tell them apart"
     return ""
 
 
@@ -77,16 +90,37 @@ def _group_refusal(group: KVCacheGroupSpec) -> str:
     return ""
 
 
+def writes_early(vllm_config: VllmConfig) -> bool:
+    """Whether a step zeroes and copies blocks before it calls `handle_preemptions`: vLLM's second model runner does."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", True))
+
+
 def splits_batches(vllm_config: VllmConfig) -> bool:
-    """Whether a layer may be computed in several parts of a batch (DBO), so that its end is not the layer's."""
+    """Whether a layer may be computed in several parts of a batch (DBO), so that its end is not the layer's.
+
+    With a drafter a step is in two parts, too: its layers run when the model's loads have been taken in.
+    """
     parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None:
+        return True
     return bool(getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False))
 
 
 def window(group: KVCacheGroupSpec) -> int:
     """The group's sliding window in tokens, 0 if it has none."""
     spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):  # a worker's; the scheduler sees one layer's
+        spec = spec.first_spec
     return int(spec.sliding_window + spec.extra_retained_tokens) if isinstance(spec, SlidingWindowSpec) else 0
+
+
+def fails_whole(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether a load that fails in part must be made up for from the first token on.
+
+    With several groups vLLM cannot tell whose a block is; with a window the part that arrived lacks what was before it.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    return len(groups) > 1 or any(map(window, groups))
 
 
 def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
@@ -128,7 +162,12 @@ def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor]) ->
 
 
 def identity(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, ranks: list[RankInfo], tokens: int, weights: str
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    ranks: list[RankInfo],
+    tokens: int,
+    weights: str,
+    chain: ChainKind,
 ) -> Identity:
     """The identity record of everything this engine stores; `weights` as `weights_fingerprint` gives it."""
     model, parallel, facts = vllm_config.model_config, vllm_config.parallel_config, ranks[0].facts
@@ -158,9 +197,9 @@ def identity(
         pp=parallel.pipeline_parallel_size,
         dcp=parallel.decode_context_parallel_size,
         chunk_tokens=tokens,
-        chain="kvkeep",
+        chain=chain.name,
         hash_name="sha256_cbor",
-        hash_seed=DEFAULT_SEED,
+        hash_seed=chain.seed,
         codec=None,
     )
 
@@ -178,19 +217,6 @@ def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
     if outlived and found is None:
         log.warning("kvkeep: %s is not a folder of weight files: no other start will find what is kept", model.model)
     return found or f"this start only: {secrets.token_hex(16)}"
-
-
-def extra_keys(request: VllmRequest) -> ExtraKeys | None:
-    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
-    plain = not (request.lora_request or request.mm_features or request.cache_salt)
-    if plain and request.prompt_embeds is None:
-        return None
-
-    def of_range(start: int, end: int) -> tuple[Any, ...] | None:
-        keys: tuple[Any, ...] | None = generate_block_hash_extra_keys(request, start, end, 0)[0]
-        return keys
-
-    return of_range
 
 
 def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:

@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from functools import partial
 
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier
+from kvkeep.engine.mapped import MappedPool
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoresDone, Trip
 from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
-from kvkeep.errors import KVKeepError
-from kvkeep.memory.pool import Lease, Pool
-from kvkeep.memory.region import Region
+from kvkeep.memory.pool import Lease
 from kvkeep.trace import Trace
 from kvkeep.transfer.transfer import Transfer
-from kvkeep.wire.handoff import HandedPool, PoolDoor
+from kvkeep.wire.handoff import PoolDoor
 
 log = logging.getLogger("kvkeep")
 
@@ -47,12 +46,11 @@ class Worker:
         trace: Trace | None = None,
     ) -> None:
         self._rank = rank
-        self._door = door
+        self._mapped = MappedPool(door)
         self._choice = choice or Choice("bulk", possible=False)
         self._clock: Callable[[], float] = time.perf_counter
         self._tools = Tools(transfer, copier or InlineCopier(), trace or Trace(), self._clock)
         self._numbers = transfer.shard.numbers
-        self._pool: Pool | None = None
         self._report = Report()
         self._failed_blocks: set[int] = set()
         self._loaded: dict[str, bool] = {}
@@ -62,10 +60,13 @@ class Worker:
         self._spent_s = 0.0
         self._loads: LayerLoads | None = None
         self._stores: LayerStores | None = None
-        self._bulk_failed: list[int] = []
+        self._bulk_failed: list[int] | None = None  # None: no loads of a step are under way
         self._leases: list[Lease] = []
         self._computing: tuple[int, float] | None = None
         self.transfer = transfer
+
+    def before_writes(self) -> None:
+        """The engine is about to write to blocks: no copy still reads one, for a step's stores end with it."""
 
     def start_loads(self, plan: StepPlan) -> None:
         """Starts what the plan loads: in bulk it is there when this returns, by layer when `wait_layer` does."""
@@ -115,21 +116,23 @@ class Worker:
         self._begin(plan)
         start_s = self._clock()
         self._computed(start_s)
-        if plan.loads:
-            late = self._loads.failed() if self._loads is not None else set()
-            self._loads_ended(plan, sorted({*self._bulk_failed, *late}))
+        self._end_loads(plan)
         if plan.stores:
             self._report.stores.append(StoresDone(plan.step, self._rank, self._stored(plan)))
         for lease in self._leases:
             lease.close()
-        self._loads, self._stores, self._bulk_failed, self._leases = None, None, [], []
+        self._stores, self._leases = None, []
         self._spent_s += self._clock() - start_s
         if plan.loads or plan.stores:
             self._choice.took(self._layerwise, self._spent_s, self._nbytes(plan))
             self._tools.trace.write(self._clock())
 
     def poll(self, plan: StepPlan) -> None:
-        """Takes in the loads beside the steps that have ended; with nothing else to do it waits a moment for one."""
+        """Takes in the loads that have ended; with nothing else to do it waits a moment for one beside the steps.
+
+        With a drafter the engine asks for what failed when the model has run, and only then ends the step.
+        """
+        self._end_loads(plan)
         if plan.idle and self._trips:
             wait_for(self._trips[0][1], IDLE_WAIT_S)
         while self._trips and all(job.done() for job in self._trips[0][1]):
@@ -160,10 +163,7 @@ class Worker:
         """Unmaps the pool and closes the door; idempotent. A copy under way keeps its part of the mapping."""
         self._tools.copier.close()
         self._tools.trace.write(self._clock(), at_once=True)
-        self._door.close()
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        self._mapped.close()
 
     def _begin(self, plan: StepPlan) -> None:
         """Decides once a step how its copies are made."""
@@ -201,7 +201,12 @@ class Worker:
                 failed.append(place)
         return failed
 
-    def _loads_ended(self, plan: StepPlan, failed: Sequence[int]) -> None:
+    def _end_loads(self, plan: StepPlan) -> None:
+        """The model has run: the step's loads have ended, if they have not been taken in before."""
+        if self._bulk_failed is None:
+            return
+        failed = sorted({*self._bulk_failed, *(self._loads.failed() if self._loads is not None else ())})
+        self._loads, self._bulk_failed = None, None
         for place in failed:
             self._failed_blocks.update(_block_ids(plan.loads[place]))
         _complain(len(failed), len(plan.loads))
@@ -225,8 +230,7 @@ class Worker:
         return copies
 
     def _lease(self, boot: bytes, offset: int, plan: StepPlan) -> Lease | None:
-        pool = self._pool_of(boot)
-        return pool.lease(offset + plan.shard_offsets[self._rank], self.transfer.shard) if pool is not None else None
+        return self._mapped.lease(boot, offset + plan.shard_offsets[self._rank], self.transfer.shard)
 
     def _computed(self, now_s: float) -> None:
         """The layer that was running is done."""
@@ -237,24 +241,6 @@ class Worker:
 
     def _nbytes(self, plan: StepPlan) -> int:
         return (len(plan.loads) + len(plan.stores)) * self.transfer.shard.nbytes
-
-    def _pool_of(self, boot: bytes) -> Pool | None:
-        """The pool of one boot of the store, taken from the door if it is waiting there."""
-        if self._pool is None or self._pool.boot != boot:
-            handed = self._door.take()
-            if handed is not None:
-                self._swap(handed)
-        return self._pool if self._pool is not None and self._pool.boot == boot else None
-
-    def _swap(self, handed: HandedPool) -> None:
-        """Maps a pool that was handed over; the one of an earlier boot is not touched again."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        try:
-            self._pool = Pool(handed.boot, Region.attach(handed.fd))
-        except KVKeepError as error:
-            log.error("kvkeep: the pool cannot be used here: %s", error)
 
 
 def _complain(failed: int, count: int) -> None:

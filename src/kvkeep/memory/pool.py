@@ -6,7 +6,7 @@ Knows nothing about keys, sessions or who decides; it lends the part of a chunk 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,9 +28,12 @@ class Lease:
     `pieces` are the offsets at which the memory's page-locked pieces begin; () where not all of it is page-locked.
     """
 
-    def __init__(self, memory: Bytes, shard: ShardLayout, pieces: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, memory: Bytes, shard: ShardLayout, pieces: tuple[int, ...] = (), ended: Callable[[], None] | None = None
+    ) -> None:
         self._memory: Bytes | None = memory
         self._shard = shard
+        self._ended = ended
         self.pieces = pieces
 
     def views(self, layers: range | None = None) -> list[Bytes]:
@@ -41,14 +44,18 @@ class Lease:
         return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.chosen(layers)]
 
     def close(self) -> None:
-        """Ends the lease; idempotent."""
+        """Ends the lease; idempotent. No copy may be under way in its memory."""
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended()  # while the memory is still mapped
         self._memory = None
 
 
 class Pool:
     """The store's pool mapped into this process; `boot` says of which start of the store.
 
-    With `pin_calls` it is page-locked as well, as it is populated.
+    With `pin_calls` it is page-locked as well, as it is populated, until it is closed and no lease is left: a device
+    may still be copying.
     """
 
     def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:
@@ -56,6 +63,8 @@ class Pool:
         self.pin = Pin(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
         self._region = region
         self._closing = threading.Event()
+        self._counting = threading.Lock()
+        self._leases = 0
         self._populating = threading.Thread(target=self._populate, daemon=True, name="kvkeep-populate")
         self._populating.start()
 
@@ -79,16 +88,31 @@ class Pool:
         An offset outside of the pool is an assertion. The mapping lives as long as its last lease.
         """
         assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
-        pieces = self.pin.pieces(offset, shard.nbytes) if self.pin is not None else ()
-        return Lease(self._region.array[offset : offset + shard.nbytes], shard, pieces)
+        memory = self._region.array[offset : offset + shard.nbytes]
+        if self.pin is None:
+            return Lease(memory, shard)
+        with self._counting:
+            self._leases += 1
+        return Lease(memory, shard, self.pin.pieces(offset, shard.nbytes), self._lease_ended)
 
     def close(self) -> None:
-        """Unlocks and unmaps the pool once the thread that populates it has stopped; idempotent."""
-        self._closing.set()
+        """Ends the mapping once the thread that populates it has stopped; idempotent. Leases keep their part of it."""
+        with self._counting:
+            self._closing.set()
         self._populating.join(timeout=5.0)
-        if self.pin is not None:
-            self.pin.release()
+        self._unpin_if_unused()
         self._region.close()
+
+    def _lease_ended(self) -> None:
+        with self._counting:
+            self._leases -= 1
+        self._unpin_if_unused()
+
+    def _unpin_if_unused(self) -> None:
+        with self._counting:
+            unused = self._closing.is_set() and not self._leases
+        if unused and self.pin is not None:
+            self.pin.release()
 
     def _populate(self) -> None:
         """Fills this mapping's page table from the low end, in pieces and without the interpreter's lock."""

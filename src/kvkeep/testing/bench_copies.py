@@ -26,7 +26,7 @@ from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
 COPIED_TOKENS = 2048
@@ -38,7 +38,7 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
     """An engine whose pool has room for so many chunks; it waits long rather than miss on a busy machine."""
     config = Config(pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, log_level="error")
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
-    return CacheEngine(transfer, identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
+    return CacheEngine(Opened(transfer), identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
 
 
 def fresh(random_: np.random.Generator, count: int) -> Words:

@@ -68,8 +68,8 @@ def verb_rows(runs: int) -> list[Row]:
         cases: list[tuple[str, Callable[[], float], str]] = [
             ("store-chunk", verbs.store, "<= 15 us"),
             ("retrieve-chunk", verbs.retrieve, "<= 15 us"),
-            ("lookup-chunk", verbs.lookup, "<= 3 us"),
-            ("lookup-chunk-new-tokens", verbs.lookup_new, ""),
+            ("engine-lookup-chunk", verbs.lookup, "<= 3 us"),
+            ("engine-lookup-new-tokens", verbs.lookup_new, ""),
         ]
         made = []
         for name, measure, goal in cases:

@@ -19,6 +19,7 @@ import torch
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.choice import Choice
+from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.link import Link, Source
 from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Report, Scheduled
@@ -41,7 +42,8 @@ ANSWER_LIMIT_S = 10.0
 NAMESPACE = b"fake engine's ns"
 
 Wrap = Callable[[int, Transfer], Transfer]
-MakeRank = Callable[[int, Transfer, PoolDoor, Choice], Worker | RankProcess]
+MakeRank = Callable[[int, Transfer, PoolDoor, Choice], Worker | DeviceWorker | RankProcess]
+MakeTransfer = Callable[[Sequence[GroupCaches], int], Transfer]
 
 
 def rank_here(rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker:
@@ -52,7 +54,7 @@ def rank_here(rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> 
 class FakeEngine:
     """An engine of `shape` over the store of `source`; `wrap` may put a double around a rank's transfer.
 
-    `rank` makes a rank's half, in this process or in one of its own.
+    `rank` makes a rank's half, in this process or in one of its own, `transfer` what copies for it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class FakeEngine:
         options: PlannerOptions | None = None,
         wrap: Wrap = lambda _, one: one,
         rank: MakeRank = rank_here,
+        transfer: MakeTransfer = ReferenceTransfer,
     ) -> None:
         self.shape = shape
         self.model = FakeModel(shape.groups, shape.ranks, shape.num_blocks)
@@ -72,7 +75,7 @@ class FakeEngine:
         self.failed_loads = 0
         self.external_tokens = 0
         self._arrived: dict[str, list[bool]] = {}
-        transfers = [wrap(rank, self._transfer(rank)) for rank in range(shape.ranks)]
+        transfers = [wrap(n, transfer(self._groups(n), shape.chunk_tokens)) for n in range(shape.ranks)]
         doors = [PoolDoor() for _ in transfers]
         mode = Choice("layerwise" if shape.layerwise else "bulk", possible=True)
         self.workers = [rank(n, one, door, mode) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
@@ -81,7 +84,7 @@ class FakeEngine:
         self.layout = ChunkLayout(tuple(one.shard for one in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
-        options = options or PlannerOptions(beside_steps=len(shape.groups) > 1)
+        options = options or PlannerOptions(beside_steps=shape.fails_whole)
         self.planner = Planner(self.link, self.layout, options, Figures())
 
     # ---- what a test does ----------------------------------------------------------------------------------
@@ -118,6 +121,7 @@ class FakeEngine:
         ]
         plan = self.planner.plan_step(scheduled, lambda name: self.requests[name].tables)
         for worker in self.workers:
+            worker.before_writes()
             worker.start_loads(plan)
         self._wait_for_layers(counts)
         for one, count in counts.items():
@@ -317,13 +321,13 @@ class FakeEngine:
         report = Report()
         for worker in self.workers:
             report = report.merged(worker.take_report())
-        hurt = self._cut_back(failed) if len(self.shape.groups) == 1 else set()
+        hurt = set() if self.shape.fails_whole else self._cut_back(failed)
         self._loads_done(loaded)
         for request in ran:
             if request not in hurt:
                 self._sample(request)
         forget = self.planner.step_done(report)
-        left = failed & set(self.blocks.cached.values()) - forget if len(self.shape.groups) == 1 else set()
+        left = set() if self.shape.fails_whole else failed & set(self.blocks.cached.values()) - forget
         assert not left, f"blocks {left} failed and stay in the prefix cache"
         self.blocks.forget(forget)
 
@@ -351,8 +355,8 @@ class FakeEngine:
             if request.phase is Phase.GIVEN_UP:
                 self._leave(request)
                 continue
-            if not arrived and (len(self.shape.groups) > 1 or not request.computed):
-                self.failed_loads += len(self.shape.groups) > 1
+            if not arrived and (self.shape.fails_whole or not request.computed):
+                self.failed_loads += self.shape.fails_whole
                 self._restart(request)
                 continue
             request.phase = Phase.LOADED
@@ -369,14 +373,14 @@ class FakeEngine:
 
     # ---- what kvkeep is told -------------------------------------------------------------------------------
 
-    def _transfer(self, rank: int) -> ReferenceTransfer:
-        """A transfer over this rank's part of the model's caches; its tensors share their memory."""
+    def _groups(self, rank: int) -> list[GroupCaches]:
+        """A rank's part of the model's caches; the tensors share their memory."""
         groups = []
         for number, group in enumerate(self.shape.groups):
             arrays = self.model.caches[number][rank].view(np.int64)
             caches = {f"group{number}.layer{n}": torch.from_numpy(array) for n, array in enumerate(arrays)}
             groups.append(GroupCaches(caches, self.shape.num_blocks, group.block_tokens, group.window))
-        return ReferenceTransfer(groups, self.shape.chunk_tokens)
+        return groups
 
     def _hello(self, resumes: int) -> Hello:
         sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]

@@ -24,6 +24,11 @@ class EngineShape:
     verify_every: int = 0
     layerwise: bool = False
 
+    @property
+    def fails_whole(self) -> bool:
+        """Whether what arrived of a load is worth nothing if some of it failed: with several groups or a window."""
+        return len(self.groups) > 1 or any(group.window for group in self.groups)
+
 
 class Phase(Enum):
     """Where the engine has a request."""

@@ -57,6 +57,9 @@ class RankProcess:
                 os._exit(status)
         theirs.close()
 
+    def before_writes(self) -> None:
+        """As `Worker.before_writes`: in bulk nothing is under way."""
+
     def start_loads(self, plan: StepPlan) -> None:
         """As `Worker.start_loads`."""
         if plan.loads or plan.trips:

@@ -39,7 +39,8 @@ class DeviceTransfer:
     ) -> None:
         self._staged = StagedTransfer(groups, chunk_tokens)
         self._shard = self._staged.shard
-        self._to_pool, self._from_pool = paths(parts_of(self._shard, [_pages(group) for group in groups]))
+        self.parts = parts_of(self._shard, [_pages(group) for group in groups])
+        self._to_pool, self._from_pool = paths(self.parts)
 
     @property
     def shard(self) -> ShardLayout:
@@ -76,12 +77,13 @@ class DeviceTransfer:
         """
         return self._start(self._to_pool, jobs, True, only)
 
-    def start_scatter(self, jobs: Sequence[Job], only: int | None = None) -> Flight:
-        """Starts to copy chunks into blocks, likewise; sums are the caller's business.
+    def start_scatter(self, jobs: Sequence[Job], only: int | None = None, mover: Mover | None = None) -> Flight:
+        """Starts to copy chunks into blocks, likewise; sums are the caller's business, and so is another `mover`.
 
         What reads the blocks must come after the flight's `order`, and a layer's attention after that of its `only`.
         """
-        return self._start(self._from_pool, jobs, False, only)
+        path = self._from_pool if mover is None else self._from_pool._replace(mover=mover)
+        return self._start(path, jobs, False, only)
 
     def _start(self, path: Path, jobs: Sequence[Job], to_pool: bool, only: int | None) -> Flight:
         assert all(job.lease.pieces for job in jobs), "memory that is not page-locked"

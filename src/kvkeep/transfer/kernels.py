@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from kvkeep.transfer.moves import Job, Numbers, Part, address_of, places, width_of
 
-PROGRAMS = 16  # of an H100's 132 multiprocessors
+PROGRAMS = 16  # where nothing is set; of an H100's 132 multiprocessors
 TILE_NBYTES = 8192  # what one program has under way: 16 of them cover a PCIe 5 round trip of 2 us
 _HEAD = 4
 
@@ -73,19 +74,27 @@ class KernelMover:
         self._device = device
         self._programs = programs
         self._kernel = kernel
+        # made here, since a copy to the device's memory waits for the stream that it is made on
         self._tables: dict[int | None, list[_Table]] = {None: self._tabulate(self._parts)}
+        for number in {part.range_ for part in self._parts}:
+            self._tables[number] = self._tabulate([part for part in self._parts if part.range_ == number])
+
+    def prepare(self) -> None:
+        """Compiles what `start` will launch: the first step that copies shall not wait for it."""
+        for width, parts, numbers in self._tables[None]:
+            nothing = torch.zeros(_HEAD, dtype=torch.int64, device=self._device)
+            for to_pool in (True, False):
+                self._kernel[(1,)](numbers, nothing, to_pool, width, _tile(parts))
 
     def start(self, jobs: Sequence[Job], to_pool: bool, only: int | None) -> None:
         """As `Mover.start`: one launch for each width of access that the layout has; most have one."""
-        if only not in self._tables:
-            self._tables[only] = self._tabulate([part for part in self._parts if part.range_ == only])
         aligned = width_of(address_of(job.lease) for job in jobs)
         for width, parts, numbers in self._tables[only]:
-            tile = min(TILE_NBYTES, max(16, triton.next_power_of_2(max(part.pages.nbytes for part in parts))))
+            tile = _tile(parts)
             batch = batch_of(parts, jobs, tile)
             if batch[0]:
                 grid = (min(self._programs, int(batch[0])),)
-                self._kernel[grid](numbers, self._upload(batch), to_pool, min(width, aligned), tile)
+                self._kernel[grid](numbers, upload(batch, self._device), to_pool, min(width, aligned), tile)
 
     def _tabulate(self, parts: Sequence[Part]) -> list[_Table]:
         by_width: dict[int, list[Part]] = {}
@@ -96,12 +105,18 @@ class KernelMover:
             for width, same in by_width.items()
         ]
 
-    def _upload(self, batch: Numbers) -> torch.Tensor:
-        """The numbers on the device, without waiting: torch keeps the page-locked source until it was read."""
-        numbers = torch.from_numpy(batch)
-        if self._device.type == "cpu":
-            return numbers
-        return numbers.pin_memory().to(self._device, non_blocking=True)
+
+def upload(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The numbers on the device, in the order of the current stream and without waiting for it.
+
+    Torch keeps the page-locked source until it was read.
+    """
+    tensor = torch.from_numpy(numbers)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _tile(parts: Sequence[Part]) -> int:
+    return int(min(TILE_NBYTES, max(16, triton.next_power_of_2(max(part.pages.nbytes for part in parts)))))
 
 
 def batch_of(parts: Sequence[Part], jobs: Sequence[Job], tile_nbytes: int) -> Numbers:

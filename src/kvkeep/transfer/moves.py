@@ -81,7 +81,7 @@ def places(jobs: Sequence[Job], group: int) -> Numbers:
     for job in jobs:
         address = address_of(job.lease)
         for blocks in job.blocks:
-            if blocks.group == group and blocks.block_ids:
+            if blocks.group == group and len(blocks.block_ids):
                 ids = np.array(blocks.block_ids, np.int64)
                 where = np.arange(blocks.first, blocks.first + len(ids))
                 found.append(np.stack((ids, np.full(len(ids), address), where), axis=1))

@@ -1,21 +1,17 @@
 """Which transfer suits a cache's device, and what page-locks the pool for it: the one place that asks what is there.
 
-NumPy on a CPU; kernel and copy engine on a CUDA device with Triton; staging copies anywhere else. Knows nothing about
-plans, pools or the engine.
+NumPy on a CPU; kernel (where Triton is) and copy engine on a CUDA device; staging copies anywhere else. Knows nothing
+about plans, pools or the engine.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path as File
-from typing import NamedTuple
 
 import torch
 
-from kvkeep.memory.pin import PinCalls
-from kvkeep.transfer.choice import Choice, decide, read_choice, write_choice
+from kvkeep.transfer.choice import Choice, Sample, Wish, choose
 from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
 from kvkeep.transfer.device import DeviceTransfer, Path
 from kvkeep.transfer.lanes import CudaLane
@@ -25,28 +21,18 @@ from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.probe import probe
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Transfer
+from kvkeep.transfer.transfer import Opened
 
 try:
-    from kvkeep.transfer.kernels import PROGRAMS, KernelMover
+    from kvkeep.transfer.kernels import KernelMover
 except ImportError as _error:  # Triton is an extra, and is not made for every machine
     _WITHOUT_TRITON = str(_error)
 else:
     _WITHOUT_TRITON = ""
 
-log = logging.getLogger("kvkeep")
 
-
-class Opened(NamedTuple):
-    """A transfer, what locks the pool for it (None: nothing needs to), and what people should know about it."""
-
-    transfer: Transfer
-    pin_calls: PinCalls | None
-    text: str
-
-
-def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, kept: File) -> Opened:
-    """The transfer for these caches; `kept` is the file in which this host keeps what it measured.
+def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, wish: Wish) -> Opened:
+    """The transfer for these caches, by `wish` where they are on a CUDA device.
 
     Raises LayoutMismatch, naming the layer, for a cache that has no dense pages.
     """
@@ -54,11 +40,12 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, kept: File) 
     if device.type == "cpu":
         return Opened(ReferenceTransfer(groups, chunk_tokens), None, "NumPy")
     library = load_driver() if device.type == "cuda" else None
-    if library is None or _WITHOUT_TRITON:
-        why = _WITHOUT_TRITON or f"{device.type} is not CUDA"
-        return Opened(StagedTransfer(groups, chunk_tokens), None, f"staging copies, slower: {why}")
-    movers = _Movers(device, CudaDriver(library))
-    choice = movers.choice(kept)
+    if library is None:
+        return Opened(
+            StagedTransfer(groups, chunk_tokens), None, f"staging copies, slower: {device} has no CUDA driver"
+        )
+    movers = _Movers(device, CudaDriver(library), wish.programs)
+    choice = choose(str(torch.cuda.get_device_name(device)), wish, movers.measure, _WITHOUT_TRITON)
     transfer = DeviceTransfer(groups, chunk_tokens, partial(movers.paths, choice))
     return Opened(transfer, CudaMemory(library, device.index or 0).calls, str(choice))
 
@@ -66,25 +53,21 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, kept: File) 
 class _Movers:
     """The two ways to copy on one CUDA device."""
 
-    def __init__(self, device: torch.device, driver: CudaDriver) -> None:
+    def __init__(self, device: torch.device, driver: CudaDriver, programs: int) -> None:
         self._device = device
         self._driver = driver
+        self._programs = programs
 
     def kernel(self, parts: Sequence[Part]) -> Mover:
-        return KernelMover(parts, self._device, PROGRAMS)
+        mover = KernelMover(parts, self._device, self._programs)
+        mover.prepare()
+        return mover
 
     def engine(self, parts: Sequence[Part]) -> Mover:
         return CopyMover(parts, self._driver, self._stream)
 
-    def choice(self, kept: File) -> Choice:
-        """What this host measured for such a device, now if it has not yet."""
-        name = str(torch.cuda.get_device_name(self._device))
-        choice = read_choice(kept, name)
-        if choice is None:
-            choice = decide(name, probe(self._device, CudaLane(self._device), self.kernel, self.engine))
-            if not write_choice(kept, choice):
-                log.info("kvkeep: %s cannot be written: the device is measured again at the next start", kept)
-        return choice
+    def measure(self) -> list[Sample]:
+        return probe(self._device, CudaLane(self._device), self.kernel, self.engine)
 
     def paths(self, choice: Choice, parts: tuple[Part, ...]) -> tuple[Path, Path]:
         """The way that is right for the largest pages, where most bytes are, with a lane for each direction."""

@@ -5,16 +5,26 @@ Knows nothing about keys, the store or requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.pages import GroupCaches, group_rows, shard_of
-from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold
+from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold, seal_range
+
+
+class _Part(NamedTuple):
+    """One part of a layer's pages: the engine's array of (blocks, bytes), and where a chunk's are in their range."""
+
+    pages: Bytes
+    start: int
+    end: int
+    dense: bool  # no gaps between the engine's pages
 
 
 class ReferenceTransfer:
@@ -27,7 +37,10 @@ class ReferenceTransfer:
         self._num_blocks = [group.num_blocks for group in groups]
         rows = [group_rows(group) for group in groups]
         self._shard = shard_of(groups, rows, chunk_tokens)
-        self._pages = [[[part.numpy() for part in parts] for parts in layers] for layers in rows]
+        self._parts = [
+            [_parts([part.numpy() for part in parts], self._shard.blocks(number)) for parts in layers]
+            for number, layers in enumerate(rows)
+        ]
 
     @property
     def shard(self) -> ShardLayout:
@@ -39,25 +52,21 @@ class ReferenceTransfer:
         check_blocks(self._shard, self._num_blocks, blocks, unique)
 
     def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
-        """As `Transfer.gather`; each part of a range is summed right after its copy, while it is in the CPU's cache."""
+        """As `Transfer.gather`; each range is summed right after its copy, while it is in the CPU's cache."""
         by_group = _indexes(blocks)
         sums: list[bytes] = []
         for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
-            summed = xxhash.xxh3_128()
-            for pages, places in self._parts(one, view):
+            for pages, start, end, dense in self._parts[one.group][one.layer]:
+                places = view[start:end].reshape(-1, pages.shape[1])
                 for first, ids in by_group.get(one.group, ()):
                     out = places[first : first + len(ids)]
-                    if pages.flags.c_contiguous:
+                    if dense:
                         # the ids were checked with the plan; 'clip' is the mode that needs no buffer
-                        np.take(pages, ids, axis=0, out=out, mode="clip")
+                        pages.take(ids, 0, out, "clip")
                     else:
                         out[:] = pages[ids]  # take would first copy the whole cache to close its gaps
-                if seal:
-                    summed.update(places.data)
             if seal:
-                view[one.nbytes :] = 0
-                summed.update(view[one.nbytes :].data)
-                sums.append(summed.digest())
+                sums.append(seal_range(one, view))
         return b"".join(sums)
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
@@ -67,18 +76,20 @@ class ReferenceTransfer:
             return False
         by_group = _indexes(blocks)
         for one, view in zip(self._shard.chosen(layers), views, strict=True):
-            for first, ids in by_group.get(one.group, ()):
-                for pages, places in self._parts(one, view):
+            for pages, start, end, _ in self._parts[one.group][one.layer]:
+                places = view[start:end].reshape(-1, pages.shape[1])
+                for first, ids in by_group.get(one.group, ()):
                     pages[ids] = places[first : first + len(ids)]
         return True
 
-    def _parts(self, one: Range, view: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-        """The layer's pages in the engine and their places in the range, part by part: arrays of (blocks, bytes)."""
-        count, start = self._shard.blocks(one.group), 0
-        for pages in self._pages[one.group][one.layer]:
-            end = start + count * pages.shape[1]
-            yield pages, view[start:end].reshape(count, -1)
-            start = end
+
+def _parts(pages: Sequence[Bytes], count: int) -> list[_Part]:
+    """The parts of a layer whose range holds `count` blocks."""
+    ends = list(accumulate(count * one.shape[1] for one in pages))
+    return [
+        _Part(one, end - count * one.shape[1], end, one.flags.c_contiguous)
+        for one, end in zip(pages, ends, strict=True)
+    ]
 
 
 def _indexes(blocks: Sequence[Blocks]) -> dict[int, list[tuple[int, npt.NDArray[np.intp]]]]:

@@ -1,6 +1,7 @@
 """Turns K in place in the engine's blocks, all layers in one launch: `rotary.rotate_blocks` as a Triton kernel.
 
-It runs on the stream of the scatter, right behind it. Knows nothing about chunks, positions or which blocks are moved.
+It runs on the stream of the scatter, right behind it; `turned_scatter` turns K within the scatter. Knows nothing about
+chunks, positions or which blocks are moved.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from kvkeep.transfer.kernels import upload
 from kvkeep.transfer.rotary import Pairing, Turn, check_keys
 
 PROGRAMS = 64
@@ -69,14 +72,11 @@ def turn_blocks(
     assert len(turn.cos) == len(block_ids) * block_tokens, "a turn is not for these blocks' tokens"
     if not block_ids:
         return
-    keys = torch.tensor([_place(one) for one in layers], dtype=torch.int64, device=pages.device)
+    keys = upload(np.array([_place(one) for one in layers], np.int64), pages.device)
     steps = (2, 1) if pairing.interleaved else (1, pairs)
     moved = len(turn.cos)
-    batch = torch.tensor(
-        [len(layers) * moved, moved, block_tokens, heads, pairs, pairing.start, *steps, *block_ids],
-        dtype=torch.int64,
-        device=pages.device,
-    )
+    sizes = [len(layers) * moved, moved, block_tokens, heads, pairs, pairing.start, *steps, *block_ids]
+    batch = upload(np.array(sizes, np.int64), pages.device)
     turns = torch.stack(turn).to(device=pages.device, dtype=torch.float32)
     grid = (min(PROGRAMS, len(layers) * moved),)
     widths = (triton.next_power_of_2(heads), triton.next_power_of_2(pairs))

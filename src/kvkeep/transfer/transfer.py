@@ -13,6 +13,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0
@@ -47,6 +48,14 @@ class Transfer(Protocol):
         """An assertion if a block does not exist, is the null block, or (with `unique`) is named twice."""
 
 
+class Opened(NamedTuple):
+    """A transfer, what page-locks the pool for it (None: nothing needs to), and what people should know about it."""
+
+    transfer: Transfer
+    pin_calls: PinCalls | None = None
+    text: str = ""
+
+
 def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence[Blocks], unique: bool) -> None:
     """The check of `Transfer.check` for a cache that has `num_blocks` of each group.
 
@@ -68,13 +77,16 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
             assert named.max() == 1, f"block {named.argmax()} of group {group} is named twice"
 
 
-def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
-    """Zeroes the padding of every range and gives their sums in order: the end of a gather that completes a chunk."""
-    sums = []
-    for one, view in zip(ranges, views, strict=True):
+def seal_range(one: Range, view: Bytes) -> bytes:
+    """Zeroes the padding of a range that has been filled and gives its sum."""
+    if one.nbytes < one.padded_nbytes:
         view[one.nbytes :] = 0
-        sums.append(xxhash.xxh3_128_digest(view.data))
-    return b"".join(sums)
+    return xxhash.xxh3_128_digest(view.data)
+
+
+def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
+    """The sums of all ranges in order: the end of a gather that completes a chunk."""
+    return b"".join(seal_range(one, view) for one, view in zip(ranges, views, strict=True))
 
 
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:

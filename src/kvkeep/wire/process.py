@@ -35,6 +35,7 @@ from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_options, open_tiers
+from kvkeep.wire.identities import Identities
 from kvkeep.wire.server import Server
 from kvkeep.wire.systemd import notify
 
@@ -176,12 +177,20 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
         populating.start()
         try:
-            serve_to_the_end(server, open_tiers(options.disk, server.walk.admit), DRAIN_S)
+            serve_to_the_end(server, _opened(options.disk, server.walk), DRAIN_S)
         finally:
             closing.set()
             if path is not None:
                 path.unlink(missing_ok=True)
             populating.join(END_LIMIT_S)  # it must not meet a closed region
+
+
+async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
+    """Opens the tiers, and what their namespaces are in words."""
+    if disk is not None:
+        directory = Path(disk.directories[0])
+        Identities(directory, walk.store.namespaces).start(asyncio.get_running_loop())
+    await open_tiers(disk, walk.admit)
 
 
 def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:

@@ -86,6 +86,7 @@ class Engine:
             self.facts["figures"] = connector.figures.snapshot()
         self.facts["in one process"] = connector is not None
         self.facts["refusal"] = connector.refusal if connector is not None else ""
+        self.facts["chain"] = connector.identity.chain if connector is not None and connector.identity else ""
         self.facts["policy"] = self.llm.llm_engine.vllm_config.kv_transfer_config and (
             self.llm.llm_engine.vllm_config.kv_transfer_config.kv_load_failure_policy
         )

@@ -58,7 +58,7 @@ def block_bytes(worker: object, block: int) -> list[str]:
 def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
     """In the worker of `rank`: other bytes in the pool, so that a copy of them is seen."""
     if worker.vllm_config.parallel_config.rank == rank:
-        pool = get_kv_transfer_group().worker._pool
+        pool = get_kv_transfer_group().worker._mapped._pool
         pool._region.array[offset : offset + nbytes] ^= 255
 
 
@@ -88,6 +88,7 @@ class Run:
         self.connector = self.scheduler.connector
         self.count = 0
         self.answers: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
 
     def add(self, tokens: list[int], answer: int = 8) -> str:
         self.count += 1
@@ -100,6 +101,7 @@ class Run:
         for output in self.engine.step():
             if output.finished:
                 self.answers[output.request_id] = list(output.outputs[0].token_ids)
+                self.reasons[output.request_id] = output.outputs[0].finish_reason
 
     def finish(self) -> None:
         while self.engine.has_unfinished_requests():

@@ -1,0 +1,52 @@
+"""A rank's half that suits what its cache is kept on: copies by the CPU, or by a device of its own accord.
+
+Knows nothing about the engine's classes, plans or keys.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from kvkeep.config import Config
+from kvkeep.engine.choice import Choice
+from kvkeep.engine.copier import InlineCopier, ThreadCopier, spare_cores
+from kvkeep.engine.device_copies import Rank
+from kvkeep.engine.device_worker import DeviceWorker
+from kvkeep.engine.mapped import MappedPool
+from kvkeep.engine.worker import Worker
+from kvkeep.trace import Trace
+from kvkeep.transfer.choice import Wish, default_file
+from kvkeep.transfer.device import DeviceTransfer
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.transfer import Opened
+from kvkeep.wire.handoff import PoolDoor
+
+log = logging.getLogger("kvkeep")
+
+
+def wish_of(config: Config) -> Wish:
+    """How a device shall copy, as it is set; what is measured is kept for this user."""
+    return Wish(default_file(), config.transfer, config.transfer_programs)
+
+
+def open_rank(
+    rank: int, opened: Opened, door: PoolDoor, config: Config, alone: bool, whole: bool
+) -> Worker | DeviceWorker:
+    """A rank's half. `alone`: no other rank computes on this host; `whole`: layers are computed one by one, whole.
+
+    Copies on a thread need memory that the CPU reaches, and a core that no other rank computes on.
+    """
+    log.info("kvkeep: copies: %s", opened.text)
+    mode = config.transfer_mode if whole else "bulk"
+    if mode != config.transfer_mode:
+        log.info("kvkeep: transfer_mode %s: bulk, since layers are not computed whole", config.transfer_mode)
+    transfer = opened.transfer
+    if isinstance(transfer, DeviceTransfer):
+        pool = MappedPool(door, opened.pin_calls)
+        pool.watch()
+        return DeviceWorker(Rank(rank, transfer, pool), ThreadCopier, mode)
+    by_cpu = isinstance(transfer, ReferenceTransfer)
+    cores = spare_cores() if by_cpu and alone else frozenset()
+    copier = ThreadCopier(cores) if cores else InlineCopier()
+    choice = Choice(mode if by_cpu else "bulk", bool(cores))
+    return Worker(rank, transfer, door, copier, choice, Trace(config.trace_path))

@@ -1,0 +1,117 @@
+"""How the digests of vLLM 0.32's requests are chained: by hashing their tokens, or out of vLLM's own block hashes.
+
+vLLM's hashes cost nothing more, since it makes them for itself; they are taken where they are the SHA-256 of canonical
+CBOR, as ours are. Knows nothing about the planner's decisions.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm.config import VllmConfig
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core.kv_cache_utils import (
+    generate_block_hash_extra_keys,
+    resolve_kv_cache_block_sizes,
+    resolve_none_hash_seed,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request as VllmRequest
+
+from kvkeep.core.key import DEFAULT_SEED, BlockHashes, ExtraKeys, mixed_root, none_hash
+from kvkeep.engine.fingerprint import Adapters
+from kvkeep.engine.lookups import Request
+
+log = logging.getLogger("kvkeep")
+
+
+@dataclass(frozen=True)
+class ChainKind:
+    """What digests are made of: block hashes of `block_tokens` tokens each (0: the tokens), chained from `seed`."""
+
+    block_tokens: int = 0
+    seed: str = DEFAULT_SEED
+
+    @property
+    def name(self) -> Literal["kvkeep", "vllm"]:
+        """As in the identity."""
+        return "vllm" if self.block_tokens else "kvkeep"
+
+
+def chain_kind(
+    wanted: Literal["auto", "kvkeep"], chunk_tokens: int, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> ChainKind:
+    """The kind that may be used. vLLM's default, `sha256`, hashes pickles, which another Python may write otherwise."""
+    if wanted != "auto" or vllm_config.cache_config.prefix_caching_hash_algo != "sha256_cbor":
+        return ChainKind()
+    block_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1]
+    if chunk_tokens % block_tokens:
+        return ChainKind()
+    return ChainKind(block_tokens, resolve_none_hash_seed(sha256_cbor))
+
+
+@dataclass
+class Requests:
+    """The engine's requests in the planner's words, from their arrival to their end."""
+
+    adapters: Adapters
+    kind: ChainKind = ChainKind()
+    known: dict[str, VllmRequest] = field(default_factory=dict)
+    _roots: dict[str, bytes | None] = field(default_factory=dict)
+    _hashes: dict[str, BlockHashes] = field(default_factory=dict)
+
+    def add(self, request: VllmRequest) -> None:
+        """Remembers a request and, while the engine is about to load it, the content of its adapter."""
+        name, block_tokens = request.request_id, self.kind.block_tokens
+        content = self._content(request)
+        self.known[name] = request
+        self._roots[name] = None if content is None else mixed_root(none_hash(), content) if content else none_hash()
+        if block_tokens:
+            self._hashes[name] = BlockHashes(request.block_hashes, block_tokens, content or b"")
+            if len(request.block_hashes) != request.num_tokens // block_tokens:
+                log.warning("kvkeep: request %s is not kept: its block hashes are not those of its tokens", name)
+                self._roots[name] = None
+
+    def drop(self, name: str) -> None:
+        """Forgets a request."""
+        self.known.pop(name, None)
+        self._roots.pop(name, None)
+        self._hashes.pop(name, None)
+
+    def translated(self, request: VllmRequest) -> Request:
+        """The request for the planner."""
+        name = request.request_id
+        if name not in self.known:
+            self.add(request)
+        return Request(
+            name,
+            request.all_token_ids,
+            request.num_prompt_tokens,
+            self._roots[name],
+            extra_keys(request),
+            request.num_preemptions > 0,
+            self._hashes.get(name),
+        )
+
+    def _content(self, request: VllmRequest) -> bytes | None:
+        """The fingerprint of the request's adapter, empty if it has none; None if it is in doubt."""
+        lora = request.lora_request
+        if lora is None:
+            return b""
+        content = self.adapters.fingerprint(lora.lora_int_id, lora.lora_path, lora.load_inplace)
+        return bytes.fromhex(content) if content is not None else None
+
+
+def extra_keys(request: VllmRequest) -> ExtraKeys | None:
+    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing and never will."""
+    plain = not (request.lora_request or request.mm_features or request.cache_salt)
+    if plain and request.prompt_embeds is None and not request.resumable:  # one that is resumed may get images
+        return None
+
+    def of_range(start: int, end: int) -> tuple[Any, ...] | None:
+        keys: tuple[Any, ...] | None = generate_block_hash_extra_keys(request, start, end, 0)[0]
+        return keys
+
+    return of_range

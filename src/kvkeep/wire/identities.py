@@ -1,0 +1,87 @@
+"""What the namespaces of a disk directory are, in a file beside its records: a start can say why none there is its own.
+
+For people only: a file that cannot be read or written changes nothing but words. A thread does both, since a disk may
+hang; it is never joined. Knows nothing about records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from kvkeep.store.namespaces import MAX_IDENTITY_CHARS, MOST, Named, Namespaces
+
+log = logging.getLogger("kvkeep.store")
+
+FILE = "identities.json"
+MAX_NBYTES = 8 * MOST * MAX_IDENTITY_CHARS
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One namespace (hex) of the file."""
+
+    namespace: str
+    name: str
+    identity: str
+
+
+def read_identities(directory: Path) -> dict[bytes, Named]:
+    """The namespaces that a directory has met, the latest at the end; nothing where there is no such file."""
+    try:
+        with (directory / FILE).open("rb") as file:
+            lines = msgspec.json.decode(file.read(MAX_NBYTES), type=list[Line])
+        return {bytes.fromhex(one.namespace): Named(one.name, one.identity[:MAX_IDENTITY_CHARS]) for one in lines}
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        return {}
+
+
+def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
+    """Puts these in the file's place; OSError if that cannot be."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lines = [Line(one.hex(), named.name, named.identity) for one, named in known.items()]
+    fresh = directory / f".{FILE}-{os.getpid()}"
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(lines)))
+    fresh.replace(directory / FILE)
+
+
+@dataclass
+class Identities:
+    """Keeps a store's namespaces in `directory` as well, and tells them what was there before."""
+
+    directory: Path
+    namespaces: Namespaces
+    _wanted: queue.Queue[dict[bytes, Named]] = field(default_factory=lambda: queue.Queue(MOST))
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begins to read; what was there is told in the loop, what is named from then on is written."""
+        threading.Thread(target=self._serve, args=(loop,), daemon=True, name="kvkeep-identities").start()
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon_threadsafe(self._recall, read_identities(self.directory))
+        while True:
+            known = self._wanted.get()
+            try:
+                write_identities(self.directory, known)
+            except OSError as error:
+                log.debug("%s was not written: %s", self.directory / FILE, error)
+
+    def _recall(self, found: Mapping[bytes, Named]) -> None:
+        for line in self.namespaces.recall(found):
+            log.info("nothing of what %s has been kept before is of use now: %s", self.directory, line)
+        self.namespaces.changed = self._write
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            self._wanted.put_nowait(dict(self.namespaces.known))
+        except queue.Full:  # the disk hangs
+            log.debug("%s is not kept up", self.directory / FILE)

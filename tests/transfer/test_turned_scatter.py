@@ -1,0 +1,156 @@
+"""A scatter that turns K on its way, in Triton's interpreter, beside the plain scatter and the turn in place."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpretedFunction
+
+from kvkeep.errors import LayoutMismatch
+from kvkeep.memory.pool import Lease
+from kvkeep.testing.device_doubles import HeldDevice
+from kvkeep.transfer.device import DeviceTransfer
+from kvkeep.transfer.moves import Job
+from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.rope import Span, frequencies
+from kvkeep.transfer.rotary import Pairing, Turn, key_pages, turn_between
+from kvkeep.transfer.rotary_kernel import turn_blocks, turn_pages
+from kvkeep.transfer.transfer import Blocks
+from kvkeep.transfer.turned_scatter import Plane, TurnedScatter, scatter_turned
+
+BLOCKS, TOKENS, PER_CHUNK = 9, 4, 3
+MOVED = partial(TurnedScatter, kernel=InterpretedFunction(scatter_turned.fn))
+IN_PLACE = InterpretedFunction(turn_pages.fn)
+AXES = ("2bthd", "b2thd", "b2htd", "bthd")
+
+
+class Model:
+    """Two layers' caches of one layout, all bits in use, and two chunks in the pool."""
+
+    def __init__(self, axes: str, dtype: torch.dtype, heads: int, head_size: int) -> None:
+        sizes = {"2": 2, "b": BLOCKS, "t": TOKENS, "h": heads, "d": head_size}
+        shape = [sizes[axis] for axis in axes]
+        random = torch.Generator().manual_seed(1)
+        self.axes = axes
+        self.caches = {f"l{n}": torch.randn(shape, generator=random).to(dtype) for n in range(2)}
+        group = GroupCaches(self.caches, BLOCKS, TOKENS, 0)
+        self.device = HeldDevice()
+        self.transfer: DeviceTransfer = self.device.transfer([group], PER_CHUNK * TOKENS)
+        shard = self.transfer.shard
+        self.memory = [np.zeros(shard.nbytes, np.uint8) for _ in range(2)]
+        for memory, ids in zip(self.memory, ((1, 2, 3), (4, 5, 6)), strict=True):
+            self.transfer.gather([Blocks(0, 0, ids)], Lease(memory, shard, (0,)), False)
+        for cache in self.caches.values():
+            cache.zero_()
+
+    def jobs(self, *blocks: Blocks) -> list[Job]:
+        leases = [Lease(memory, self.transfer.shard, (0,)) for memory in self.memory]
+        return [Job([one], lease) for one, lease in zip(blocks, leases, strict=False)]
+
+    def planes(self) -> list[Plane]:
+        found = []
+        for number, (name, cache) in enumerate(self.caches.items()):
+            parts = [part for part in self.transfer.parts if part.range_ == number]
+            found.append(Plane(key_pages(name, cache, self.axes), parts[0], True))
+            if "2" in self.axes:
+                values = key_pages(name, cache.flip(self.axes.index("2")), self.axes)  # its shape
+                values = cache.select(self.axes.index("2"), 1).as_strided(
+                    values.shape, found[-1].pages.stride(), self.v_offset(cache)
+                )
+                found.append(Plane(values, parts[-1], False))
+        return found
+
+    def v_offset(self, cache: torch.Tensor) -> int:
+        return cache.storage_offset() + cache.stride(self.axes.index("2"))
+
+    def in_two(
+        self, jobs: list[Job], turn: Turn, pairing: Pairing, ids: list[int], only: int | None
+    ) -> list[torch.Tensor]:
+        """What a plain scatter and a turn in place make of it; the caches are empty again afterwards."""
+        self.transfer.start_scatter(jobs, only).wait()
+        layers = [key_pages(name, one, self.axes) for name, one in self.caches.items()]
+        turn_blocks(layers if only is None else [layers[only]], ids, turn, pairing, IN_PLACE)
+        made = [one.clone() for one in self.caches.values()]
+        for cache in self.caches.values():
+            cache.zero_()
+        return made
+
+
+def turn_of(tokens: int, pairs: int) -> Turn:
+    pace = frequencies({"rope_theta": 10_000.0}, 2 * pairs, Span(512))
+    p = torch.arange(tokens)
+    return turn_between((p, pace), (p + 77, pace))
+
+
+def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    axes=st.sampled_from(AXES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    heads=st.integers(1, 3),
+    pairs=st.integers(1, 6),
+    rest=st.integers(0, 5),
+    start=st.integers(0, 5),
+    interleaved=st.booleans(),
+    only=st.sampled_from([None, 0, 1]),
+)
+def test_it_is_a_scatter_and_a_turn_in_one(
+    axes: str, dtype: torch.dtype, heads: int, pairs: int, rest: int, start: int, interleaved: bool, only: int | None
+) -> None:
+    model = Model(axes, dtype, heads, 2 * pairs + rest)
+    jobs = model.jobs(Blocks(0, 0, (7, 8, 2)), Blocks(0, 1, (4, 1)))
+    turn, pairing = turn_of(5 * TOKENS, pairs), Pairing(interleaved, min(start, rest))
+    wanted = model.in_two(jobs, turn, pairing, [7, 8, 2, 4, 1], only)
+    flight = model.transfer.start_scatter(jobs, only, MOVED(model.planes(), turn, pairing))
+    assert not any(one.any() for one in model.caches.values()), "not on the loads' lane"
+    flight.wait()
+    assert same(list(model.caches.values()), wanted)
+
+
+def test_what_does_not_turn_is_copied_bit_for_bit() -> None:
+    model = Model("2bthd", torch.float16, 1, 8)
+    odd = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1.0, -2.0, 6e-8]).half()
+    for part in model.transfer.parts:
+        for memory in model.memory:
+            view = memory[part.offset : part.offset + PER_CHUNK * part.pages.nbytes]
+            view[:] = np.tile(odd.numpy().view(np.uint8), len(view) // 16)
+    jobs = model.jobs(Blocks(0, 0, (3,)))
+    model.transfer.start_scatter(jobs, None, MOVED(model.planes(), turn_of(TOKENS, 4), Pairing())).wait()
+    for cache in model.caches.values():
+        assert cache[1, 3].contiguous().view(torch.int16).flatten().tolist() == odd.view(torch.int16).tolist() * TOKENS
+        assert cache[0, 3].isnan().any(), "K has turned infinities"
+
+
+@pytest.mark.parametrize("blocks", [(), (Blocks(0, 0, ()),)])
+def test_no_block_is_nothing_to_do(blocks: tuple[Blocks, ...]) -> None:
+    model = Model("2bthd", torch.float32, 1, 8)
+    jobs = model.jobs(*blocks)
+    model.transfer.start_scatter(jobs, None, MOVED(model.planes(), turn_of(0, 4), Pairing())).wait()
+    assert not any(one.any() for one in model.caches.values())
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    model = Model("2bthd", torch.float32, 1, 8)
+    jobs = model.jobs(Blocks(0, 0, (3,)))
+    with pytest.raises(AssertionError, match="as they were computed"):
+        MOVED(model.planes(), turn_of(TOKENS, 4), Pairing()).start(jobs, True, None)
+    with pytest.raises(AssertionError, match="not for these blocks"):
+        MOVED(model.planes(), turn_of(3, 4), Pairing()).start(jobs, False, None)
+    with pytest.raises(AssertionError, match="do not fit"):
+        MOVED(model.planes(), turn_of(TOKENS, 4), Pairing(start=2))
+    plane = model.planes()[0]
+    with pytest.raises(LayoutMismatch, match="float8"):
+        MOVED([plane._replace(pages=plane.pages.to(torch.float8_e4m3fn))], turn_of(TOKENS, 4), Pairing())
+    with pytest.raises(AssertionError, match="not in its part"):
+        MOVED([plane._replace(part=model.transfer.parts[-1])], turn_of(TOKENS, 4), Pairing()).start(jobs, False, None)

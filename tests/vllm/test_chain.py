@@ -1,0 +1,155 @@
+"""Digests out of vLLM's own block hashes: what must differ differs, what grows agrees, and an engine finds its chunks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
+
+BLOCK, CHUNK = 16, 64
+TOKENS = list(range(1000, 1200))
+
+
+@pytest.fixture
+def hasher(monkeypatch: pytest.MonkeyPatch):
+    """vLLM's own, with its default seed; what it writes to the module is put back."""
+    from vllm.utils.hashing import sha256_cbor
+    from vllm.v1.core import kv_cache_utils
+
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    for name in ("NONE_HASH", "_NONE_HASH_SEED"):
+        monkeypatch.setattr(kv_cache_utils, name, getattr(kv_cache_utils, name, None), raising=False)
+    kv_cache_utils.init_none_hash(sha256_cbor)
+    return kv_cache_utils.get_request_block_hasher(BLOCK, sha256_cbor)
+
+
+@pytest.fixture
+def requests():
+    """Translates, over block hashes; the fingerprint of an adapter is what its path is, "?" for one in doubt."""
+    from kvkeep.engine.vllm_chain import ChainKind, Requests
+
+    class Adapters:
+        def fingerprint(self, adapter_id: int, path: str, again: bool) -> str | None:
+            return {"/a": "aa", "/b": "bb"}.get(path)
+
+    return Requests(Adapters(), ChainKind(BLOCK))
+
+
+def request(hasher, name="r", tokens=TOKENS, salt=None, lora=None, resumable=False):
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    more = {"lora_request": lora, "cache_salt": salt, "resumable": resumable}
+    return Request(name, list(tokens), SamplingParams(), None, block_hasher=hasher, **more)
+
+
+def digests(translated, tokens=None):
+    from kvkeep.core.key import BlockChain
+
+    return BlockChain(CHUNK, translated.block_hashes).extend(translated.tokens if tokens is None else tokens)
+
+
+def lora(name: str, path: str):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, 1, path)
+
+
+def test_the_digests_are_those_of_vllms_blocks_and_grow_with_its_tokens(hasher, requests):
+    from kvkeep.core.key import Chain, none_hash
+
+    one = request(hasher)
+    chain_of_blocks = Chain(BLOCK, none_hash())
+    assert digests(requests.translated(one)) == chain_of_blocks.extend(TOKENS)[3::4][:3]
+    for token in range(56):  # up to the edge of another chunk
+        one.append_output_token_ids(token)
+    grown = TOKENS + list(range(56))
+    chain_of_blocks.extend(grown)
+    assert digests(requests.translated(one)) == chain_of_blocks.digests[3::4]
+    assert len(chain_of_blocks.digests) == 16
+
+
+def test_salts_adapters_names_and_contents_all_separate(hasher, requests):
+    made = [
+        request(hasher, "plain"),
+        request(hasher, "salt a", salt="a"),
+        request(hasher, "salt b", salt="b"),
+        request(hasher, "first", lora=lora("first", "/a")),
+        request(hasher, "another name", lora=lora("second", "/a")),
+        request(hasher, "another content", lora=lora("first", "/b")),
+    ]
+    firsts = [digests(requests.translated(one)) for one in made]
+    assert all(len(one) == 3 for one in firsts)
+    assert len({digest for one in firsts for digest in one}) == 3 * len(made)
+
+
+def test_an_adapter_that_was_replaced_in_place_separates_although_vllms_hashes_are_the_same(hasher, requests):
+    from kvkeep.engine.vllm_chain import ChainKind, Requests
+
+    one, again = (request(hasher, name, lora=lora("first", "/a")) for name in ("before", "after"))
+    assert one.block_hashes == again.block_hashes
+    replaced = Requests(SimpleNamespace(fingerprint=lambda *_: "cc"), ChainKind(BLOCK))
+    assert not {*digests(requests.translated(one))} & {*digests(replaced.translated(again))}
+
+
+def test_an_adapter_in_doubt_and_hashes_that_do_not_fit_the_tokens_are_not_kept(hasher, requests):
+    from vllm.utils.hashing import sha256_cbor
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+
+    assert requests.translated(request(hasher, "doubt", lora=lora("first", "/?"))).root is None
+    wider = get_request_block_hasher(2 * BLOCK, sha256_cbor)
+    assert requests.translated(request(wider, "wider")).root is None
+    assert requests.translated(request(hasher, "fine")).root is not None
+
+
+def test_a_session_that_gets_an_image_later_is_asked_for_its_extra_keys_then(hasher, requests):
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+    assert requests.translated(request(hasher, "plain")).extra_keys is None
+    session = request(hasher, "session", resumable=True)
+    keys = requests.translated(session).extra_keys
+    assert keys(0, CHUNK) is None
+    image = MultiModalFeatureSpec(None, "image", "its hash", PlaceholderRange(70, 10))
+    session.mm_features.append(image)  # as vLLM extends a session
+    assert keys(CHUNK, 2 * CHUNK) == (("mm", "its hash", 6),)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "algorithm", "chunk", "name"),
+    [
+        ("auto", "sha256_cbor", 64, "vllm"),
+        ("kvkeep", "sha256_cbor", 64, "kvkeep"),
+        ("auto", "sha256", 64, "kvkeep"),
+        ("auto", "xxhash_cbor", 64, "kvkeep"),
+        ("auto", "sha256_cbor", 72, "kvkeep"),
+    ],
+)
+def test_only_reproducible_hashes_of_whole_chunks_are_taken(monkeypatch, wanted, algorithm, chunk, name):
+    from kvkeep.core.key import DEFAULT_SEED
+    from kvkeep.engine.vllm_chain import chain_kind
+
+    cache = SimpleNamespace(
+        prefix_caching_hash_algo=algorithm, block_size=BLOCK, prefix_match_unit=None, enable_prefix_caching=True
+    )
+    parallel = SimpleNamespace(decode_context_parallel_size=1)
+    config = SimpleNamespace(cache_config=cache, parallel_config=parallel, kv_transfer_config=object())
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(dcp_sharded=False))])
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    kind = chain_kind(wanted, chunk, config, groups)
+    assert (kind.name, kind.seed) == (name, DEFAULT_SEED)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # another seed gives other hashes: the identity says so
+    assert chain_kind(wanted, chunk, config, groups).seed == ("0" if name == "vllm" else DEFAULT_SEED)
+
+
+def test_an_engine_reuses_what_it_stored_under_its_own_hashes_and_answers_the_same(runs):
+    keep, plain = runs("block-hashes"), runs("tiny-plain")
+    assert (keep.facts["chain"], runs("tiny").facts["chain"]) == ("vllm", "kvkeep")
+    assert [keep.external(step) for step in ("whole cold", "whole warm", "extension")] == [0, 512, 512]
+    assert [keep.external(step) for step in ("salt a", "salt b", "no salt")] == [0, 0, 0]
+    assert [keep.external(step) for step in ("salt a again", "salt b again")] == [512, 512]
+    assert [keep.external(f"after the reset {step}") for step in ("cold", "warm")] == [0, 512]
+    for step in plain.facts["steps"]:
+        for ours, theirs in zip(keep.answers(step), plain.answers(step), strict=True):
+            assert ours["tokens"] == theirs["tokens"], step

@@ -1,0 +1,88 @@
+"""What is refused and what is known of a model, from vLLM's own classes; no engine is started."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
+
+
+def sliding(window: int, heads: int = 2) -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    return SlidingWindowSpec(
+        block_size=16, num_kv_heads=heads, head_size=64, dtype=torch.float32, sliding_window=window
+    )
+
+
+def full() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+
+
+def caches(*specs: Any) -> Any:
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    groups = [KVCacheGroupSpec([f"layer{number}"], spec) for number, spec in enumerate(specs)]
+    return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def settings(reusable: bool = True, images: Any = None, prefix_caching: bool = True, diffusion: Any = None) -> Any:
+    """As much of vLLM's configuration as decides."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(is_prefix_caching_supported=reusable, multimodal_config=images, use_mla=False),
+        cache_config=SimpleNamespace(enable_prefix_caching=prefix_caching, calculate_kv_scales=False),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1, nnodes=1
+        ),
+        diffusion_config=diffusion,
+    )
+
+
+def refused(**parts: Any) -> str:
+    from kvkeep.engine import vllm_facts
+
+    return vllm_facts.refusal(settings(**parts), caches(full()))
+
+
+def test_a_plain_model_is_kept_whether_or_not_vllm_caches_prefixes():
+    assert refused() == refused(prefix_caching=False) == ""
+
+
+def test_a_model_whose_output_needs_all_tokens_is_refused():
+    assert "pooled" in refused(reusable=False, prefix_caching=False)
+
+
+def test_images_that_are_only_numbered_are_refused():
+    """The first image of one process has the name of the first of another."""
+    numbered, hashed = SimpleNamespace(mm_processor_cache_gb=0.0), SimpleNamespace(mm_processor_cache_gb=4.0)
+    assert "images" in refused(images=numbered, prefix_caching=False)
+    assert refused(images=numbered) == refused(images=hashed, prefix_caching=False) == ""
+
+
+def test_a_diffusion_model_is_refused():
+    assert "diffusion" in refused(diffusion=SimpleNamespace(canvas_length=32))
+
+
+def test_layers_of_several_sizes_with_one_window_have_it():
+    """Workers see all of them, the scheduler one: both must know what vLLM frees."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    from kvkeep.engine import vllm_facts
+
+    both = UniformTypeKVCacheSpecs.from_specs({"a": sliding(64), "b": sliding(64, heads=4)})
+    seen = [vllm_facts.window(one) for one in caches(both, sliding(64), full()).kv_cache_groups]
+    assert seen == [64, 64, 0]
+
+
+@pytest.mark.parametrize(("windows", "whole"), [((0,), False), ((64,), True), ((0, 64), True), ((0, 0), True)], ids=str)
+def test_which_loads_fail_as_a_whole(windows: tuple[int, ...], whole: bool):
+    from kvkeep.engine import vllm_facts
+
+    assert vllm_facts.fails_whole(caches(*(sliding(one) if one else full() for one in windows))) is whole
