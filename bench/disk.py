@@ -44,8 +44,8 @@ def lmcache_rows() -> list[Row]:
 
 def size_rows(make: Maker, size: Size) -> list[Row]:
     """Both verbs for chunks of one size."""
-    with make.sides(size.nbytes, size.count) as sides, peer(sides.aside, size) as tell:
-        nbytes = size.nbytes * size.count
+    with make.sides(size.nbytes, size.chunks) as sides, peer(sides.aside, size) as tell:
+        nbytes = size.nbytes * size.chunks
         stored = alternate(
             RUNS,
             rate(nbytes, sides.store, sides.delete),
@@ -91,7 +91,7 @@ def peer(folder: Path, size: Size) -> Iterator[Tell]:
     """LMCache's side over a folder, ended with the block."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"}
-    command = [str(PEER), str(HERE / "disk_peer.py"), str(folder), str(size.nbytes >> 20), str(size.count)]
+    command = [str(PEER), str(HERE / "disk_peer.py"), str(folder), str(size.nbytes >> 20), str(size.chunks)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:

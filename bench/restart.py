@@ -14,17 +14,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ttft import BUILD, KVKEEP, ROOT, Asked, Engine, engine, lmcache_server, times
 
-from kvkeep.cli.rows import Case, Row, say, show, write
+from kvkeep.cli.disk_sides import READERS
+from kvkeep.cli.rows import Case, Row, say, seconds, show, write
+from kvkeep.memory.region import Region
 
 DISK = BUILD / "bench" / "disk"
 DROP = Path("/proc/sys/vm/drop_caches")
 DISK_GIB = 4
+CHUNK_TOKENS = 256
 Side = Callable[[], AbstractContextManager[Engine]]
 
 
@@ -83,6 +87,24 @@ def answered(side: Side, tokens: int, prompts: int) -> tuple[list[Asked], list[A
     return disk, pool
 
 
+def raw_read(tokens: int) -> float:
+    """Seconds that bare preadv takes for the records of one prompt, as the tier reads them: the device's own share."""
+    found = [path for path in sorted((DISK / "kvkeep").rglob("*")) if len(path.name) == 64]
+    files = found[: tokens // CHUNK_TOKENS]
+    nbytes = files[0].stat().st_size
+    with Region.create(nbytes * len(files)) as region, ThreadPoolExecutor(READERS) as threads:
+        region.populate(0, region.nbytes)
+
+        def read(number: int) -> None:
+            fd = os.open(files[number], os.O_RDONLY | os.O_DIRECT)
+            got = os.preadv(fd, [region.array[number * nbytes : (number + 1) * nbytes].data], 0)
+            os.close(fd)
+            assert got == nbytes
+
+        drop_page_cache()
+        return seconds(lambda: list(threads.map(read, range(len(files)))))
+
+
 def drop_page_cache() -> None:
     """Forgets clean pages of all files; says so where that is not allowed."""
     os.sync()
@@ -101,14 +123,18 @@ def rows(options: argparse.Namespace) -> list[Row]:
         say(f"{name}: storing")
         stored(side, options.tokens, options.prompts)
     found: dict[str, tuple[list[Asked], list[Asked]]] = {name: ([], []) for name in both}
+    raw: list[float] = []
     for turn in range(options.restarts):
         for name, side in both.items():
             say(f"{name}: restart {turn + 1}/{options.restarts}")
             disk, pool = answered(side, options.tokens, options.prompts)
             found[name][0].extend(disk)
             found[name][1].extend(pool)
+        raw += [raw_read(options.tokens) for _ in range(options.prompts)]
     case = f"ttft-{options.tokens // 1024}k-restart"
     made = [times(Case(f"{case}-vs-pool", "s", "kvkeep, warm from the pool", goal="<= 1.3"), *found["kvkeep"])]
+    device = Case(f"{case}-raw-read", "s", "kvkeep, warm from the pool")
+    made.append(device.row(raw, [one.ttft_s for one in found["kvkeep"][1]]))
     if "lmcache" in found:
         versus = Case(f"{case}-vs-lmcache", "s", "LMCache 0.5.6, from its fs adapter", goal="<= 0.6")
         made.insert(0, times(versus, found["kvkeep"][0], found["lmcache"][0]))

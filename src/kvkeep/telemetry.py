@@ -28,6 +28,7 @@ class Miss(Enum):
     BYPASS = "kvkeep is switched off"
     ADAPTER = "the adapter's files changed after the engine loaded them, or cannot be read"
     SMALL = "the hit is smaller than min_hit_tokens"
+    UNREAD = "the request wants every token computed"
 
 
 COUNTERS = {

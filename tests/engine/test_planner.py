@@ -298,6 +298,19 @@ def test_what_must_not_be_kept_is_neither_looked_up_nor_stored(
         assert bench.misses() == {why: 1}
 
 
+def test_a_request_that_wants_every_token_computed_is_stored_and_not_looked_up(bench: Bench) -> None:
+    request = asking("r", range(600))._replace(reads=False)
+    bench.keep(range(256))
+    bench.asked.clear()
+    assert bench.match(request) == 0
+    bench.admit(request)
+    bench.figures()
+    assert len(bench.plan(request, 600).stores) == 1
+    assert bench.asked == []
+    assert bench.misses() == {"not_stored": 1, "unread": 1}
+    bench.planner.ended("r")
+
+
 def test_a_preempted_request_is_asked_for_again_with_what_it_has_generated(bench: Bench) -> None:
     first = asking("r", range(300))
     assert bench.planner.match(first, 0) == 0

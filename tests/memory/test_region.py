@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import threading
+from itertools import dropwhile
 
 import numpy as np
 import pytest
@@ -62,6 +63,20 @@ def test_two_mappings_see_the_same_bytes() -> None:
 def test_nobody_can_resize_a_region(nbytes: int) -> None:
     with Region.create(PAGE) as region, pytest.raises(PermissionError):
         os.ftruncate(region.fd, nbytes)
+
+
+def flags_of(start: int) -> list[str]:
+    """What the kernel knows of the mapping that begins there."""
+    with open("/proc/self/smaps") as lines:
+        found = dropwhile(lambda line: not line.startswith(f"{start:x}-"), lines)
+        return next(line.split() for line in found if line.startswith("VmFlags:"))
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="the kernel has no huge pages")
+def test_every_mapping_asks_for_huge_pages() -> None:
+    with Region.create(4 << 20) as region, Region.attach(os.dup(region.fd)) as other:
+        assert "hg" in flags_of(region.array.ctypes.data)
+        assert "hg" in flags_of(other.array.ctypes.data)
 
 
 def test_nobody_can_add_a_seal_against_writing() -> None:

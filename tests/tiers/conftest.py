@@ -25,11 +25,11 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run() -> Run:
-    """Runs a test's coroutine, for at most 20 seconds."""
+    """Runs a test's coroutine, for at most a minute."""
 
     def runs(test: Callable[[], Awaitable[None]]) -> None:
         async def limited() -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await test()
 
         asyncio.run(limited())

@@ -166,8 +166,9 @@ def test_a_model_with_sliding_windows_reuses_all_its_groups(runs, tokens, reused
 def test_a_model_with_sliding_windows_at_length(runs):
     keep = runs("hybrid")
     assert [keep.external(step) for step in ("long answer warm", "prefix", "extension")] == [1280, 1024, 1280]
-    steps = ("long answer cold", "long answer warm", "prefix", "extension", "two at once cold", "two at once warm")
-    check_same(runs, "hybrid", *steps)
+    check_same(runs, "hybrid", "long answer cold", "long answer warm", "prefix", "extension", "two at once cold")
+    # its loads end beside the steps, so that two need not meet in the steps in which they do without kvkeep
+    check_same(runs, "hybrid", "two at once warm", exact=False)
 
 
 def test_a_real_model_answers_a_real_text_the_same(runs):

@@ -86,3 +86,11 @@ def test_which_loads_fail_as_a_whole(windows: tuple[int, ...], whole: bool):
     from kvkeep.engine import vllm_facts
 
     assert vllm_facts.fails_whole(caches(*(sliding(one) if one else full() for one in windows))) is whole
+
+
+@pytest.mark.parametrize(("batches", "window", "never"), [(1, 0, False), (2, 0, True), (1, 64, True)])
+def test_when_a_step_must_not_make_a_load_of_its_own(batches: int, window: int, never: bool):
+    from kvkeep.engine import vllm_facts
+
+    one = caches(sliding(window) if window else full())
+    assert vllm_facts.never_in_step(SimpleNamespace(max_concurrent_batches=batches), one) is never

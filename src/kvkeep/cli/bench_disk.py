@@ -28,7 +28,7 @@ class Size(NamedTuple):
 
     name: str
     nbytes: int
-    count: int
+    chunks: int
     goal: str
 
 
@@ -77,7 +77,7 @@ class Maker:
 
 def transfer_rows(make: Maker, size: Size, runs: int) -> list[Row]:
     """Store and load of chunks of one size, past the page cache."""
-    with make.sides(size.nbytes, size.count) as sides:
+    with make.sides(size.nbytes, size.chunks) as sides:
         say(f"disk, {size.name} ...")
         how = "O_DIRECT" if sides.direct else "buffered, cold"
         store, raw_store = rate(sides.nbytes, sides.store, sides.delete), rate(sides.nbytes, sides.raw_store)
@@ -105,7 +105,7 @@ def beside(runs: int, *measures: Callable[[], float]) -> list[list[float]]:
 
 def cached_rows(make: Maker, size: Size, runs: int) -> list[Row]:
     """Loads through the page cache that has it all."""
-    with make.sides(size.nbytes, size.count, direct=False) as sides:
+    with make.sides(size.nbytes, size.chunks, direct=False) as sides:
         sides.store()
         load, raw = rate(sides.nbytes, lambda: sides.load(False)), rate(sides.nbytes, lambda: sides.raw_load(False))
         loaded, read = alternate(runs, load, raw)

@@ -19,6 +19,7 @@ import xxhash
 
 from kvkeep.cli.rows import seconds
 from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.memory.region import Region
 from kvkeep.tiers.directio import aligned_bytes
 from kvkeep.tiers.disk import DiskTier, open_disk
 from kvkeep.tiers.holding import DiskOptions
@@ -57,7 +58,8 @@ class Sides:
         self.tier: DiskTier = self.loop.run_until_complete(open_disk(options))
         self.loop.run_until_complete(self.tier.looked_through())
         self.direct = self.tier.figures().direct
-        self.memory = aligned_bytes(nbytes * count)
+        self.region = Region.create(nbytes * count)  # what a pool is made of
+        self.memory = self.region.array
         self.memory[:] = np.random.default_rng(1).integers(0, 256, self.memory.nbytes, np.uint8)
         self.writes = [chunk(self.memory, number, nbytes) for number in range(count)]
         self.reads = [Read(one.key, one.sizes, one.payload) for one in self.writes]
@@ -167,6 +169,8 @@ class Sides:
         self.loop.close()
         self.readers.shutdown()
         self.writers.shutdown()
+        del self.memory, self.writes, self.reads
+        self.region.close()
         shutil.rmtree(self.root)
 
 

@@ -35,7 +35,7 @@ class Request(NamedTuple):
     """What the planner needs to know of an engine's request.
 
     `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
-    so far, drafts left out. With `block_hashes` its digests are taken from them.
+    so far, drafts left out. With `block_hashes` its digests are taken from them. `reads`: it may be given anything.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Request(NamedTuple):
     extra_keys: ExtraKeys | None = None
     preempted: bool = False
     block_hashes: BlockHashes | None = None
+    reads: bool = True
 
 
 class Lookups:

@@ -101,6 +101,9 @@ class Planner:
         record = self._record(request)
         client = self._live()
         record.computed = computed
+        if not request.reads:
+            record.why = record.why or Miss.UNREAD
+            return 0
         if not record.keeps or client is None:
             record.why = record.why if not record.keeps else Miss.STORE_GONE
             return 0

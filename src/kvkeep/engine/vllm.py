@@ -231,14 +231,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         link.start(START_LIMIT_S)
         if link.client is not None:
             self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
-        # a whole request's failure is known to vLLM only so, and of a step's own it has told the next step's tokens
-        overlaps = self._vllm_config.max_concurrent_batches > 1
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            beside_steps=self._fails_whole or overlaps or self.config.load == "async",
+            beside_steps=self.config.load == "async" or facts.never_in_step(self._vllm_config, self._kv_cache_config),
             beside_busy=self.config.load == "auto",
         )
         self.planner = Planner(link, layout, options, self.figures)

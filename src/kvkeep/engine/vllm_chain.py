@@ -93,6 +93,7 @@ class Requests:
             extra_keys(request),
             request.num_preemptions > 0,
             self._hashes.get(name),
+            not request.skip_reading_prefix_cache,  # vLLM would not take what is offered
         )
 
     def _content(self, request: VllmRequest) -> bytes | None:

@@ -123,6 +123,15 @@ def fails_whole(kv_cache_config: KVCacheConfig) -> bool:
     return len(groups) > 1 or any(map(window, groups))
 
 
+def never_in_step(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
+    """Whether a step must not make a load of its own, since vLLM could not make up for its failure.
+
+    It knows the failure of a whole request only of loads beside the steps; and where the next step is under way when a
+    failure is known (asynchronous scheduling), it gives out the token which that one computes on garbage.
+    """
+    return vllm_config.max_concurrent_batches > 1 or fails_whole(kv_cache_config)
+
+
 def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
     """The chunk's size: `wanted`, or the smallest larger multiple of all groups' block sizes."""
     return chunk_tokens_for(wanted, [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups])

@@ -256,7 +256,7 @@ class Server:
                 self._go(self.walk.discard(store.keys(session, digests)))
             case m.Rename():
                 store.rename(session, message.namespace)
-                self._named(session, message.identity)
+                store.namespaces.name(session.namespace, session.opening.name, message.identity)
             case m.AskStats():
                 figures = store.figures() | self.walk.figures()
                 return m.Stats(message.call, figures, *((self._problem(), self._known()) if message.check else ()))

@@ -58,7 +58,7 @@ def block_bytes(worker: object, block: int) -> list[str]:
 def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
     """In the worker of `rank`: other bytes in the pool, so that a copy of them is seen."""
     if worker.vllm_config.parallel_config.rank == rank:
-        pool = get_kv_transfer_group().worker._pool
+        pool = get_kv_transfer_group().worker._mapped._pool
         pool._region.array[offset : offset + nbytes] ^= 255
 
 
