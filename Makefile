@@ -28,7 +28,7 @@ test: $(VENV)/.ready   ## every test, real vLLM included: some 30 engine starts,
 fast: $(VENV)/.ready   ## the tests that need no engine
 	$(PY) -m pytest tests -m "not vllm and not slow and not gpu"
 
-check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: under a minute
+check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: some 90 s
 	$(VENV)/bin/ruff format --check src tests bench demo scripts
 	$(VENV)/bin/ruff check src tests bench demo scripts
 	$(VENV)/bin/mypy
