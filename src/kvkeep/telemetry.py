@@ -27,6 +27,8 @@ class Miss(Enum):
     REFUSED = "this model or layout cannot be kept"
     BYPASS = "kvkeep is switched off"
     ADAPTER = "the adapter's files changed after the engine loaded them, or cannot be read"
+    HASHES = "the engine's block hashes are not those of the request's tokens"
+    SESSION = "it is a streaming session, whose text may be replaced while it is computed"
     SMALL = "the hit is smaller than min_hit_tokens"
     UNREAD = "the request wants every token computed"
 

@@ -18,7 +18,7 @@ from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDone
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.request import Match
-from kvkeep.telemetry import Figures
+from kvkeep.telemetry import Figures, Miss
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.wire.messages import VERSION, Hello, Matched, Stats
@@ -283,10 +283,10 @@ def test_a_hit_below_the_least_is_none_and_holds_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("options", "root", "why"),
-    [(PlannerOptions(bypass=True), none_hash(), "bypass"), (PlannerOptions(), None, "adapter")],
+    [(PlannerOptions(bypass=True), none_hash(), "bypass"), (PlannerOptions(), Miss.ADAPTER, "adapter")],
 )
 def test_what_must_not_be_kept_is_neither_looked_up_nor_stored(
-    options: PlannerOptions, root: bytes | None, why: str
+    options: PlannerOptions, root: bytes | Miss, why: str
 ) -> None:
     with bench_of(options=options) as bench:
         request = Request("r", range(600), 600, root)

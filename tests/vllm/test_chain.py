@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvkeep.telemetry import Miss
+
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
 
 BLOCK, CHUNK = 16, 64
@@ -94,26 +96,15 @@ def test_an_adapter_that_was_replaced_in_place_separates_although_vllms_hashes_a
     assert not {*digests(requests.translated(one))} & {*digests(replaced.translated(again))}
 
 
-def test_an_adapter_in_doubt_and_hashes_that_do_not_fit_the_tokens_are_not_kept(hasher, requests):
+def test_what_is_in_doubt_is_not_kept_and_says_why(hasher, requests):
     from vllm.utils.hashing import sha256_cbor
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 
-    assert requests.translated(request(hasher, "doubt", lora=lora("first", "/?"))).root is None
+    assert requests.translated(request(hasher, "doubt", lora=lora("first", "/?"))).root is Miss.ADAPTER
     wider = get_request_block_hasher(2 * BLOCK, sha256_cbor)
-    assert requests.translated(request(wider, "wider")).root is None
-    assert requests.translated(request(hasher, "fine")).root is not None
-
-
-def test_a_session_that_gets_an_image_later_is_asked_for_its_extra_keys_then(hasher, requests):
-    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-
-    assert requests.translated(request(hasher, "plain")).extra_keys is None
-    session = request(hasher, "session", resumable=True)
-    keys = requests.translated(session).extra_keys
-    assert keys(0, CHUNK) is None
-    image = MultiModalFeatureSpec(None, "image", "its hash", PlaceholderRange(70, 10))
-    session.mm_features.append(image)  # as vLLM extends a session
-    assert keys(CHUNK, 2 * CHUNK) == (("mm", "its hash", 6),)
+    assert requests.translated(request(wider, "wider")).root is Miss.HASHES
+    assert requests.translated(request(hasher, "session", resumable=True)).root is Miss.SESSION
+    assert isinstance(requests.translated(request(hasher, "fine")).root, bytes)
 
 
 @pytest.mark.parametrize(

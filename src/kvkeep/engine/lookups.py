@@ -34,14 +34,14 @@ POOL = "pool"
 class Request(NamedTuple):
     """What the planner needs to know of an engine's request.
 
-    `root` starts its chain of digests (None: it must not be kept, its adapter is in doubt); `tokens` are all its tokens
+    `root` starts its chain of digests, or says why it must not be kept; `tokens` are all its tokens
     so far, drafts left out. With `block_hashes` its digests are taken from them. `reads`: it may be given anything.
     """
 
     name: str
     tokens: Sequence[int]
     prompt_tokens: int
-    root: bytes | None
+    root: bytes | Miss
     extra_keys: ExtraKeys | None = None
     preempted: bool = False
     block_hashes: BlockHashes | None = None

@@ -243,13 +243,14 @@ class Planner:
         record = self._records.get(request.name)
         if record is None:
             tokens, hashes = self._layout.chunk_tokens, request.block_hashes
-            chain: Digests = Chain(tokens, request.root or b"", request.extra_keys)
+            doubt = Miss.BYPASS if self._options.bypass else request.root if isinstance(request.root, Miss) else None
+            root = request.root if isinstance(request.root, bytes) else b""
+            chain: Digests = Chain(tokens, root, request.extra_keys)
             if hashes is not None:
                 chain = BlockChain(tokens, hashes)
             record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
-            if self._options.bypass or request.root is None:
-                record.keeps = record.stores = False
-                record.why = Miss.BYPASS if self._options.bypass else Miss.ADAPTER
+            if doubt is not None:
+                record.keeps, record.stores, record.why = False, False, doubt
             self._records[request.name] = record
         return record
 

@@ -6,7 +6,6 @@ CBOR, as ours are. Knows nothing about the planner's decisions.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +22,7 @@ from vllm.v1.request import Request as VllmRequest
 from kvkeep.core.key import DEFAULT_SEED, BlockHashes, ExtraKeys, mixed_root, none_hash
 from kvkeep.engine.fingerprint import Adapters
 from kvkeep.engine.lookups import Request
-
-log = logging.getLogger("kvkeep")
+from kvkeep.telemetry import Miss
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Requests:
     adapters: Adapters
     kind: ChainKind = ChainKind()
     known: dict[str, VllmRequest] = field(default_factory=dict)
-    _roots: dict[str, bytes | None] = field(default_factory=dict)
+    _roots: dict[str, bytes | Miss] = field(default_factory=dict)
     _hashes: dict[str, BlockHashes] = field(default_factory=dict)
 
     def add(self, request: VllmRequest) -> None:
@@ -67,12 +65,9 @@ class Requests:
         name, block_tokens = request.request_id, self.kind.block_tokens
         content = self._content(request)
         self.known[name] = request
-        self._roots[name] = None if content is None else mixed_root(none_hash(), content) if content else none_hash()
+        self._roots[name] = self._root(request, content)
         if block_tokens:
             self._hashes[name] = BlockHashes(request.block_hashes, block_tokens, content or b"")
-            if len(request.block_hashes) != request.num_tokens // block_tokens:
-                log.warning("kvkeep: request %s is not kept: its block hashes are not those of its tokens", name)
-                self._roots[name] = None
 
     def drop(self, name: str) -> None:
         """Forgets a request."""
@@ -96,6 +91,17 @@ class Requests:
             not request.skip_reading_prefix_cache,  # vLLM would not take what is offered
         )
 
+    def _root(self, request: VllmRequest, content: bytes | None) -> bytes | Miss:
+        """What starts a request's digests, given its adapter's content; or why it is not kept."""
+        block_tokens = self.kind.block_tokens
+        if request.resumable:
+            return Miss.SESSION  # vLLM may cut its tokens, and with them what was hashed
+        if content is None:
+            return Miss.ADAPTER
+        if block_tokens and len(request.block_hashes) != request.num_tokens // block_tokens:
+            return Miss.HASHES
+        return mixed_root(none_hash(), content) if content else none_hash()
+
     def _content(self, request: VllmRequest) -> bytes | None:
         """The fingerprint of the request's adapter, empty if it has none; None if it is in doubt."""
         lora = request.lora_request
@@ -106,9 +112,9 @@ class Requests:
 
 
 def extra_keys(request: VllmRequest) -> ExtraKeys | None:
-    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing and never will."""
+    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
     plain = not (request.lora_request or request.mm_features or request.cache_salt)
-    if plain and request.prompt_embeds is None and not request.resumable:  # one that is resumed may get images
+    if plain and request.prompt_embeds is None:
         return None
 
     def of_range(start: int, end: int) -> tuple[Any, ...] | None:
