@@ -51,8 +51,8 @@ def fail_next(worker: object, rank: int, calls: list[int]) -> None:
 
 def block_bytes(worker: object, block: int) -> list[str]:
     """In a worker: one block's bytes in every layer."""
-    pages = get_kv_transfer_group().worker.transfer.inner._pages[0]
-    return [part[block].tobytes().hex() for layer in pages for part in layer]
+    layers = get_kv_transfer_group().worker.transfer.inner._parts[0]
+    return [part.pages[block].tobytes().hex() for layer in layers for part in layer]
 
 
 def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
