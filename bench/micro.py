@@ -22,8 +22,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from store_load import CHUNK_NBYTES, hello, join
+from store_load import CHUNK_NBYTES
 
+from kvkeep.cli.bench_daemon import hello, joined
 from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, run_groups, seconds
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
@@ -310,7 +311,7 @@ def shared_store() -> Iterator[Path]:
         options = StoreOptions(256 * CHUNK_NBYTES, log_level="error")
         command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", *options.arguments()]
         with ended(subprocess.Popen(command)):
-            join(path, LIMIT_S).close()
+            joined(path).close()
             yield path
 
 

@@ -97,7 +97,7 @@ class OneRank:
 
     def told(self, plan: StepPlan | None = None) -> Report:
         self.worker.poll(plan or StepPlan())
-        return self.worker.take_report()
+        return self.worker.results.take_report()
 
     def close(self) -> None:
         self.worker.close()
@@ -187,7 +187,7 @@ def test_a_load_is_there_for_what_is_launched_after_it_and_told_of_when_it_is_ov
     assert not one.told(), "nobody saw the end of the copy"
     one.settle()
     assert one.told() == Report([LoadsDone(1, 0, ())])
-    assert one.worker.take_failed_blocks() == set()
+    assert one.worker.results.take_failed_blocks() == set()
     assert one.device.loads.waits == 0
     one.close()
 
@@ -220,7 +220,7 @@ def test_an_engine_that_does_not_wait_for_layers_computes_again_and_gets_them_in
     one.worker.wait_layer("l0")
     one.worker.start_stores(plan)
     assert one.told() == Report([LoadsDone(1, 0, (0, 1))])
-    assert one.worker.take_failed_blocks() == {2, 4, 6}
+    assert one.worker.results.take_failed_blocks() == {2, 4, 6}
     assert not one.device.loads.held, "a copy may still write to blocks that were reported"
     plan = loading(scatter(0, 2, 4), step=2)
     one.worker.start_loads(plan)
@@ -284,11 +284,11 @@ def test_a_load_beside_the_steps_is_over_when_its_copy_is(one: OneRank) -> None:
     one.worker.start_loads(StepPlan(4, FIRST, (0,), trips=(Trip(7, (scatter(0, 2, 4),)),)))
     one.worker.start_stores(StepPlan(4, FIRST, (0,)))
     assert not one.told()
-    assert one.worker.take_loaded() == {}
+    assert one.worker.results.take_loaded() == {}
     assert not one.caches["l0"].any()
     one.settle()
     assert one.told() == Report([LoadsDone(7, 0, ())])
-    assert one.worker.take_loaded() == {"r": True}
+    assert one.worker.results.take_loaded() == {"r": True}
     assert bool(one.caches["l0"][[2, 4]].all())
 
 
@@ -298,15 +298,15 @@ def test_without_the_plans_pool_loads_fail_at_once_and_stores_are_told_to_be_mis
     one.worker.start_loads(plan)
     one.worker.start_stores(plan)
     assert one.told().loads == [LoadsDone(1, 0, (1,))]
-    assert one.worker.take_failed_blocks() == {3, 4}
+    assert one.worker.results.take_failed_blocks() == {3, 4}
     one.worker.start_stores(storing(gather(0, 1, 2), step=2, boot=SECOND))
     one.settle()
     assert [(done.step, set(done.sums)) for done in one.told().stores] == [(1, {0}), (2, set())]
     one.worker.start_loads(StepPlan(3, FIRST, (0,), trips=(Trip(9, (scatter(0, 7, boot=SECOND),)),)))
     one.settle()
     assert one.told().loads == [LoadsDone(9, 0, (0,))]
-    assert one.worker.take_loaded() == {"r": False}
-    assert one.worker.take_failed_blocks() == {7}
+    assert one.worker.results.take_loaded() == {"r": False}
+    assert one.worker.results.take_failed_blocks() == {7}
 
 
 def test_what_failed_is_known_before_the_end_of_a_step_with_a_drafter(one: OneRank) -> None:
@@ -315,7 +315,7 @@ def test_what_failed_is_known_before_the_end_of_a_step_with_a_drafter(one: OneRa
     plan = loading(scatter(0, 1, 2), scatter(1, 3, 4, boot=SECOND))
     one.worker.start_loads(plan)
     assert one.told(plan).loads == [LoadsDone(1, 0, (1,))]
-    assert one.worker.take_failed_blocks() == {3, 4}
+    assert one.worker.results.take_failed_blocks() == {3, 4}
     one.worker.start_stores(plan)
     one.settle()
     assert not one.told(plan)
@@ -334,7 +334,7 @@ def test_a_chunk_that_changed_is_not_loaded(one: OneRank) -> None:
         one.worker.start_stores(plan)
         one.settle()
         assert one.told().loads == [LoadsDone(step, 0, (0,) if wrong else ())]
-        assert one.worker.take_failed_blocks() == ({3, 4} if wrong else set())
+        assert one.worker.results.take_failed_blocks() == ({3, 4} if wrong else set())
         assert one.holds(3, 1)
 
 
@@ -352,10 +352,10 @@ def test_copies_whose_end_nobody_saw_are_told_as_lost(one: OneRank) -> None:
     worker.start_loads(StepPlan(1, FIRST, (0,), loads=(scatter(0, 2),), trips=(Trip(2, (scatter(0, 3),)),)))
     worker.start_stores(StepPlan(1, FIRST, (0,), loads=(scatter(0, 2),), stores=(gather(2, 5, 6),)))
     worker.poll(StepPlan())
-    report = worker.take_report()
+    report = worker.results.take_report()
     assert sorted(report.loads) == [LoadsDone(1, 0, (0,)), LoadsDone(2, 0, (0,))]
     assert [done.sums for done in report.stores] == [{}]
-    assert worker.take_failed_blocks() == {2, 3}
+    assert worker.results.take_failed_blocks() == {2, 3}
 
 
 def test_a_thread_waits_for_copies_while_the_engine_goes_on(one: OneRank) -> None:
@@ -365,7 +365,7 @@ def test_a_thread_waits_for_copies_while_the_engine_goes_on(one: OneRank) -> Non
     worker.start_stores(storing(gather(0, 1, 2)))
     for _ in range(2000):
         worker.poll(StepPlan(idle=True))
-        if report := worker.take_report():
+        if report := worker.results.take_report():
             break
     assert report.stores[0].sums == {0: sums_of(one, pool, 0)}
 

@@ -235,7 +235,7 @@ class Rank:
 
     def stores(self, boot: bytes, step: int, *block_ids: int) -> bool:
         self.worker.start_stores(StepPlan(step, boot, (0,), (), (StoreOp(0, (Blocks(0, 0, block_ids),), True),)))
-        (done,) = self.worker.take_report().stores
+        (done,) = self.worker.results.take_report().stores
         assert done.step == step
         return 0 in done.sums
 
@@ -244,8 +244,8 @@ class Rank:
         plan = StepPlan(step, b"", (0,), (op,), ())
         self.worker.start_loads(plan)
         self.worker.start_stores(plan)
-        (done,) = self.worker.take_report().loads
-        assert self.worker.take_failed_blocks() == (set(block_ids) if done.failed else set())
+        (done,) = self.worker.results.take_report().loads
+        assert self.worker.results.take_failed_blocks() == (set(block_ids) if done.failed else set())
         return not done.failed
 
 

@@ -55,11 +55,11 @@ class Rank:
         plan = StepPlan(step, boot, (0, 4096), loads=ops)
         self.worker.start_loads(plan)
         self.worker.start_stores(plan)
-        return self.worker.take_report()
+        return self.worker.results.take_report()
 
     def store(self, *ops: StoreOp, boot: bytes = FIRST, step: int = 1) -> Report:
         self.worker.start_stores(StepPlan(step, boot, (0, 4096), stores=ops))
-        return self.worker.take_report()
+        return self.worker.results.take_report()
 
     def close(self) -> None:
         self.worker.close()
@@ -94,14 +94,14 @@ def test_what_is_stored_comes_back_from_this_rank_s_part_of_the_chunk(rank: Rank
     report = rank.load(scatter(8192, 10, 11, sums=stored.sums[0]), step=2)
     assert report == Report([LoadsDone(2, rank.rank, ())], [])
     assert rank.cache[10:12].tolist() == [[33] * 4, [55] * 4]
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
+    assert (rank.worker.results.take_failed_blocks(), rank.worker.results.take_loaded()) == (set(), {})
 
 
 def test_everything_is_told_once(rank: Rank) -> None:
     rank.load(scatter(0, 1, 2))
-    assert not rank.worker.take_report()
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == ({1, 2}, {})
-    assert (rank.worker.take_failed_blocks(), rank.worker.take_loaded()) == (set(), {})
+    assert not rank.worker.results.take_report()
+    assert (rank.worker.results.take_failed_blocks(), rank.worker.results.take_loaded()) == ({1, 2}, {})
+    assert (rank.worker.results.take_failed_blocks(), rank.worker.results.take_loaded()) == (set(), {})
 
 
 def test_a_plan_without_copies_needs_no_report(rank: Rank) -> None:
@@ -121,7 +121,7 @@ def test_without_the_plan_s_pool_loads_fail_and_stores_are_missing(rank: Rank, p
     rank.cache[:] = 7
     assert rank.load(scatter(0, 1, 2), scatter(8192, 3)) == Report([LoadsDone(1, rank.rank, (0, 1))], [])
     assert rank.store(gather(0, 4, 5)) == Report([], [StoresDone(1, rank.rank, {})])
-    assert rank.worker.take_failed_blocks() == {1, 2, 3}
+    assert rank.worker.results.take_failed_blocks() == {1, 2, 3}
     assert (rank.cache == 7).all()
     assert not any(region.array.any() for region in regions)
 
@@ -136,7 +136,7 @@ def test_a_load_names_its_own_boot_whatever_the_plan_stores_in(rank: Rank) -> No
     rank.hand(SECOND)
     plan = (scatter(0, 1, 2, request="old"), scatter(0, 3, 4, request="new", boot=SECOND))
     assert rank.load(*plan, boot=SECOND).loads == [LoadsDone(1, rank.rank, (0,))]
-    assert rank.worker.take_failed_blocks() == {1, 2}
+    assert rank.worker.results.take_failed_blocks() == {1, 2}
 
 
 def test_the_pool_of_an_earlier_boot_is_not_touched_again(rank: Rank) -> None:
@@ -164,11 +164,11 @@ def test_what_failed_is_known_before_the_end_of_a_step_with_a_drafter(layers: in
         rank.worker.wait_layer(f"layer{number}")
         rank.worker.save_layer(plan, f"layer{number}")
     rank.worker.poll(plan)
-    assert rank.worker.take_failed_blocks() == {3, 4}
-    assert rank.worker.take_report() == Report([LoadsDone(1, 0, (1,))], [])
+    assert rank.worker.results.take_failed_blocks() == {3, 4}
+    assert rank.worker.results.take_report() == Report([LoadsDone(1, 0, (1,))], [])
     rank.worker.start_stores(plan)
-    assert rank.worker.take_failed_blocks() == set()
-    report = rank.worker.take_report()
+    assert rank.worker.results.take_failed_blocks() == set()
+    report = rank.worker.results.take_report()
     assert (report.loads, len(report.stores)) == ([], 1)
     rank.close()
 
@@ -180,11 +180,11 @@ def test_a_request_is_loaded_beside_the_steps_only_if_every_chunk_was(rank: Rank
     plan = StepPlan(1, FIRST, (0, 4096), trips=(Trip(2, ops), Trip(3, (scatter(0, 7, request="other"),))))
     rank.worker.start_loads(plan)
     rank.worker.start_stores(plan)
-    assert not rank.worker.take_report(), "nothing is said before it is asked for"
+    assert not rank.worker.results.take_report(), "nothing is said before it is asked for"
     rank.worker.poll(plan)
-    assert rank.worker.take_report().loads == [LoadsDone(2, rank.rank, (1,)), LoadsDone(3, rank.rank, ())]
-    assert rank.worker.take_loaded() == {"r": False, "other": True}
-    assert rank.worker.take_failed_blocks() == {3, 4}
+    assert rank.worker.results.take_report().loads == [LoadsDone(2, rank.rank, (1,)), LoadsDone(3, rank.rank, ())]
+    assert rank.worker.results.take_loaded() == {"r": False, "other": True}
+    assert rank.worker.results.take_failed_blocks() == {3, 4}
 
 
 def test_a_chunk_that_changed_after_it_was_written_fails_and_is_not_copied(rank: Rank) -> None:
@@ -244,7 +244,7 @@ def test_what_a_layer_that_did_not_wait_has_loaded_counts_as_failed() -> None:
         for name in waited:
             rank.worker.wait_layer(name)
         rank.worker.start_stores(plan)
-        assert rank.worker.take_report().loads == [LoadsDone(step, 0, () if len(waited) == 2 else (0, 1))]
+        assert rank.worker.results.take_report().loads == [LoadsDone(step, 0, () if len(waited) == 2 else (0, 1))]
     rank.close()
 
 
@@ -267,7 +267,7 @@ def test_a_layer_is_computed_while_the_next_one_arrives(tmp_path: Path) -> None:
         rank.worker.wait_layer(f"layer{number}")
         run.set()
     rank.worker.start_stores(plan)
-    assert rank.worker.take_report().loads == [LoadsDone(1, 0, ())]
+    assert rank.worker.results.take_report().loads == [LoadsDone(1, 0, ())]
     rank.close()
     (file,) = tmp_path.iterdir()
     spans = {one["name"]: one for one in json.loads(file.read_text())["traceEvents"] if one["ph"] == "X"}

@@ -320,7 +320,7 @@ class OneRank:
         """The next report; how long it takes is the device's business."""
         for _ in range(10_000):
             self.worker.poll(StepPlan(idle=True))
-            if report := self.worker.take_report():
+            if report := self.worker.results.take_report():
                 return report
         raise AssertionError("nothing was told")
 
@@ -381,7 +381,7 @@ def test_a_step_waits_for_no_copy():
     one.worker.start_loads(StepPlan(2, BOOT, (0,), trips=(Trip(3, (LoadOp(BOOT, "r", 0, 0, (ALL,)),)),)))
     one.worker.before_writes()
     one.worker.poll(StepPlan())
-    assert not one.worker.take_report(), "told before its copy was over"
+    assert not one.worker.results.take_report(), "told before its copy was over"
     assert not over.query(), "the engine's thread waited"
     assert one.told()
     one.close()

@@ -19,11 +19,11 @@ KNOWN = {bytes([n]) * 16: Named(f"vllm {n}", f"model  {n}\nkv_dtype  'bfloat16'"
 
 
 def test_what_is_written_is_read_in_its_order(tmp_path: Path) -> None:
-    directory = tmp_path / "new" / "disk"
-    write_identities(directory, KNOWN)
-    assert list(read_identities(directory).items()) == list(KNOWN.items())
-    assert [one.name for one in directory.iterdir()] == [FILE]
-    assert (directory / FILE).stat().st_mode & 0o777 == 0o600
+    (tmp_path / f".{FILE}").touch(0o600)  # of one that was killed
+    write_identities(tmp_path, KNOWN)
+    assert list(read_identities(tmp_path).items()) == list(KNOWN.items())
+    assert [one.name for one in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("octets", [b"", b"{}", b"[1]", b'[{"namespace":"zz","name":"","identity":""}]', b"\xff" * 9])

@@ -45,21 +45,20 @@ def serving(pool_nbytes: int) -> Iterator[tuple[Path, int]]:
         command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", *options.arguments()]
         with subprocess.Popen(command) as process:  # noqa: S603
             try:
-                _joined(path).close()
+                joined(path).close()
                 yield path, process.pid
             finally:
                 process.terminate()
                 process.wait(LIMIT_S)
 
 
-def client(path: Path, chunk_nbytes: int) -> Client:
-    """A session of this process."""
-    hello = Hello(VERSION, "bench", bytes(16), "bench", chunk_nbytes, [os.getpid()], verify_every=64)
-    return Joining(_joined(path), hello).wait(LIMIT_S)
+def hello(chunk_nbytes: int) -> Hello:
+    """The first message of a benchmark's session, whose chunks have `chunk_nbytes`."""
+    return Hello(VERSION, "bench", bytes(16), "bench", chunk_nbytes, [os.getpid()], verify_every=64)
 
 
-def _joined(path: Path) -> socket.socket:
-    """A connection to a store that may still be starting."""
+def joined(path: Path) -> socket.socket:
+    """A connection to a store that may still be starting; StoreGone after LIMIT_S."""
     end_s = time.monotonic() + LIMIT_S
     while True:
         try:
@@ -68,6 +67,11 @@ def _joined(path: Path) -> socket.socket:
             if time.monotonic() > end_s:
                 raise
             time.sleep(0.02)
+
+
+def client(path: Path, chunk_nbytes: int) -> Client:
+    """A session of this process."""
+    return Joining(joined(path), hello(chunk_nbytes)).wait(LIMIT_S)
 
 
 def fill(one: Client, count: int) -> list[bytes]:

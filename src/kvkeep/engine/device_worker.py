@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 from kvkeep.engine.copier import Copier
 from kvkeep.engine.device_copies import DeviceLoads, DeviceStores, Loading, Rank, Storing
-from kvkeep.engine.plan import LoadsDone, Report, StepPlan, StoresDone
+from kvkeep.engine.plan import LoadsDone, StepPlan, StoresDone
 from kvkeep.engine.relay import COPY_LIMIT_S
+from kvkeep.engine.results import Results
 
 log = logging.getLogger("kvkeep")
 
@@ -52,9 +53,7 @@ class DeviceWorker:
         self._step: _Loads | None = None
         self._loading: deque[_Loads] = deque()
         self._storing: deque[tuple[int, Storing]] = deque()
-        self._report = Report()
-        self._failed_blocks: set[int] = set()
-        self._loaded: dict[str, bool] = {}
+        self.results = Results()
 
     def before_writes(self) -> None:
         """The engine is about to launch what writes to blocks: on the device it comes after the stores under way."""
@@ -97,22 +96,7 @@ class DeviceWorker:
             self._loads_over(self._loading.popleft())
         while self._storing and self._storing[0][1].job.done() and not self._awaits_loads(self._storing[0][0]):
             step, storing = self._storing.popleft()
-            self._report.stores.append(StoresDone(step, self._rank.number, storing.end()))
-
-    def take_report(self) -> Report:
-        """What was finished since the last call."""
-        report, self._report = self._report, Report()
-        return report
-
-    def take_failed_blocks(self) -> set[int]:
-        """The engine's blocks whose load failed since the last call."""
-        failed, self._failed_blocks = self._failed_blocks, set()
-        return failed
-
-    def take_loaded(self) -> dict[str, bool]:
-        """The requests whose loads beside the steps ended since the last call, and whether all of it has arrived."""
-        loaded, self._loaded = self._loaded, {}
-        return loaded
+            self.results.stores_over(StoresDone(step, self._rank.number, storing.end()))
 
     def close(self) -> None:
         """Unmaps the pool and closes the door; idempotent. Copies under way are waited for, COPY_LIMIT_S at most.
@@ -148,16 +132,8 @@ class DeviceWorker:
             self._loading.append(ended)
 
     def _loads_over(self, ended: _Loads) -> None:
-        number, loading, request = ended
-        failed = loading.end()
-        for place in failed:
-            self._failed_blocks.update(int(block) for one in loading.ops[place].blocks for block in one.block_ids)
-        if request:
-            self._loaded[request] = not failed
-        if failed:
-            count = len(loading.ops)
-            log.warning("kvkeep: %d of %d chunks were not loaded: they are computed again", len(failed), count)
-        self._report.loads.append(LoadsDone(number, self._rank.number, failed))
+        done = LoadsDone(ended.number, self._rank.number, ended.loading.end())
+        self.results.loads_over(done, ended.loading.ops, ended.request)
 
     def _stores_by_layer(self, plan: StepPlan) -> bool:
         large = len(plan.stores) * self._rank.shard.nbytes >= BY_LAYER_NBYTES

@@ -195,7 +195,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is None:
             return KVConnectorTransferResults()
         self.worker.poll(self._plan())
-        loaded = self.worker.take_loaded()
+        loaded = self.worker.results.take_loaded()
         failed = {name for name, arrived in loaded.items() if not arrived and self._fails_whole}
         return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
 
@@ -203,12 +203,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The blocks whose load failed, unless the request is named instead."""
         if self.worker is None:
             return set()
-        failed = self.worker.take_failed_blocks()
+        failed = self.worker.results.take_failed_blocks()
         return set() if self._fails_whole else failed
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank has finished since the last step."""
-        report = self.worker.take_report() if self.worker is not None else Report()
+        report = self.worker.results.take_report() if self.worker is not None else Report()
         return ReportMeta(report) if report else None
 
     # ---- scheduler -----------------------------------------------------------------------------------------

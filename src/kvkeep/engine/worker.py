@@ -18,8 +18,9 @@ from functools import partial
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.mapped import MappedPool
-from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoresDone, Trip
+from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoresDone, Trip
 from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
+from kvkeep.engine.results import Results
 from kvkeep.memory.pool import Lease
 from kvkeep.trace import Trace
 from kvkeep.transfer.transfer import Transfer
@@ -51,9 +52,7 @@ class Worker:
         self._clock: Callable[[], float] = time.perf_counter
         self._tools = Tools(transfer, copier or InlineCopier(), trace or Trace(), self._clock)
         self._numbers = transfer.shard.numbers
-        self._report = Report()
-        self._failed_blocks: set[int] = set()
-        self._loaded: dict[str, bool] = {}
+        self.results = Results()
         self._trips: deque[tuple[Trip, list[Future[list[int]]]]] = deque()
         self._step = 0
         self._layerwise = False
@@ -118,7 +117,7 @@ class Worker:
         self._computed(start_s)
         self._end_loads(plan)
         if plan.stores:
-            self._report.stores.append(StoresDone(plan.step, self._rank, self._stored(plan)))
+            self.results.stores_over(StoresDone(plan.step, self._rank, self._stored(plan)))
         for lease in self._leases:
             lease.close()
         self._stores, self._leases = None, []
@@ -138,26 +137,8 @@ class Worker:
         while self._trips and all(job.done() for job in self._trips[0][1]):
             trip, jobs = self._trips.popleft()
             places = tuple(place for place, job in enumerate(jobs) if finished(job) != [])
-            for place in places:
-                self._failed_blocks.update(_block_ids(trip.loads[place]))
-            self._loaded[trip.loads[0].request] = not places
-            self._report.loads.append(LoadsDone(trip.number, self._rank, places))
-            _complain(len(places), len(trip.loads))
-
-    def take_report(self) -> Report:
-        """What was finished since the last call."""
-        report, self._report = self._report, Report()
-        return report
-
-    def take_failed_blocks(self) -> set[int]:
-        """The engine's blocks whose load failed since the last call."""
-        failed, self._failed_blocks = self._failed_blocks, set()
-        return failed
-
-    def take_loaded(self) -> dict[str, bool]:
-        """The requests whose loads beside the steps ended since the last call, and whether all of it has arrived."""
-        loaded, self._loaded = self._loaded, {}
-        return loaded
+            done = LoadsDone(trip.number, self._rank, places)
+            self.results.loads_over(done, trip.loads, trip.loads[0].request)
 
     def close(self) -> None:
         """Unmaps the pool and closes the door; idempotent. A copy under way keeps its part of the mapping."""
@@ -207,10 +188,7 @@ class Worker:
             return
         failed = sorted({*self._bulk_failed, *(self._loads.failed() if self._loads is not None else ())})
         self._loads, self._bulk_failed = None, None
-        for place in failed:
-            self._failed_blocks.update(_block_ids(plan.loads[place]))
-        _complain(len(failed), len(plan.loads))
-        self._report.loads.append(LoadsDone(plan.step, self._rank, tuple(failed)))
+        self.results.loads_over(LoadsDone(plan.step, self._rank, tuple(failed)), plan.loads)
 
     def _stored(self, plan: StepPlan) -> dict[int, bytes]:
         if self._stores is not None:
@@ -241,12 +219,3 @@ class Worker:
 
     def _nbytes(self, plan: StepPlan) -> int:
         return (len(plan.loads) + len(plan.stores)) * self.transfer.shard.nbytes
-
-
-def _complain(failed: int, count: int) -> None:
-    if failed:
-        log.warning("kvkeep: %d of %d chunks were not loaded: they are computed again", failed, count)
-
-
-def _block_ids(op: LoadOp) -> Iterable[int]:
-    return (int(block_id) for blocks in op.blocks for block_id in blocks.block_ids)

@@ -316,11 +316,11 @@ class FakeEngine:
 
     def _take_in(self, ran: list[FakeRequest]) -> None:
         """Failed loads first, then new tokens and ends, then the planner's word on what is to be forgotten."""
-        failed: set[int] = set().union(*(worker.take_failed_blocks() for worker in self.workers))
-        loaded = [worker.take_loaded() for worker in self.workers]
+        failed: set[int] = set().union(*(worker.results.take_failed_blocks() for worker in self.workers))
+        loaded = [worker.results.take_loaded() for worker in self.workers]
         report = Report()
         for worker in self.workers:
-            report = report.merged(worker.take_report())
+            report = report.merged(worker.results.take_report())
         hurt = set() if self.shape.fails_whole else self._cut_back(failed)
         self._loads_done(loaded)
         for request in ran:

@@ -12,12 +12,13 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.plan import LoadOp, Report, StepPlan, StoreOp, Trip
+from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp, Trip
+from kvkeep.engine.results import Results
 from kvkeep.engine.worker import Worker
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import Blocks, Transfer
@@ -29,21 +30,13 @@ RANK_DIED = 3  # the exit status of an engine whose rank has ended
 FAULT = 1  # of one whose rank has failed
 
 
-class Told(NamedTuple):
-    """What a rank has finished since it was asked before."""
-
-    report: Report
-    failed_blocks: set[int]
-    loaded: dict[str, bool]
-
-
 class RankProcess:
     """Plays a `Worker` that copies in bulk: each call comes back when it is done there, however long that takes."""
 
     def __init__(self, rank: int, transfer: Transfer, door: PoolDoor) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._frames = FrameReader()
-        self._told: list[Told] = []
+        self.results = Results()
         self.pid = os.fork()
         if not self.pid:
             self._sock.close()
@@ -79,22 +72,6 @@ class RankProcess:
     def poll(self, plan: StepPlan) -> None:
         """As `Worker.poll`: the process tells with each answer what has ended."""
 
-    def take_report(self) -> Report:
-        """As `Worker.take_report`; the last of the three `take_...` that are asked after a step."""
-        told, self._told = self._told, []
-        report = Report()
-        for one in told:
-            report = report.merged(one.report)
-        return report
-
-    def take_failed_blocks(self) -> set[int]:
-        """As `Worker.take_failed_blocks`."""
-        return set().union(*(one.failed_blocks for one in self._told))
-
-    def take_loaded(self) -> dict[str, bool]:
-        """As `Worker.take_loaded`."""
-        return {name: held for one in self._told for name, held in one.loaded.items()}
-
     def close(self) -> None:
         """Ends the process and waits for it."""
         self._sock.sendall(framed(CLOSE))
@@ -114,7 +91,8 @@ class RankProcess:
             os._exit(RANK_DIED)  # what vLLM does: an engine does not outlive its ranks
         if not all(answers):
             os._exit(FAULT)
-        self._told += [msgspec.msgpack.decode(one, type=Told) for one in answers]
+        for one in answers:
+            self.results.add(msgspec.msgpack.decode(one, type=Results))
 
 
 def _served(worker: Worker, sock: socket.socket) -> int:
@@ -132,9 +110,9 @@ def _served(worker: Worker, sock: socket.socket) -> int:
             else:
                 worker.start_stores(plan)
             worker.poll(plan)
-            told = Told(worker.take_report(), worker.take_failed_blocks(), worker.take_loaded())
+            results, worker.results = worker.results, Results()
             with suppress(ConnectionError):
-                sock.sendall(framed(msgspec.msgpack.encode(told)))
+                sock.sendall(framed(msgspec.msgpack.encode(results)))
     worker.close()
     return RANK_DIED
 

@@ -44,10 +44,9 @@ def read_identities(directory: Path) -> dict[bytes, Named]:
 
 
 def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
-    """Puts these in the file's place; OSError if that cannot be."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Puts these in the file's place, in a directory that is the caller's own; OSError if that cannot be."""
     lines = [Line(one.hex(), named.name, named.identity) for one, named in known.items()]
-    fresh = directory / f".{FILE}-{os.getpid()}"
+    fresh = directory / f".{FILE}"
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(lines)))
     fresh.replace(directory / FILE)

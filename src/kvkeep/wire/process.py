@@ -186,11 +186,11 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
 
 
 async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
-    """Opens the tiers, and what their namespaces are in words."""
-    if disk is not None:
+    """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
+    await open_tiers(disk, walk.admit)
+    if disk is not None and walk.loads:
         directory = Path(disk.directories[0])
         Identities(directory, walk.store.namespaces).start(asyncio.get_running_loop())
-    await open_tiers(disk, walk.admit)
 
 
 def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:

@@ -1,0 +1,58 @@
+"""What a rank's copies have come to since it was asked: for the planner, and for the engine.
+
+Knows nothing about copies or the engine's calls; the same for ranks of every kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StoresDone
+
+log = logging.getLogger("kvkeep")
+
+
+@dataclass
+class Results:
+    """The planner's `report`, the engine's blocks whose load failed, and how requests' loads beside the steps ended."""
+
+    report: Report = field(default_factory=Report)
+    failed_blocks: set[int] = field(default_factory=set)
+    loaded: dict[str, bool] = field(default_factory=dict)
+
+    def loads_over(self, done: LoadsDone, ops: Sequence[LoadOp], request: str = "") -> None:
+        """These loads have ended, a step's or (`request`) those of one beside the steps."""
+        for place in done.failed:
+            self.failed_blocks.update(int(block) for one in ops[place].blocks for block in one.block_ids)
+        if request:
+            self.loaded[request] = not done.failed
+        if done.failed:
+            log.warning("kvkeep: %d of %d chunks were not loaded: they are computed again", len(done.failed), len(ops))
+        self.report.loads.append(done)
+
+    def stores_over(self, done: StoresDone) -> None:
+        """A step's stores have ended."""
+        self.report.stores.append(done)
+
+    def add(self, later: Results) -> None:
+        """Takes in what came after."""
+        self.report = self.report.merged(later.report)
+        self.failed_blocks |= later.failed_blocks
+        self.loaded |= later.loaded
+
+    def take_report(self) -> Report:
+        """What was finished since the last call."""
+        report, self.report = self.report, Report()
+        return report
+
+    def take_failed_blocks(self) -> set[int]:
+        """The engine's blocks whose load failed since the last call."""
+        failed, self.failed_blocks = self.failed_blocks, set()
+        return failed
+
+    def take_loaded(self) -> dict[str, bool]:
+        """The requests whose loads beside the steps ended since the last call, and whether all of it has arrived."""
+        loaded, self.loaded = self.loaded, {}
+        return loaded
