@@ -63,6 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     disk_durability: Annotated[Literal["none", "group", "every"], Meta(description='"none", "group" or "every"')] = (
         "none"
     )
+    disk_threads: Annotated[int, Meta(ge=2, le=64, description="a whole number of threads >= 2 and <= 64")] = 5
     store_generated: Annotated[bool, Meta(description="true or false")] = False
     verify_pool: Annotated[Literal["off", "sampled", "always"], Meta(description='"off", "sampled" or "always"')] = (
         "sampled"

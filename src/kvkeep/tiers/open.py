@@ -34,6 +34,7 @@ def disk_options(config: Config) -> DiskOptions | None:
         limit_nbytes=parse_size(config.disk_size, "disk_size"),
         min_free_nbytes=parse_size(config.disk_min_free, "disk_min_free"),
         durability=Durability(config.disk_durability),
+        threads=config.disk_threads,
     )
 
 
