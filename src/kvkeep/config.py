@@ -142,20 +142,26 @@ def parse_size(size: int | str, path: str, right: str = _SIZE_RIGHT) -> int:
     return nbytes
 
 
-def load_config(overrides: Mapping[str, object], environ: Mapping[str, str], read_text: Callable[[str], str]) -> Config:
+def load_config(
+    overrides: Mapping[str, object],
+    environ: Mapping[str, str],
+    read_text: Callable[[str], str],
+    named: Callable[[str], str] = lambda name: f"{_OVERRIDES}.{name}",
+) -> Config:
     """Merge the three sources into one Config.
 
     `overrides` is the engine's mapping, `environ` the whole environment, `read_text` reads the file that
     `overrides["config_file"]` or KVKEEP_CONFIG_FILE names. Raises ConfigError for an unknown name, a wrong
-    value or an unreadable file, naming the full path of the setting and what would be right.
+    value or an unreadable file, naming the full path of the setting (as `named` writes an override's) and what would
+    be right.
     """
     settings = _from_environ(environ)
     file = overrides.get(_FILE_KEY, environ.get(_FILE_VARIABLE))
     if file is not None:
         if not isinstance(file, str) or not file:
-            raise _wrong(f"{_OVERRIDES}.{_FILE_KEY}", file, "the path of a TOML file")
+            raise _wrong(named(_FILE_KEY), file, "the path of a TOML file")
         settings |= _from_file(file, read_text)
-    settings |= _from_overrides(overrides)
+    settings |= _from_overrides(overrides, named)
     return msgspec.convert(settings, Config)
 
 
@@ -191,9 +197,9 @@ def _from_file(file: str, read_text: Callable[[str], str]) -> dict[str, object]:
     return {name: _checked(_known(name, f"{file}: {name}"), value, f"{file}: {name}") for name, value in found.items()}
 
 
-def _from_overrides(overrides: Mapping[str, object]) -> dict[str, object]:
+def _from_overrides(overrides: Mapping[str, object], named: Callable[[str], str]) -> dict[str, object]:
     return {
-        name: _checked(_known(name, f"{_OVERRIDES}.{name}"), value, f"{_OVERRIDES}.{name}")
+        name: _checked(_known(name, named(name)), value, named(name))
         for name, value in overrides.items()
         if name != _FILE_KEY
     }

@@ -70,7 +70,7 @@ def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) 
         assert process.wait(LIMIT_S) == 0
         process.stderr.close()
         client.close()
-    assert "the pool is populated: 0.00 GiB" in lines
+    assert "the pool is populated: 1 MiB in " in lines
     if not disk:
         assert "ended: the pool had 2 chunks, 2 of them were written nowhere and are dropped" in lines
     assert not path.exists()
@@ -94,6 +94,12 @@ def test_two_that_do_not_share_are_told_apart(tmp_path: Path) -> None:
     first, second = (next(line for line in shown.splitlines() if 4 * one in line) for one in ("61", "62"))
     assert [cell.strip() for cell in first.split("│")[2:5]] == ["test", "1", ""]
     assert [cell.strip() for cell in second.split("│")[2:5]] == ["test", "2", apart]
+
+
+def test_a_wrong_option_is_named_as_it_was_written(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", f"--socket={tmp_path / 's'}", "--disk-path=/x", "--disk-size=banana"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("kvkeep: --disk-size is 'banana'; right is ")
 
 
 def test_nobody_is_told_where_there_is_no_manager(tmp_path: Path) -> None:

@@ -38,9 +38,14 @@ def serve(
     overrides = {name: value for name, value in said.items() if value is not None}
     if config is not None:
         overrides["config_file"] = str(config)
-    settings = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"))
+    settings = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"), _option)
     logging.basicConfig(level=settings.log_level.upper(), format="kvkeep store %(process)d %(levelname)s %(message)s")
     run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
+
+
+def _option(name: str) -> str:
+    """A setting as it is written on this command line."""
+    return "--config" if name == "config_file" else f"--{name.replace('_', '-')}"
 
 
 def ask_stats(path: str, check: bool) -> Stats:

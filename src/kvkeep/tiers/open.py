@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
+from kvkeep.memory.room import size_text
 from kvkeep.tiers.disk import DiskTier, open_disk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.shelf import Durability
@@ -49,7 +50,7 @@ async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
         return
     await take("disk", tier, lambda: disk_figures(tier))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
-    log.info("disk tier of %.1f GiB in %s, %s", disk.limit_nbytes / 2**30, ", ".join(disk.directories), how)
+    log.info("disk tier of %s in %s, %s", size_text(disk.limit_nbytes), ", ".join(disk.directories), how)
 
 
 def disk_figures(tier: DiskTier) -> dict[str, int]:

@@ -77,7 +77,8 @@ class Identities:
         for line in self.namespaces.recall(found):
             log.info("nothing of what %s has been kept before is of use now: %s", self.directory, line)
         self.namespaces.changed = self._write
-        self._write()
+        if self.namespaces.known:
+            self._write()
 
     def _write(self) -> None:
         try:

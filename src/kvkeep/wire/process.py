@@ -30,7 +30,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.region import Region
-from kvkeep.memory.room import check_room
+from kvkeep.memory.room import check_room, size_text
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
@@ -174,7 +174,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
-        log.info("pool of %.2f GiB, policy %s, pid %d", options.pool_nbytes / 2**30, options.policy, os.getpid())
+        log.info("pool of %s, policy %s, pid %d", size_text(options.pool_nbytes), options.policy, os.getpid())
         populating.start()
         try:
             serve_to_the_end(server, _opened(options.disk, server.walk), DRAIN_S)
@@ -238,7 +238,7 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
         if time.monotonic() - said_s > POPULATE_SAY_S:
             said_s = time.monotonic()
             _say(f"populating the pool: {100 * start // region.nbytes} %, {said_s - began_s:.0f} s")
-    _say(f"the pool is populated: {region.nbytes / 2**30:.2f} GiB in {time.monotonic() - began_s:.1f} s")
+    _say(f"the pool is populated: {size_text(region.nbytes)} in {time.monotonic() - began_s:.1f} s")
 
 
 def _say(text: str) -> None:
