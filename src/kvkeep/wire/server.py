@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Outcome
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
-from kvkeep.store.fetch import Found
+from kvkeep.store.fetch import Found, Limits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
@@ -186,13 +186,14 @@ class Server:
         def answer(found: Found) -> None:
             why = found.why.value if found.why is not None else ""
             try:
-                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s))
+                words = dict(found.words)
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s, words))
             except WireError as error:
                 self._refuse(peer, error)
 
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
-        limit_s = min(MAX_DEADLINE_S, asked.limit_s)
-        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer, limit_s)
+        limits = Limits(deadline_s, min(MAX_DEADLINE_S, asked.limit_s), asked.early)
+        self.walk.promotions.fetch(session, m.split_digests(asked.digests), limits, answer)
 
     async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
         await self.walk.clear(namespace)
