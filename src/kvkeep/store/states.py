@@ -86,8 +86,9 @@ class StateFetches:
         took_s = loop.time() - began_s
         if state is None or not state.fetched.lease:
             store.release(session, run.fetched.lease)
-            nothing = Fetched(0, [], {})
-            answer(FoundState(Found(nothing, {}, run.why or Why.NO_STATE, took_s), None))
+            kept = store.index.contains(store.keys(session, digests[:1]))
+            why = run.why or (Why.NO_STATE if any(kept) or places else Why.ABSENT)
+            answer(FoundState(Found(Fetched(0, [], {}), {}, why, took_s), None))
             return
         why = run.why or (Why.NO_STATE if have < len(digests) else None)
         answer(FoundState(_cut(run, have)._replace(why=why, took_s=took_s), state))
