@@ -83,15 +83,14 @@ class StateFetches:
             if state.fetched.lease:
                 have = place + 1
                 break
-        took_s = loop.time() - began_s
         if state is None or not state.fetched.lease:
             store.release(session, run.fetched.lease)
             kept = store.index.contains(store.keys(session, digests[:1]))
-            why = run.why or (Why.NO_STATE if any(kept) or places else Why.ABSENT)
-            answer(FoundState(Found(Fetched(0, [], {}), {}, why, took_s), None))
-            return
-        why = run.why or (Why.NO_STATE if have < len(digests) else None)
-        answer(FoundState(_cut(run, have)._replace(why=why, took_s=took_s), state))
+            run = Found(Fetched(0, [], {}), {}, run.why or (Why.NO_STATE if any(kept) or places else Why.ABSENT))
+            state = None
+        elif have < len(digests):
+            run = _cut(run, have)._replace(why=run.why or Why.NO_STATE)
+        answer(FoundState(run._replace(took_s=loop.time() - began_s), state))
 
     async def _places(self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float]) -> list[int]:
         """The places of all chunks at whose ends the pool or a tier has a state, in order."""
