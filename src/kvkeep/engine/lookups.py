@@ -27,6 +27,7 @@ REASONS = {
     "no room": Miss.POOL_FULL,
     "share": Miss.PINNED_SHARE,
     "busy": Miss.WRITING,
+    "no state": Miss.NO_STATE,
 }
 POOL = "pool"
 
@@ -48,6 +49,14 @@ class Request(NamedTuple):
     reads: bool = True
 
 
+class Limits(NamedTuple):
+    """How long a request's lookup is waited for, and all lookups between two steps; `to_states`: prefixes end there."""
+
+    deadline_s: float
+    patience_s: float
+    to_states: bool = False
+
+
 class Lookups:
     """The questions of one engine; between two steps all of them together wait at most `patience_s`."""
 
@@ -55,14 +64,14 @@ class Lookups:
         self,
         link: Link,
         layout: ChunkLayout,
-        limits_s: tuple[float, float],
+        limits: Limits,
         estimate: Estimate,
         figures: Figures,
         clock: Callable[[], float],
     ) -> None:
         self._link = link
         self._layout = layout
-        self._deadline_s, self._patience_s = limits_s
+        self._deadline_s, self._patience_s, self._to_states = limits
         self._estimate = estimate
         self._figures = figures
         self._clock = clock
@@ -148,12 +157,18 @@ class Lookups:
         elif why is None and not hits:
             why = Miss.NOT_STORED
         offsets = tuple(answer.offsets)
-        return Match(boot, record.asked_first, answer.lease, offsets, answer.sums, hits, why, answer.sources)
+        lease, sources = answer.lease, answer.sources
+        return Match(boot, record.asked_first, lease, offsets, answer.sums, hits, why, sources, answer.state)
+
+    def reach(self, request: Request) -> int:
+        """How many of the request's chunks may be of use: a state serves only a prompt that goes on after it."""
+        tokens = len(request.tokens) - 1 if self._to_states else len(request.tokens)
+        return max(0, tokens) // self._layout.chunk_tokens
 
     def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
         """The digests to look up, up to the first one whose load failed before; and why there is none."""
         record.chain.extend(request.tokens)
-        digests = record.chain.digests[first:]
+        digests = record.chain.digests[first : self.reach(request)]
         for place, digest in enumerate(digests if self._failed else ()):
             if digest in self._failed:
                 return digests[:place], Miss.FAILED_BEFORE

@@ -49,4 +49,6 @@ def open_rank(
     cores = spare_cores() if by_cpu and alone else frozenset()
     copier = ThreadCopier(cores) if cores else InlineCopier()
     choice = Choice(mode if by_cpu else "bulk", bool(cores))
-    return Worker(rank, transfer, door, copier, choice, Trace(config.trace_path))
+    worker = Worker(rank, transfer, door, copier, choice, Trace(config.trace_path))
+    worker.states = opened.states
+    return worker

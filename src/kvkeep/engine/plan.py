@@ -18,7 +18,7 @@ class LoadOp(NamedTuple):
     """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified.
 
     `boot` says for which start of the store `offset` holds; `written`: the step itself writes to one of its blocks, so
-    that all of them must be there before it.
+    that all of them must be there before it. `state`: not a chunk is scattered but the state at the claim's end.
     """
 
     boot: bytes
@@ -28,6 +28,7 @@ class LoadOp(NamedTuple):
     blocks: tuple[Blocks, ...]
     sums: tuple[bytes, ...] = ()
     written: bool = False
+    state: bool = False
 
 
 class Trip(NamedTuple):
@@ -38,18 +39,23 @@ class Trip(NamedTuple):
 
 
 class StoreOp(NamedTuple):
-    """Gather blocks into one chunk; with `seal` they are its last ones and its ranges are summed."""
+    """Gather blocks into one chunk; with `seal` they are its last ones and its ranges are summed.
+
+    `state`: what is gathered is a state, whole.
+    """
 
     offset: int
     blocks: tuple[Blocks, ...]
     seal: bool
+    state: bool = False
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold.
 
-    `trips` start with the step and end when they end; `idle`: the step computes nothing.
+    `trips` start with the step and end when they end; `idle`: the step computes nothing. `state_offsets` are to states
+    what `shard_offsets` are to chunks.
     """
 
     step: int = 0
@@ -59,6 +65,11 @@ class StepPlan:
     stores: tuple[StoreOp, ...] = ()
     trips: tuple[Trip, ...] = ()
     idle: bool = False
+    state_offsets: tuple[int, ...] = ()
+
+    def offset_of(self, op: LoadOp | StoreOp, rank: int) -> int:
+        """Where a rank's part of what the op copies is in the pool."""
+        return op.offset + (self.state_offsets if op.state else self.shard_offsets)[rank]
 
 
 class LoadsDone(NamedTuple):
@@ -97,7 +108,7 @@ class RankInfo:
     """What a worker publishes before the planner exists: who it is, where it takes the pool, how its shard is arranged.
 
     `refusal` says why its cache cannot be kept (empty: it can); `facts` are the parts of the identity that only the
-    worker knows.
+    worker knows. `states` arranges its part of a state (None: the model has none).
     """
 
     rank: int
@@ -106,15 +117,18 @@ class RankInfo:
     shard: ShardLayout | None
     facts: dict[str, str]
     refusal: str = ""
+    states: ShardLayout | None = None
 
 
 class Scheduled(NamedTuple):
     """One request of a step: how many of its `tokens` are final and have their KV once the step is done.
 
-    The step computes them from `start` on.
+    The step computes them from `start` on. `states` are those that are there when it is done: tokens, then the block of
+    each group of states.
     """
 
     request: str
     final: int
     tokens: Sequence[int]
     start: int = 0
+    states: Sequence[tuple[int, tuple[int, ...]]] = ()

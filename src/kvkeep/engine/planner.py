@@ -15,10 +15,11 @@ from kvkeep.core.key import BlockChain, Chain, Digests
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
-from kvkeep.engine.lookups import Lookups, Request
+from kvkeep.engine.lookups import Limits, Lookups, Request
 from kvkeep.engine.ops import aligned, load_ops
 from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan, Trip
 from kvkeep.engine.request import Match, Record, State
+from kvkeep.engine.states import States
 from kvkeep.engine.steps import Load, Steps
 from kvkeep.engine.stores import Stores
 from kvkeep.telemetry import Figures, Miss
@@ -50,7 +51,10 @@ class PlannerOptions:
 
 
 class Planner:
-    """One engine's planner over `link`; `layout` is that of whole chunks, all ranks."""
+    """One engine's planner over `link`; `layout` is that of whole chunks, `states` that of a state, all ranks.
+
+    Block tables have the groups of chunks first, then those of states.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Planner:
         options: PlannerOptions,
         figures: Figures,
         clock: Callable[[], float] = time.monotonic,
+        states: ChunkLayout | None = None,
     ) -> None:
         self._link = link
         self._layout = layout
@@ -75,7 +80,9 @@ class Planner:
         self._estimate = Estimate()
         self._paces = Paces(self._estimate, clock)
         self._ran: list[str] = []
-        self._lookups = Lookups(link, layout, (options.deadline_s, options.patience_s), self._estimate, figures, clock)
+        self._states = States(states, figures, options.patience_s) if states is not None else None
+        limits = Limits(options.deadline_s, options.patience_s, to_states=states is not None)
+        self._lookups = Lookups(link, layout, limits, self._estimate, figures, clock)
         self._stores = Stores(self._shard, figures, options.patience_s)
 
     def awaits_report(self) -> bool:
@@ -172,10 +179,13 @@ class Planner:
         if self._options.store_generated and client is not None:
             self._wish_generated(scheduled, client)
         stores = self._stores.ops(step, scheduled, self._records, tables, client)
+        if self._states is not None and client is not None:
+            stores += self._states.store_ops(step, scheduled, self._records, client, self._layout.chunk_tokens)
         self._steps.launch(step)
         boot = client.welcome.boot if client is not None else b""
         offsets = tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
-        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores), tuple(trips), not scheduled)
+        of_states = self._states.offsets if self._states is not None else ()
+        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores), tuple(trips), not scheduled, of_states)
 
     def step_over(self) -> None:
         """The output of a step is in, whether or not there is a report with it."""
@@ -267,15 +277,16 @@ class Planner:
         claim = min(hit, len(request.tokens) - 1) - record.computed
         if claim < max(1, self._options.min_hit_tokens):
             return 0, Miss.SMALL
-        return claim, (match.why or Miss.PARTLY_STORED) if hit < len(request.tokens) // tokens * tokens else None
+        return claim, (match.why or Miss.PARTLY_STORED) if hit < self._lookups.reach(request) * tokens else None
 
     def _empty_match(self, record: Record, client: Client) -> None:
         """Remembers that there is nothing to give, without holding anything."""
         match = record.match
         assert match is not None
         if match.lease:
-            client.release(match.lease)
-            record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why)
+            for lease in match.leases:
+                client.release(lease)
+            record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why, state=None)
 
     def _load(self, record: Record, request: Request, match: Match, external: int, tables: Tables) -> None:
         span = (record.computed, record.computed + external)
@@ -283,11 +294,14 @@ class Planner:
         first = span[0] // self._layout.chunk_tokens
         digests = record.chain.digests[first : first + len(ops)]
         ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
+        if self._states is not None:
+            ops.append(self._states.load_op(request.name, match, span, tables))
+            digests.append(digests[-1])
         # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
         blocks = () if record.beside else tables[0][span[0] // self._shard.groups[0].block_tokens :]
         record.claimed_from = match.tokens_by_source(external)
         self._due.append(
-            (record, Load(match.boot, match.lease, span, tuple(ops), tuple(digests), tuple(blocks), record.beside))
+            (record, Load(match.boot, match.leases, span, tuple(ops), tuple(digests), tuple(blocks), record.beside))
         )
         self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
 
@@ -329,14 +343,16 @@ class Planner:
         client = self._link.client
         match, record.match = record.match, None
         if client is not None and match is not None and match.boot == client.welcome.boot:
-            client.release(match.lease)
+            for lease in match.leases:
+                client.release(lease)
 
     def _drop_due(self, record: Record) -> None:
         """Takes back loads that no plan carries yet: the request's blocks are not its own any more."""
         client = self._link.client
         for one, load in self._due:
             if one is record and client is not None and load.boot == client.welcome.boot:
-                client.release(load.lease)
+                for lease in load.leases:
+                    client.release(lease)
         self._due = [(one, load) for one, load in self._due if one is not record]
 
     def _settle(self, record: Record) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from kvkeep.core.key import Digests
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Call
+from kvkeep.wire.messages import HeldState
 
 
 class State(Enum):
@@ -41,7 +42,7 @@ class Match(NamedTuple):
     """The store's answer for a request: `hits` chunks from number `first` on, held by `lease` (0: nothing is held).
 
     `offsets` and `sums` (by place, where the store wants them verified) are theirs; `why` says why there is nothing;
-    `sources` counts them by where they were.
+    `sources` counts them by where they were. `state` is the one at their end, where the model has any.
     """
 
     boot: bytes
@@ -52,6 +53,12 @@ class Match(NamedTuple):
     hits: int
     why: Miss | None = None
     sources: Mapping[str, int] = MappingProxyType({})
+    state: HeldState | None = None
+
+    @property
+    def leases(self) -> tuple[int, ...]:
+        """All that is held."""
+        return (self.lease, self.state.lease) if self.state is not None else (self.lease,)
 
     def tokens_by_source(self, tokens: int) -> dict[str, int]:
         """`tokens` that were claimed of it, split as its chunks are; exact in sum."""
@@ -66,7 +73,7 @@ class OpenChunk:
     """A reserved chunk that is being filled.
 
     `next_places` has for each group the next place to gather; `sealed_in` is the step of its last gather (0: to come);
-    `rewinds` counts how often it was filled from its start again.
+    `rewinds` counts how often it was filled from its start again. `state`: it is a state, and `number` its chunk's.
     """
 
     number: int
@@ -76,6 +83,7 @@ class OpenChunk:
     next_places: list[int]
     sealed_in: int = 0
     rewinds: int = 0
+    state: bool = False
 
 
 @dataclass(eq=False)
@@ -111,6 +119,7 @@ class Record:
     wanted: list[int] = field(default_factory=list)
     reserved_to: int = 0
     open: dict[int, OpenChunk] = field(default_factory=dict)
+    states: dict[int, OpenChunk] = field(default_factory=dict)
     write_leases: list[int] = field(default_factory=list)
     boot: bytes = b""
     steps: int = 0

@@ -18,13 +18,13 @@ from kvkeep.telemetry import Figures
 
 @dataclass(frozen=True)
 class Load:
-    """A request's load of the tokens in `span`: its lease, one op and digest a chunk, the blocks that depend on it.
+    """A request's load of the tokens in `span`: its leases, one op and digest a chunk, the blocks that depend on it.
 
     `beside`: no step waits for it, so that nothing depends on it before it has arrived.
     """
 
     boot: bytes
-    lease: int
+    leases: tuple[int, ...]
     span: tuple[int, int]
     ops: tuple[LoadOp, ...]
     digests: tuple[bytes, ...]
@@ -165,7 +165,7 @@ class Steps:
         for record, load, place in loads:
             record.steps -= 1
             done.records.append(record)
-            done.leases.append((load.boot, load.lease))
+            done.leases += [(load.boot, lease) for lease in load.leases]
             failed = [number for number in range(len(load.ops)) if place + number in step.failed]
             start, end = load.span
             lost = end - load.ops[failed[0]].start if failed else 0

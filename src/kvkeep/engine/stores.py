@@ -27,7 +27,7 @@ class Stores:
         self._shard = shard
         self._figures = figures
         self._patience_s = patience_s
-        self._commits: list[Call] = []
+        self._commits: list[tuple[Call, bool]] = []
 
     def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
         """Asks for room for the whole chunks of `tokens` that are not `present` and were not asked for before."""
@@ -76,11 +76,12 @@ class Stores:
         """Makes sealed chunks readable: one message a write lease."""
         by_lease: dict[int, list[Sealed]] = {}
         for one in sealed:
-            if one.record.open.pop(one.chunk.number, None) is one.chunk and one.record.boot == client.welcome.boot:
+            making = one.record.states if one.chunk.state else one.record.open
+            if making.pop(one.chunk.number, None) is one.chunk and one.record.boot == client.welcome.boot:
                 by_lease.setdefault(one.chunk.lease, []).append(one)
         for lease, ones in by_lease.items():
             call = client.commit(lease, [one.chunk.place for one in ones], [one.sums for one in ones])
-            self._commits.append(call)
+            self._commits.append((call, ones[0].chunk.state))
         self._harvest(client)
 
     def forget(self, record: Record) -> None:
@@ -89,6 +90,7 @@ class Stores:
         record.reserved_to = 0
         record.write_leases.clear()
         record.open.clear()
+        record.states.clear()
 
     def give_up(self, record: Record, client: Client) -> None:
         """Releases what the request reserved; what it did not commit is lost."""
@@ -100,6 +102,7 @@ class Stores:
                 client.release(lease)
         record.write_leases.clear()
         record.open.clear()
+        record.states.clear()
 
     def _granted(self, record: Record, client: Client, patience_s: float) -> bool:
         """Opens the chunks that were reserved; False if the answer has not come (the next step can still gather)."""
@@ -143,13 +146,13 @@ class Stores:
         """Counts the commits whose answer has come."""
         client.pump()
         waiting = []
-        for call in self._commits:
+        for call, states in self._commits:
             if isinstance(call.answer, Committed):
                 stored = sum(call.answer.done)
-                self._figures.add("stored_chunks", stored)
-                self._figures.add("stored_tokens", stored * self._shard.chunk_tokens)
+                self._figures.add("stored_states" if states else "stored_chunks", stored)
+                self._figures.add("stored_tokens", 0 if states else stored * self._shard.chunk_tokens)
                 self._figures.gauge("pool_used_nbytes", call.answer.used_nbytes)
                 self._figures.gauge("pool_pinned_nbytes", call.answer.pinned_nbytes)
             elif not call.failed:
-                waiting.append(call)
+                waiting.append((call, states))
         self._commits = waiting

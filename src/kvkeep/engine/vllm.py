@@ -48,7 +48,8 @@ from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.transfer.open import open_transfer
+from kvkeep.transfer.open import open_transfer, open_with_states
+from kvkeep.transfer.transfer import Opened
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
 
@@ -104,6 +105,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._requests = Requests(Adapters(default_memory()))
         self._differences = Differences()
         self._fails_whole = facts.fails_whole(kv_cache_config)
+        self._groups = facts.kept_groups(kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             if self.config.load_failure_policy == "recompute":
                 transfer_config.kv_load_failure_policy = "recompute"  # vLLM reads it after this constructor
@@ -150,14 +152,21 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self._info = RankInfo(rank, os.getpid(), "", None, {}, why)
             return
         tokens = facts.chunk_tokens(self.config.chunk_tokens, self._kv_cache_config)
-        groups = facts.group_caches(kv_caches, self._kv_cache_config)
-        opened = open_transfer(groups, tokens, wish_of(self.config))
+        opened = self._reached(kv_caches, tokens)
         door = PoolDoor()
         alone = self._vllm_config.parallel_config.world_size == 1
         whole = not facts.splits_batches(self._vllm_config)
         self.worker = open_rank(rank, opened, door, self.config, alone, whole)
         found = facts.worker_facts(self._vllm_config, kv_caches)
-        self._info = RankInfo(rank, os.getpid(), door.path, opened.transfer.shard, found)
+        states = opened.states.shard if opened.states is not None else None
+        self._info = RankInfo(rank, os.getpid(), door.path, opened.transfer.shard, found, states=states)
+
+    def _reached(self, kv_caches: Mapping[str, torch.Tensor], tokens: int) -> Opened:
+        """What copies from and to the registered caches."""
+        chunks, states = (facts.group_caches(kv_caches, self._kv_cache_config, kind) for kind in self._groups)
+        if not states:
+            return open_transfer(chunks, tokens, wish_of(self.config))
+        return open_with_states(chunks, states, tokens)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """Who this rank is, for the planner."""
@@ -227,7 +236,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.identity = facts.identity(
             self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights, kind
         )
-        link = self._link(ranks, layout)
+        states = tuple(info.states for info in ranks if info.states is not None)
+        of_states = ChunkLayout(states) if states else None
+        link = self._link(ranks, layout, of_states)
         link.start(START_LIMIT_S)
         if link.client is not None:
             self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
@@ -239,9 +250,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             beside_steps=self.config.load == "async" or facts.never_in_step(self._vllm_config, self._kv_cache_config),
             beside_busy=self.config.load == "auto",
         )
-        self.planner = Planner(link, layout, options, self.figures)
+        self.planner = Planner(link, layout, options, self.figures, states=of_states)
 
-    def _link(self, ranks: list[RankInfo], layout: ChunkLayout) -> Link:
+    def _link(self, ranks: list[RankInfo], layout: ChunkLayout, states: ChunkLayout | None) -> Link:
         def hello(resumes: int) -> Hello:
             assert self.identity is not None
             return Hello(
@@ -253,10 +264,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 holders=[info.pid for info in ranks],
                 verify_every=self.config.verify_every,
                 resumes=resumes,
-                sizes=[one.padded_nbytes for shard in layout.shards for one in shard.ranges],
+                sizes=layout.sizes,
+                state_sizes=states.sizes if states is not None else [],
             )
 
-        return Link(source_of(self.config, layout.nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
+        least_nbytes = layout.nbytes + (states.nbytes if states is not None else 0)
+        return Link(source_of(self.config, least_nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
@@ -274,7 +287,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request: VllmRequest, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks, `num_external_tokens` of them to be loaded."""
         if self.planner is not None:
-            self.planner.admitted(self._requests.translated(request), num_external_tokens, blocks.get_block_ids)
+            ordered = self._groups.tables
+            translated = self._requests.translated(request)
+            self.planner.admitted(translated, num_external_tokens, lambda: ordered(blocks.get_block_ids()))
         else:
             self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
 
@@ -294,8 +309,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             if request is not None:
                 start = request.num_computed_tokens
                 final = min(start + count, request.num_tokens)
-                steps.append(Scheduled(name, final, request.all_token_ids, start))
-        return PlanMeta(self.planner.plan_step(steps, lambda name: state.get_block_ids(name) or ()))
+                left = self._groups.left_behind(state.boundary_state_offloads.get(name, ()))
+                steps.append(Scheduled(name, final, request.all_token_ids, start, left))
+        ordered = self._groups.tables
+        return PlanMeta(self.planner.plan_step(steps, lambda name: ordered(state.get_block_ids(name) or ())))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """The step's output is in: what all ranks stored becomes readable, what failed is forgotten by vLLM too."""

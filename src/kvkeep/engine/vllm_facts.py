@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import vllm
@@ -21,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
@@ -57,6 +59,26 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         why = _group_refusal(group)
         if why:
             return f"KV-cache group {number}: {why}"
+    return _states_refusal(vllm_config, kv_cache_config)
+
+
+def _states_refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """Why a model with recurrent state cannot be kept."""
+    chunks, states = kept_groups(kv_cache_config)
+    specs = [kv_cache_config.kv_cache_groups[number].kv_cache_spec for number in states]
+    if not specs:
+        return ""
+    if not chunks:
+        return "all its layers are recurrent: there is nothing to keep but states"
+    if vllm_config.cache_config.mamba_cache_mode != "align":
+        mode = vllm_config.cache_config.mamba_cache_mode
+        return (
+            f'its recurrent state is kept at no boundary (mamba_cache_mode "{mode}"; prefix caching makes it "align")'
+        )
+    if vllm_config.speculative_config is not None:
+        return "recurrent state beside speculative decoding is not supported"
+    if len({spec.block_size for spec in specs}) > 1:
+        return "its groups of recurrent layers have blocks of different sizes"
     return ""
 
 
@@ -81,7 +103,7 @@ def _group_refusal(group: KVCacheGroupSpec) -> str:
     spec = group.kv_cache_spec
     specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
     for one in specs:
-        if type(one) not in (*_FULL, SlidingWindowSpec):
+        if type(one) not in (*_FULL, SlidingWindowSpec, MambaSpec):
             return f"{type(one).__name__} is a kind of cache that is not supported"
     if group.is_eagle_group:
         return "it belongs to a drafter (EAGLE, MTP), whose cache depends on later tokens"
@@ -133,14 +155,47 @@ def never_in_step(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bo
 
 
 def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
-    """The chunk's size: `wanted`, or the smallest larger multiple of all groups' block sizes."""
-    return chunk_tokens_for(wanted, [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups])
+    """The chunk's size: `wanted`, or the smallest larger multiple of all groups' block sizes.
+
+    With recurrent state it is the smallest, for a chunk is of use where it ends at a boundary that has a state.
+    """
+    least = 1 if kept_groups(kv_cache_config).states else wanted
+    return chunk_tokens_for(least, [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups])
 
 
-def group_caches(caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> list[GroupCaches]:
-    """The registered tensors by group; LayoutMismatch if a layer of a group was not registered."""
+class KeptGroups(NamedTuple):
+    """The numbers of the groups that chunks are made of, and of those that hold recurrent state."""
+
+    chunks: tuple[int, ...]
+    states: tuple[int, ...]
+
+    def tables(self, tables: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """All groups' block tables in the planner's order."""
+        return [tables[number] for number in (*self.chunks, *self.states)] if self.states and tables else tables
+
+    def left_behind(self, handed: Iterable[tuple[int, int, int]]) -> list[tuple[int, tuple[int, ...]]]:
+        """The states that a step leaves behind, from vLLM's (group, block, tokens): tokens, then each group's block."""
+        found: dict[int, dict[int, int]] = {}
+        for group, block, tokens in handed:
+            found.setdefault(tokens, {})[group] = block
+        whole = [(tokens, blocks) for tokens, blocks in found.items() if blocks.keys() >= set(self.states)]
+        return [(tokens, tuple(blocks[group] for group in self.states)) for tokens, blocks in whole]
+
+
+def kept_groups(kv_cache_config: KVCacheConfig) -> KeptGroups:
+    """Which group is of which kind."""
+    kinds = [isinstance(group.kv_cache_spec, MambaSpec) for group in kv_cache_config.kv_cache_groups]
+    chunks, states = ([number for number, one in enumerate(kinds) if one is kind] for kind in (False, True))
+    return KeptGroups(tuple(chunks), tuple(states))
+
+
+def group_caches(
+    caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, numbers: Iterable[int]
+) -> list[GroupCaches]:
+    """The registered tensors of these groups; LayoutMismatch if a layer of one was not registered."""
     groups = []
-    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+    for number in numbers:
+        group = kv_cache_config.kv_cache_groups[number]
         missing = [name for name in group.layer_names if name not in caches]
         if missing:
             raise LayoutMismatch(f"group {number}: layer {missing[0]} has no registered cache")
@@ -231,11 +286,16 @@ def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
 def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:
     spec = group.kv_cache_spec
     one = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+    if isinstance(one, MambaSpec):
+        kind = f"{type(one).__name__}/{one.mamba_type}/{one.shapes}/{one.dtypes}"
+        heads, size = 0, 0
+    else:
+        kind, heads, size = f"{type(spec).__name__}/{type(one).__name__}", one.num_kv_heads, one.head_size
     return GroupIdentity(
-        kind=f"{type(spec).__name__}/{type(one).__name__}",
+        kind=kind,
         layers=tuple(group.layer_names),
-        kv_heads=one.num_kv_heads,
-        head_size=one.head_size,
+        kv_heads=heads,
+        head_size=size,
         block_tokens=spec.block_size,
         window=window(group) or None,
     )

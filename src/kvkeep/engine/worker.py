@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from functools import partial
@@ -18,7 +18,7 @@ from functools import partial
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.mapped import MappedPool
-from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoresDone, Trip
+from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
 from kvkeep.engine.results import Results
 from kvkeep.memory.pool import Lease
@@ -63,6 +63,7 @@ class Worker:
         self._leases: list[Lease] = []
         self._computing: tuple[int, float] | None = None
         self.transfer = transfer
+        self.states: Transfer | None = None  # reaches the states of a model that has any
 
     def before_writes(self) -> None:
         """The engine is about to write to blocks: no copy still reads one, for a step's stores end with it."""
@@ -74,8 +75,8 @@ class Worker:
         for trip in plan.trips:
             self._start(plan, trip)
         if plan.loads:
-            self.transfer.check([blocks for op in plan.loads for blocks in op.blocks], unique=True)
-            leases = [self._lease(op.boot, op.offset, plan) for op in plan.loads]
+            self._check(plan.loads, unique=True)
+            leases = [self._lease(op.boot, op, plan) for op in plan.loads]
             # what this step writes to, and what is verified before it is used, is there before the first layer
             late = {n for n, op in enumerate(plan.loads) if self._layerwise and not op.written and not op.sums}
             early = [(n, op, leases[n]) for n, op in enumerate(plan.loads) if n not in late or leases[n] is None]
@@ -153,8 +154,8 @@ class Worker:
             self._layerwise = bool(plan.loads or plan.stores) and self._choice.layerwise()
 
     def _start(self, plan: StepPlan, trip: Trip) -> None:
-        self.transfer.check([blocks for op in trip.loads for blocks in op.blocks], unique=True)
-        jobs = [(place, op, self._lease(op.boot, op.offset, plan)) for place, op in enumerate(trip.loads)]
+        self._check(trip.loads, unique=True)
+        jobs = [(place, op, self._lease(op.boot, op, plan)) for place, op in enumerate(trip.loads)]
         # one by one, so that what a step waits for comes in between
         submit = self._tools.copier.submit
         self._trips.append((trip, [submit(partial(self._travelled, job), beside=True) for job in jobs]))
@@ -173,7 +174,7 @@ class Worker:
         for place, op, lease in jobs:
             held = lease is not None
             if lease is not None:
-                held = self.transfer.scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
+                held = self._reach(op).scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
                 if not held:
                     log.error(
                         "kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this"
@@ -191,24 +192,40 @@ class Worker:
         self.results.loads_over(LoadsDone(plan.step, self._rank, tuple(failed)), plan.loads)
 
     def _stored(self, plan: StepPlan) -> dict[int, bytes]:
-        if self._stores is not None:
-            return self._stores.finish()
-        gather = self.transfer.gather
-        return {copy.place: gather(copy.blocks, copy.lease, copy.seal) for copy in self._gathers(plan)}
+        sums = self._stores.finish() if self._stores is not None else self._gathered(plan, states=False)
+        return sums | self._gathered(plan, states=True)
 
-    def _gathers(self, plan: StepPlan) -> list[Copy]:
-        """The plan's gathers with their memory, checked; none without the plan's pool."""
-        self.transfer.check([blocks for op in plan.stores for blocks in op.blocks], unique=False)
+    def _gathered(self, plan: StepPlan, states: bool) -> dict[int, bytes]:
+        copies = self._gathers(plan, states)
+        return {
+            one.place: self._reach(plan.stores[one.place]).gather(one.blocks, one.lease, one.seal) for one in copies
+        }
+
+    def _gathers(self, plan: StepPlan, states: bool = False) -> list[Copy]:
+        """The plan's gathers of chunks or of states with their memory, checked; none without the plan's pool."""
+        ops = [(place, op) for place, op in enumerate(plan.stores) if op.state == states]
+        self._check([op for _, op in ops], unique=False)
         copies = []
-        for place, op in enumerate(plan.stores):
-            lease = self._lease(plan.boot, op.offset, plan)
+        for place, op in ops:
+            lease = self._lease(plan.boot, op, plan)
             if lease is not None:
                 self._leases.append(lease)
                 copies.append(Copy(place, op.blocks, lease, op.seal))
         return copies
 
-    def _lease(self, boot: bytes, offset: int, plan: StepPlan) -> Lease | None:
-        return self._mapped.lease(boot, offset + plan.shard_offsets[self._rank], self.transfer.shard)
+    def _reach(self, op: LoadOp | StoreOp) -> Transfer:
+        """What copies for this op: chunks and states are in caches of different shapes."""
+        reach = self.states if op.state else self.transfer
+        assert reach is not None, "a plan with states for a rank that has none"
+        return reach
+
+    def _check(self, ops: Sequence[LoadOp | StoreOp], unique: bool) -> None:
+        for states in {op.state for op in ops}:
+            mine = [op for op in ops if op.state == states]
+            self._reach(mine[0]).check([blocks for op in mine for blocks in op.blocks], unique)
+
+    def _lease(self, boot: bytes, op: LoadOp | StoreOp, plan: StepPlan) -> Lease | None:
+        return self._mapped.lease(boot, plan.offset_of(op, self._rank), self._reach(op).shard)
 
     def _computed(self, now_s: float) -> None:
         """The layer that was running is done."""

@@ -15,6 +15,7 @@ class Opening:
     """What a planner says of itself when its session opens (in bytes; holders are pids).
 
     `sizes` are those of a chunk's ranges with their padding, in order; without them its chunks stay in the pool.
+    `state_sizes` are those of a state's ranges; empty: there are no states.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Opening:
     holders: tuple[int, ...]
     verify_every: int = 0
     sizes: tuple[int, ...] = ()
+    state_sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -46,7 +48,10 @@ class WriteLease:
 
 @dataclass
 class Session:
-    """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin."""
+    """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin.
+
+    `states` holds what it keeps of states: these have sizes and a namespace of their own, and chunks' digests.
+    """
 
     number: int
     opening: Opening
@@ -55,14 +60,20 @@ class Session:
     pinned_nbytes: int = 0
     promised_nbytes: int = 0
     fetched_chunks: int = 0
+    states: Session | None = None
+
+    @property
+    def sides(self) -> list[Session]:
+        """Itself, and what it keeps of states."""
+        return [self] if self.states is None else [self, self.states]
+
+    def side_of(self, lease: int) -> Session:
+        """The side that has this lease."""
+        return next((side for side in self.sides if lease in side.leases), self)
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all its leases, read and write."""
-        writing = sum(
-            entry.nbytes
-            for lease in self.leases.values()
-            if isinstance(lease, WriteLease)
-            for entry in lease.entries.values()
-        )
-        return self.pinned_nbytes + writing
+        """Bytes of all its leases, read and write, states' too."""
+        leases = [lease for side in self.sides for lease in side.leases.values()]
+        writing = sum(one.nbytes for lease in leases if isinstance(lease, WriteLease) for one in lease.entries.values())
+        return sum(side.pinned_nbytes for side in self.sides) + writing

@@ -6,9 +6,10 @@ sockets, messages or the bytes in the pool; the planners' workers move those.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Why(Enum):
     BUSY = "busy"  # it is being written
     NOT_LOADED = "not loaded"  # a tier had it, and it did not come or was bad
     DEADLINE = "deadline"  # it was still on its way
+    NO_STATE = "no state"  # the next chunks are of no use, for no state is at the end of any of them
 
 
 class Fetched(NamedTuple):
@@ -73,13 +75,16 @@ class Store:
 
     def open(self, opening: Opening) -> Session:
         """A new session; WireError if what it says of itself cannot be right."""
-        if len(opening.namespace) != NAMESPACE_NBYTES:
-            raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(opening.namespace)}")
+        check_namespace(opening.namespace)
         if opening.chunk_nbytes <= 0 or opening.verify_every < 0:
             raise WireError("chunk_nbytes must be positive and verify_every not negative")
         if opening.sizes and (sum(opening.sizes) != opening.chunk_nbytes or not all(map(_is_padded, opening.sizes))):
             raise WireError("the sizes of a chunk's ranges must be padded and add up to chunk_nbytes")
+        if not all(map(_is_padded, opening.state_sizes)):
+            raise WireError("the sizes of a state's ranges must be padded")
         session = Session(self.next_lease(), opening, opening.namespace)
+        if opening.state_sizes:
+            session.states = Session(self.next_lease(), opening_of_states(opening), states_of(opening.namespace))
         self.sessions[session.number] = session
         return session
 
@@ -180,30 +185,36 @@ class Store:
 
     def discard(self, session: Session, digests: Sequence[bytes]) -> int:
         """Takes chunks out of the index; their memory comes back with the last lease on them."""
-        return self.index.discard(self.keys(session, digests))
+        return sum(self.index.discard(self.keys(side, digests)) for side in session.sides)
 
     def clear(self, session: Session, everything: bool) -> int:
-        """Drops the session's namespace, or everything."""
-        return self.index.clear(None if everything else session.namespace)
+        """Drops the session's namespaces, or everything."""
+        return sum(self.index.clear(one) for one in self.namespaces_of(session, everything))
+
+    def namespaces_of(self, session: Session, everything: bool = False) -> list[bytes | None]:
+        """What to clear for a session: its namespaces, or (None) everything."""
+        return [None] if everything else [side.namespace for side in session.sides]
 
     def rename(self, session: Session, namespace: bytes) -> None:
         """From here on the session's keys are in `namespace`; WireError if it is none."""
-        if len(namespace) != NAMESPACE_NBYTES:
-            raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(namespace)}")
+        check_namespace(namespace)
         session.namespace = namespace
+        if session.states is not None:
+            session.states.namespace = states_of(namespace)
 
     def close(self, session: Session) -> None:
         """The session ended and none of its processes touches its memory: everything comes back."""
         self.sessions.pop(session.number, None)
         self.lingering.pop(session.number, None)
-        for lease in list(session.leases):
-            self.release(session, lease)
+        for side in session.sides:
+            for lease in list(side.leases):
+                self.release(side, lease)
 
     def linger(self, session: Session) -> None:
         """The session ended, its processes may still be at work: its keys in the making go, its memory stays."""
         self.sessions.pop(session.number, None)
         self.lingering[session.number] = session
-        for lease in session.leases.values():
+        for lease in [lease for side in session.sides for lease in side.leases.values()]:
             if isinstance(lease, WriteLease):
                 for entry in lease.entries.values():
                     self.index.revoke(entry)
@@ -234,6 +245,23 @@ class Store:
             return {}
         places = range(-first % every, len(entries), every)
         return {place: entries[place].sums or b"" for place in places}
+
+
+def check_namespace(namespace: bytes) -> None:
+    """WireError if it is none."""
+    if len(namespace) != NAMESPACE_NBYTES:
+        raise WireError(f"a namespace has {NAMESPACE_NBYTES} bytes, not {len(namespace)}")
+
+
+def states_of(namespace: bytes) -> bytes:
+    """The namespace of the states at the ends of a namespace's chunks."""
+    return hashlib.sha256(b"kvkeep states" + namespace).digest()[:NAMESPACE_NBYTES]
+
+
+def opening_of_states(opening: Opening) -> Opening:
+    """What a session with states says of these."""
+    sizes = opening.state_sizes
+    return replace(opening, chunk_nbytes=sum(sizes), sizes=sizes, state_sizes=())
 
 
 def _is_padded(nbytes: int) -> bool:

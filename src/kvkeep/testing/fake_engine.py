@@ -383,9 +383,8 @@ class FakeEngine:
         return groups
 
     def _hello(self, resumes: int) -> Hello:
-        sizes = [one.padded_nbytes for shard in self.layout.shards for one in shard.ranges]
         every, pids = self.shape.verify_every, self.pids
-        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, pids, every, resumes, sizes)
+        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, pids, every, resumes, self.layout.sizes)
 
     def _asked(self, request: FakeRequest) -> Request:
         return Request(

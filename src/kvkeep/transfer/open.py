@@ -50,6 +50,17 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, wish: Wish) 
     return Opened(transfer, CudaMemory(library, device.index or 0).calls, str(choice))
 
 
+def open_with_states(groups: Sequence[GroupCaches], states: Sequence[GroupCaches], chunk_tokens: int) -> Opened:
+    """The transfers for the caches of a model with recurrent state, whose blocks are `states`: NumPy or staging copies.
+
+    Raises LayoutMismatch as `open_transfer` does.
+    """
+    on_cpu = next(iter(groups[0].caches.values())).device.type == "cpu"
+    made = ReferenceTransfer if on_cpu else StagedTransfer
+    text = "NumPy" if on_cpu else "staging copies: recurrent state has no path of its own on a device"
+    return Opened(made(groups, chunk_tokens), None, text, made(states, states[0].block_tokens))
+
+
 class _Movers:
     """The two ways to copy on one CUDA device."""
 

@@ -49,11 +49,15 @@ class Transfer(Protocol):
 
 
 class Opened(NamedTuple):
-    """A transfer, what page-locks the pool for it (None: nothing needs to), and what people should know about it."""
+    """A transfer, what page-locks the pool for it (None: nothing needs to), and what people should know about it.
+
+    `states` reaches the states of a model that has any: one block of each of its groups is one of them.
+    """
 
     transfer: Transfer
     pin_calls: PinCalls | None = None
     text: str = ""
+    states: Transfer | None = None
 
 
 def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence[Blocks], unique: bool) -> None:

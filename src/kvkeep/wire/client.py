@@ -67,9 +67,9 @@ class Client:
         """
         return self._ask(lambda call: m.Fetch(call, b"".join(digests), deadline_s, limit_s))
 
-    def reserve(self, digests: Sequence[bytes]) -> Call:
-        """Asks for room; answered by Granted."""
-        return self._ask(lambda call: m.Reserve(call, b"".join(digests)))
+    def reserve(self, digests: Sequence[bytes], states: bool = False) -> Call:
+        """Asks for room for chunks, or for the states at their ends; answered by Granted."""
+        return self._ask(lambda call: m.Reserve(call, b"".join(digests), states))
 
     def commit(self, lease: int, places: Sequence[int], sums: Sequence[bytes]) -> Call:
         """Makes written chunks readable; answered by Committed."""
@@ -209,6 +209,8 @@ class Client:
     def _dispose(self, answer: Answer) -> None:
         if isinstance(answer, m.Matched | m.Granted):
             self.release(answer.lease)
+        if isinstance(answer, m.Matched) and answer.state is not None:
+            self.release(answer.state.lease)
 
 
 class Joining:

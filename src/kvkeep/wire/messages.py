@@ -7,13 +7,13 @@ of bytes, 32 a digest. Numbers that come from a client (lease ids, indexes) are 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 4
+VERSION = 5
 DIGEST_NBYTES = 32
 
 
@@ -23,7 +23,8 @@ class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
     `holders` are the pids of all processes that may touch its leases, as the client sees them; with it come pidfds of
     them (SCM_RIGHTS), since the store may see other pids or none. `verify_every` says for every how many-th fetched
     chunk its sums are wanted (0: never). `resumes` is an ended session of the same process whose leases nobody uses.
-    `sizes` are those of a chunk's ranges, padded, in order; without them its chunks are kept in the pool only.
+    `sizes` are those of a chunk's ranges, padded, in order; without them its chunks are kept in the pool only. With
+    `state_sizes`, those of a state's ranges, its prefixes are of use only up to a chunk at whose end there is a state.
     """
 
     version: int
@@ -35,6 +36,7 @@ class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
     verify_every: int = 0
     resumes: int = 0
     sizes: list[int] = []
+    state_sizes: list[int] = []
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
@@ -59,12 +61,21 @@ class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
     limit_s: float = 0.0
 
 
+class HeldState(NamedTuple):
+    """The state at the end of a run of chunks, held by a lease of its own; `sums` if the worker shall verify it."""
+
+    lease: int
+    offset: int
+    sums: bytes
+    source: str
+
+
 class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (0: no chunk, no lease).
 
     `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
     its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
-    how long the tiers were waited for.
+    how long the tiers were waited for. In a session that has states the run ends where `state` is.
     """
 
     call: int
@@ -74,13 +85,15 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     sources: dict[str, int] = {}
     why: str = ""
     took_s: float = 0.0
+    state: HeldState | None = None
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):
-    """Ask for room to write these chunks."""
+    """Ask for room to write these chunks or, with `states`, the states at their ends."""
 
     call: int
     digests: bytes
+    states: bool = False
 
 
 class Granted(msgspec.Struct, frozen=True, tag=6, array_like=True):
@@ -121,7 +134,7 @@ class Release(msgspec.Struct, frozen=True, tag=9, array_like=True):
 
 
 class Discard(msgspec.Struct, frozen=True, tag=10, array_like=True):
-    """These chunks are not to be given out again. No answer."""
+    """These chunks, and the states at their ends, are not to be given out again. No answer."""
 
     digests: bytes
 

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Outcome
@@ -21,6 +21,7 @@ from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
 from kvkeep.store.fetch import Found
 from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
@@ -70,6 +71,9 @@ class Server:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], object] = lambda: None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.states = StateFetches(self.walk.promotions)
 
     @property
     def store(self) -> Store:
@@ -167,35 +171,42 @@ class Server:
         if session is None:
             raise WireError("the first message must be a hello")
         if isinstance(message, m.Bye):
-            self.walk.promotions.forget(session)
+            self.states.forget(session)
             self.store.close(session)
             peer.session = None
             self._drop(peer, "it said goodbye")
         elif isinstance(message, m.Fetch):
             self._fetch(peer, session, message)
         elif isinstance(message, m.Clear):
-            namespace = None if message.everything else session.namespace  # now: a rename may be the next message
+            namespaces = self.store.namespaces_of(session, message.everything)  # now: a rename may be the next message
             count = self.store.clear(session, message.everything)
-            self._go(self._clear(peer, session, namespace, m.Cleared(message.call, count)))
+            self._go(self._clear(peer, session, namespaces, m.Cleared(message.call, count)))
         else:
             answer = self._asked(session, message)
             if answer is not None:
                 self._send(peer, answer)
 
     def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
-        def answer(found: Found) -> None:
+        def answer(found: Found, state: m.HeldState | None = None) -> None:
             why = found.why.value if found.why is not None else ""
             try:
-                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s))
+                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s, state))
             except WireError as error:
                 self._refuse(peer, error)
 
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
         limit_s = min(MAX_DEADLINE_S, asked.limit_s)
-        self.walk.promotions.fetch(session, m.split_digests(asked.digests), deadline_s, answer, limit_s)
+        digests = m.split_digests(asked.digests)
+        if session.states is None:
+            self.walk.promotions.fetch(session, digests, deadline_s, answer, limit_s)
+        else:
+            self.states.fetch(
+                session, digests, (deadline_s, limit_s), lambda found: answer(found.run, _state_of(found))
+            )
 
-    async def _clear(self, peer: Peer, session: Session, namespace: bytes | None, answer: m.Cleared) -> None:
-        await self.walk.clear(namespace)
+    async def _clear(self, peer: Peer, session: Session, namespaces: Sequence[bytes | None], answer: m.Cleared) -> None:
+        for namespace in namespaces:
+            await self.walk.clear(namespace)
         if peer.session is session:
             try:
                 self._send(peer, answer)
@@ -222,6 +233,7 @@ class Server:
             tuple(hello.holders),
             hello.verify_every,
             tuple(hello.sizes),
+            tuple(hello.state_sizes),
         )
         peer.session = self.store.open(opening)
         welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
@@ -238,22 +250,26 @@ class Server:
         store = self.store
         match message:
             case m.Reserve():
-                lease, places = store.reserve(session, m.split_digests(message.digests))
+                side = session.states if message.states else session
+                if side is None:
+                    raise WireError("it has no states")
+                lease, places = store.reserve(side, m.split_digests(message.digests))
                 offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
                 return m.Granted(message.call, lease, offsets)
             case m.Commit():
-                entries = store.written(session, message.lease, message.places)
-                done = store.commit(session, message.lease, message.places, message.sums)
-                self.walk.committed(session, list(itertools.compress(entries, done)))
+                side = session.side_of(message.lease)
+                entries = store.written(side, message.lease, message.places)
+                done = store.commit(side, message.lease, message.places, message.sums)
+                self.walk.committed(side, list(itertools.compress(entries, done)))
                 stats = store.index.stats()
                 used = stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes
                 return m.Committed(message.call, done, used, stats.pinned_nbytes)
             case m.Release():
-                store.release(session, message.lease)
+                store.release(session.side_of(message.lease), message.lease)
             case m.Discard():
                 digests = m.split_digests(message.digests)
                 store.discard(session, digests)
-                self._go(self.walk.discard(store.keys(session, digests)))
+                self._go(self.walk.discard([key for side in session.sides for key in store.keys(side, digests)]))
             case m.Rename():
                 store.rename(session, message.namespace)
                 store.namespaces.name(session.namespace, session.opening.name, message.identity)
@@ -330,7 +346,7 @@ class Server:
         if session is None:
             holders.close()
             return
-        self.walk.promotions.forget(session)
+        self.states.forget(session)
         self.store.linger(session)
         self._await_deaths(session, holders)
 
@@ -347,7 +363,7 @@ class Server:
         self._graves[session.number] = holders
         for pidfd in holders.alive:
             self._loop.add_reader(pidfd, self._died, session, pidfd)
-        if holders.gone or not session.leases:
+        if holders.gone or not any(side.leases for side in session.sides):
             self._bury(session)
 
     def _died(self, session: Session, pidfd: int) -> None:
@@ -365,3 +381,10 @@ class Server:
         for pidfd in holders.alive:
             self._loop.remove_reader(pidfd)
         holders.close()
+
+
+def _state_of(found: FoundState) -> m.HeldState | None:
+    if found.state is None:
+        return None
+    lease, offsets, sums = found.state.fetched
+    return m.HeldState(lease, offsets[0], sums.get(0, b""), next(iter(found.state.sources)))

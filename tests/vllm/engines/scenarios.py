@@ -175,3 +175,29 @@ def small_pool(engine: Engine) -> None:
     engine.leave_it_to_kvkeep()
     engine.ask("too large again", random_tokens(1300, 90))
     engine.reset()
+
+
+def recurrent(engine: Engine) -> None:
+    """Prompts over several blocks of a recurrent model: as a whole, longer, shorter than where its states are, two."""
+    prompt = random_tokens(2600, 50)
+    twice(engine, "whole", prompt)
+    engine.ask("extension", prompt + random_tokens(90, 51))
+    engine.leave_it_to_kvkeep()
+    engine.ask("branch", prompt[:2400] + random_tokens(200, 52))
+    engine.leave_it_to_kvkeep()
+    engine.ask("shorter", prompt[:1300])
+    engine.leave_it_to_kvkeep()
+    twice(engine, "at a boundary", random_tokens(2304, 53))
+    head = random_tokens(2304, 54)
+    twice(engine, "two at once", head + random_tokens(100, 55), head + random_tokens(70, 56))
+
+
+def recurrent_again(engine: Engine) -> None:
+    """What `recurrent` asked of an engine that has ended, of one that was just started."""
+    prompt = random_tokens(2600, 50)
+    engine.ask("whole", prompt)
+    engine.leave_it_to_kvkeep()
+    engine.ask("extension", prompt + random_tokens(90, 51))
+    engine.leave_it_to_kvkeep()
+    head = random_tokens(2304, 54)
+    engine.ask("two at once", head + random_tokens(100, 55), head + random_tokens(70, 56))

@@ -1,0 +1,138 @@
+"""Fetches of prefixes that are of use only up to a chunk at whose end there is a state (recurrent models).
+
+A state is kept apart from its chunk, under the same digest in a namespace of its own: few chunks have one. What has to
+come from a tier is read only as far as the last chunk that has a state. Knows nothing about sockets or how a tier keeps
+what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from kvkeep.errors import TierError
+from kvkeep.store.breaker import Gate
+from kvkeep.store.fetch import Found, Promotions
+from kvkeep.store.sessions import Session
+from kvkeep.store.store import Fetched, Why
+
+
+class FoundState(NamedTuple):
+    """A run of chunks that ends where `state` is: the pinned state, one chunk long; None: nothing is held."""
+
+    run: Found
+    state: Found | None
+
+
+@dataclass
+class StateFetches:
+    """Fetches of all sessions that have states; one ends with its session and holds nothing then."""
+
+    promotions: Promotions
+    _tasks: dict[asyncio.Task[None], Session] = field(default_factory=dict)
+    _asked: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def fetch(
+        self,
+        session: Session,
+        digests: Sequence[bytes],
+        limits_s: tuple[float, float],
+        answer: Callable[[FoundState], None],
+    ) -> None:
+        """Answers at the latest after the first limit, as `Promotions.fetch` does with its deadline and limit."""
+        task = asyncio.get_running_loop().create_task(self._fetch(session, digests, limits_s, answer))
+        self._tasks[task] = session
+        task.add_done_callback(self._over)
+
+    def forget(self, session: Session) -> None:
+        """The session is over: its fetches are not answered."""
+        for task in [task for task, one in self._tasks.items() if one is session]:
+            task.cancel()
+        for side in session.sides:
+            self.promotions.forget(side)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        if not task.cancelled():
+            task.result()
+
+    async def _fetch(
+        self,
+        session: Session,
+        digests: Sequence[bytes],
+        limits_s: tuple[float, float],
+        answer: Callable[[FoundState], None],
+    ) -> None:
+        loop, store = asyncio.get_running_loop(), self.promotions.store
+        began_s, deadline_s = loop.time(), limits_s[0]
+
+        def left_s() -> float:
+            return max(0.0, began_s + deadline_s - loop.time())
+
+        assert session.states is not None
+        places = await self._places(session.states, digests, left_s)
+        reach = places[-1] + 1 if places else 0
+        run = await self._promoted(session, digests[:reach], left_s(), limits_s[1])
+        have = len(run.fetched.offsets)
+        state = None
+        for place in [place for place in reversed(places) if place < have]:
+            state = await self._promoted(session.states, [digests[place]], left_s(), limits_s[1])
+            if state.fetched.lease:
+                have = place + 1
+                break
+        if state is None or not state.fetched.lease:
+            store.release(session, run.fetched.lease)
+            kept = store.index.contains(store.keys(session, digests[:1]))
+            run = Found(Fetched(0, [], {}), {}, run.why or (Why.NO_STATE if any(kept) or places else Why.ABSENT))
+            state = None
+        elif have < len(digests):
+            run = _cut(run, have)._replace(why=run.why or Why.NO_STATE)
+        answer(FoundState(run._replace(took_s=loop.time() - began_s), state))
+
+    async def _places(self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float]) -> list[int]:
+        """The places of all chunks at whose ends the pool or a tier has a state, in order."""
+        keys = self.promotions.store.keys(states, digests)
+        known = self.promotions.store.index.contains(keys)
+        for tier in self.promotions.tiers:
+            if not left_s() or tier.gate() is not Gate.CLOSED:
+                continue
+            task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(_listed(tier.tier.contains(keys)))
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
+            await asyncio.wait({task}, timeout=left_s())  # not wait_for, which waits for what it cancels
+            has = task.result() if task.done() else None
+            known = [one or here for one, here in zip(known, has or known, strict=True)]
+        return [place for place, one in enumerate(known) if one]
+
+    async def _promoted(self, side: Session, digests: Sequence[bytes], deadline_s: float, limit_s: float) -> Found:
+        """The longest run of these in the pool, brought from tiers where needed; held by a lease."""
+        found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        self.promotions.fetch(side, digests, deadline_s, partial(_settle, found), limit_s)
+        return await found
+
+
+async def _listed(verb: Coroutine[Any, Any, Sequence[bool]]) -> list[bool] | None:
+    """What a tier says it has; None if it cannot say."""
+    try:
+        return list(await verb)
+    except TierError:
+        return None
+
+
+def _settle(found: asyncio.Future[Found], answer: Found) -> None:
+    if not found.done():  # else its fetch was cancelled, and its session's leases end with it
+        found.set_result(answer)
+
+
+def _cut(run: Found, have: int) -> Found:
+    """The first `have` chunks of a run; what is held beyond them stays in its lease."""
+    lease, offsets, sums = run.fetched
+    sources, left = {}, have
+    for source, count in run.sources.items():
+        sources[source] = min(count, left)
+        left -= sources[source]
+    kept = Fetched(lease, offsets[:have], {place: one for place, one in sums.items() if place < have})
+    return run._replace(fetched=kept, sources={source: count for source, count in sources.items() if count})
