@@ -84,6 +84,13 @@ class Faulted(Run):
 
     # ---- what is asked
 
+    def finish(self) -> None:
+        """Steps until every request has ended, for a bounded time."""
+        end_s = time.monotonic() + LIMIT_S
+        while self.engine.has_unfinished_requests():
+            assert time.monotonic() < end_s, "a request does not end"
+            self.step()
+
     def measured(self, *prompts: list[int]) -> dict[str, object]:
         """The answers to prompts that come at the same time, and what rose meanwhile."""
         before = self.accounts()
@@ -355,11 +362,11 @@ def of_a_load(run: Faulted, name: str) -> dict[str, object]:
 CASES = {"tier": (of_the_tier, TIER), "store": (of_the_store, LOST), "load": (of_a_load, LOADS)}
 
 
-def one_way(model: str, way: str) -> dict[str, object]:
+def one_way(model: str, way: str, folder: Path) -> dict[str, object]:
     """Every case on one engine."""
     options = WAYS[Path(model).name][way]
     by_layer = options["load"] == "sync" and options["transfer_mode"] == "layerwise"
-    run = Faulted(model, Path(tempfile.mkdtemp()), options)
+    run = Faulted(model, folder, options)
     facts: dict[str, object] = {}
     before = run.accounts()
     for kind, (case, names) in CASES.items():
@@ -387,7 +394,8 @@ def main() -> None:
     facts: dict[str, object] = {"right": right_answers(model)}
     for way in WAYS[Path(model).name]:
         cleanup_dist_env_and_memory()
-        facts[way] = one_way(model, way)
+        with tempfile.TemporaryDirectory() as folder:
+            facts[way] = one_way(model, way, Path(folder))
     print("FACTS " + json.dumps(facts), flush=True)
 
 

@@ -90,6 +90,7 @@ async def opened(faults: Faults, options: DiskOptions) -> None:
             print(json.dumps(faults.obey(json.loads(line))), flush=True)
         else:
             asyncio.get_running_loop().remove_reader(0)
+            os.kill(os.getpid(), signal.SIGTERM)  # who commanded it is gone
 
     asyncio.get_running_loop().add_reader(0, command)
     print("ready", flush=True)
