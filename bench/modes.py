@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,13 +23,15 @@ from ttft import BUILD, KVKEEP, PLAIN, Engine, engine
 
 from kvkeep.cli.rows import Case, Row, say, show, write
 
-WAYS: dict[str, dict[str, str]] = {
+WAYS: dict[str, dict[str, str | bool]] = {
     "bulk": {"load": "sync", "transfer_mode": "bulk"},
     "layerwise": {"load": "sync", "transfer_mode": "layerwise"},
+    "early": {"load": "sync", "transfer_mode": "layerwise", "early_loads": True},
     "async": {"load": "async", "transfer_mode": "bulk"},
     "auto": {},
     "none": {},
 }
+MORE = 255  # new tokens behind a prefix on disk: less than a chunk, so that nothing new is kept
 POOL_MIB = 264  # two prompts of 8k tokens, or three of 4k, take turns: each finds the others in its place
 
 
@@ -84,7 +87,7 @@ def on_disk(options: argparse.Namespace, sizes: dict[int, int]) -> dict[str, dic
             for seed in range(count):
                 say(f"storing {tokens} {seed}: {one.ask(tokens, tokens + seed, range(1)).ttft_s:.2f} s")
                 settle()  # the next one takes its place in the pool
-    found: dict[str, dict[str, list[float]]] = {f"disk-{tokens}": {} for tokens in sizes}
+    found: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         engines = {}
         for name in [name for name in options.ways if name != "none"]:
@@ -92,15 +95,17 @@ def on_disk(options: argparse.Namespace, sizes: dict[int, int]) -> dict[str, dic
             path = {"disk_path": str(DISK / name)}
             engines[name] = begun(stack, options, name, {**settings, **WAYS[name], **path})
             engines[name].answer()
-        for tokens, count in sizes.items():
+        for (tokens, count), more in product(sizes.items(), (0, MORE)):
+            case = found[f"disk-{tokens}+{more}" if more else f"disk-{tokens}"] = {name: [] for name in engines}
             for number in range(options.runs + count):
                 for name in turned(engines, number):
                     engines[name].tell(reset=True)
                     drop_page_cache()
-                    took = engines[name].ask(tokens, tokens + number % count, range(tokens - 1, tokens + 1)).ttft_s
+                    seed, hit = tokens + number % count, range(tokens - 1, tokens + 1)
+                    took = engines[name].ask(tokens + more, seed, hit).ttft_s
                     if number >= count:
-                        found[f"disk-{tokens}"].setdefault(name, []).append(took)
-            say(f"disk {tokens}: " + told(found[f"disk-{tokens}"]))
+                        case[name].append(took)
+            say(f"disk {tokens}+{more}: " + told(case))
     shutil.rmtree(DISK, ignore_errors=True)
     return found
 

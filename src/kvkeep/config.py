@@ -79,6 +79,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     transfer_mode: Annotated[
         Literal["bulk", "layerwise", "auto"], Meta(description='"bulk", "layerwise" or "auto"')
     ] = "auto"
+    early_loads: Annotated[bool, Meta(description="true or false")] = False
     transfer: Annotated[Literal["auto", "kernel", "copy"], Meta(description='"auto", "kernel" or "copy"')] = "auto"
     transfer_programs: Annotated[int, Meta(gt=0, le=1024, description="a whole number > 0 and <= 1024")] = 16
     trace_path: Annotated[str, Meta(description='"" for no trace, or the path of a file')] = ""
@@ -101,6 +102,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def outlived(self) -> bool:
         """Whether what is kept may be there after the engine that made it, or for another one."""
         return self.socket_path is not None or bool(self.disk_directories)
+
+    @property
+    def early_refusal(self) -> str:
+        """Why the other settings leave no room for `early_loads`; empty where they do."""
+        if self.load_failure_policy != "recompute":
+            return 'load_failure_policy is not "recompute": a read that fails would fail its request'
+        if self.transfer_mode != "layerwise":
+            return 'transfer_mode is not "layerwise": a step would wait for the last layer before its first'
+        return 'load is "async": no step waits for a load' if self.load == "async" else ""
 
     @property
     def verify_every(self) -> int:

@@ -44,6 +44,8 @@ COUNTERS = {
     "claimed_after_preemption_tokens": "tokens claimed for requests that resumed",
     "failed_tokens": "claimed tokens whose load failed",
     "delivered_tokens": "claimed tokens whose bytes have arrived",
+    "early_chunks": "chunks that lookups found while they were still being read from a tier",
+    "early_failed_chunks": "claimed ones of those that did not come, or not in time",
     "stored_chunks": "chunks that became readable",
     "stored_tokens": "tokens of those chunks",
     "skipped_present_chunks": "chunks that were in the pool already, or being written by another request",

@@ -125,6 +125,13 @@ def test_it_says_what_becomes_of_a_load_that_fails(policy: str, said: str) -> No
     assert said in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(("policy", "said"), [("recompute", "can wait by layer"), ("keep", "would fail its request")])
+def test_it_says_whether_early_loads_can_be(policy: str, said: str) -> None:
+    env = {"KVKEEP_EARLY_LOADS": "true", "KVKEEP_TRANSFER_MODE": "layerwise", "KVKEEP_LOAD_FAILURE_POLICY": policy}
+    assert said in " ".join(invoke("doctor", "--pool-size", "1 MiB", env=env).output.replace("│", " ").split())
+    assert "early_loads" not in invoke("doctor", "--pool-size", "1 MiB").output
+
+
 def test_memory_names_the_limit() -> None:
     limits = Limits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
     assert check_memory(Config(), limits).cure == ""

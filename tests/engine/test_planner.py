@@ -68,9 +68,9 @@ class Bench:
         assert client is not None
         fetch, wait = client.fetch, client.wait
 
-        def fetching(digests: Sequence[bytes], deadline_s: float, limit_s: float) -> Any:
+        def fetching(digests: Sequence[bytes], deadline_s: float, limit_s: float, early: bool) -> Any:
             self.asked.append(len(digests))
-            return fetch(digests, deadline_s, limit_s)
+            return fetch(digests, deadline_s, limit_s, early)
 
         def waiting(call: Any, limit_s: float) -> Any:
             self.waits.append(limit_s)

@@ -12,6 +12,7 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import WireError
+from kvkeep.store.fetch import Limits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store, Why, states_of
@@ -73,7 +74,7 @@ class House:
 
         async def go() -> None:
             digests = [digest(one) for one in numbers]
-            self.fetches.fetch(self.session, digests, (DEADLINE_S, LIMIT_S), found.append)
+            self.fetches.fetch(self.session, digests, Limits(DEADLINE_S, LIMIT_S), found.append)
 
         self.loop.run_until_complete(go())
         self.loop.turn()

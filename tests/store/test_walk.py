@@ -3,113 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 
-from kvkeep.core.allocator import FreeList
-from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
-from kvkeep.store.fetch import Found
-from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.store import Store, Why
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier, ManualLoop
+from kvkeep.store.sessions import Opening
+from kvkeep.store.store import Why
+from kvkeep.testing.gate_tier import ManualLoop
 
-CHUNK = 8192
-SIZES = (4096, 4096)
-DEADLINE_S = 0.5
-
-
-def digest(number: int) -> bytes:
-    return number.to_bytes(4, "big") * 8
-
-
-def payload(number: int) -> bytes:
-    return number.to_bytes(4, "big") * (CHUNK // 4)
-
-
-def sums(number: int) -> bytes:
-    return number.to_bytes(4, "big") * 8
-
-
-@dataclass
-class House:
-    """A store of `room` chunks over two tiers in a loop with its own time."""
-
-    loop: ManualLoop
-    room: int = 16
-    share: float = 0.5
-    fast: GateTier = field(default_factory=GateTier)
-    slow: GateTier = field(default_factory=GateTier)
-    tiers: int = 2
-
-    def __post_init__(self) -> None:
-        self.memory = np.zeros(self.room * CHUNK, dtype=np.uint8)
-        self.store = Store(Index(FreeList(self.room * CHUNK), policy_by_name("lru")), self.room * CHUNK, self.share)
-        self.walk = TierWalk(self.store, self.memory)
-        for name, tier in [("fast", self.fast), ("slow", self.slow)][: self.tiers]:
-            self.walk.add(name, tier)
-        self.session = self.join()
-
-    def join(self, name: str = "n") -> Session:
-        return self.store.open(Opening("test", name.encode() * 16, "", CHUNK, (), 0, SIZES))
-
-    def on(self, tier: GateTier, *numbers: int) -> None:
-        for number in numbers:
-            tier.keep(self.session.namespace + digest(number), payload(number), sums(number))
-
-    def ask(
-        self, *numbers: int, session: Session | None = None, deadline_s: float = DEADLINE_S, limit_s: float = 0.0
-    ) -> list[Found]:
-        """The answers of a fetch: one as soon as it is answered."""
-        found: list[Found] = []
-
-        async def go() -> None:
-            one = session or self.session
-            self.walk.promotions.fetch(one, [digest(n) for n in numbers], deadline_s, found.append, limit_s)
-
-        self.loop.run_until_complete(go())
-        self.loop.turn()
-        return found
-
-    def holds(self, found: Found, *numbers: int) -> bool:
-        """Whether the pool has exactly the bytes of these chunks where the answer says."""
-        offsets = found.fetched.offsets
-        return len(offsets) == len(numbers) and all(
-            self.memory[offset : offset + CHUNK].tobytes() == payload(number)
-            for offset, number in zip(offsets, numbers, strict=True)
-        )
-
-    def put(self, *numbers: int, session: Session | None = None) -> list[int]:
-        """Stores chunks in the pool as an engine does; where they are."""
-        session = session or self.session
-        got = self.store.reserve(session, [digest(n) for n in numbers])
-        for number, offset in zip(numbers, got.places, strict=True):
-            assert isinstance(offset, int), offset
-            self.memory[offset : offset + CHUNK] = np.frombuffer(payload(number), dtype=np.uint8)
-        places = range(len(numbers))
-        entries = self.store.written(session, got.lease, places)
-        assert all(self.store.commit(session, got.lease, places, [sums(n) for n in numbers]))
-
-        async def go() -> None:
-            self.walk.committed(session, entries)
-
-        self.loop.run_until_complete(go())
-        self.store.release(session, got.lease)
-        return [place for place in got.places if isinstance(place, int)]
-
-    def settle(self) -> None:
-        """Everything is given back and adds up."""
-        for one in list(self.session.leases):
-            self.store.release(self.session, one)
-        self.loop.advance(1.0)
-        figures = self.store.figures()
-        assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
-        assert self.session.promised_nbytes == 0
-        self.store.index.check()
-        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
+from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
 
 
 @pytest.fixture

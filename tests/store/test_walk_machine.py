@@ -1,10 +1,13 @@
 """Random fetches, stores, clears, trouble and time over a store with two tiers, against what must hold at every moment.
 
 A chunk's bytes tell its number and the clear before which it was made: whatever an answer gives must be that chunk, made
-after the last clear. At the end of all trouble nothing is pinned, nothing under way, and every key can be stored again.
+after the last clear. What an early answer covers is that chunk as far as its word says, and stays so until its lease
+ends, whatever becomes of the read. At the end of all trouble nothing is pinned, nothing under way, and every key can be stored again.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import settings
@@ -14,14 +17,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
-from kvkeep.store.fetch import Found
+from kvkeep.memory.words import Arrival, Words
+from kvkeep.store.fetch import Found, Limits
 from kvkeep.store.sessions import Opening, Session, WriteLease
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.gate_tier import GateTier, ManualLoop
 
-CHUNK, ROOM, KEYS = 4096, 8, 16
-VERBS = st.sampled_from(["load", "store", "contains"])
+CHUNK, RANGE, ROOM, KEYS, WORDS = 8192, 4096, 8, 16, 8
+VERBS = st.sampled_from(["load", "range", "store", "contains"])
 NUMBERS = st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=6, unique=True)
 TIER, SESSION = st.integers(0, 1), st.integers(0, 1)
 
@@ -34,13 +38,27 @@ def payload(number: int, epoch: int) -> np.ndarray:
     return np.frombuffer(number.to_bytes(4, "big") + epoch.to_bytes(4, "big"), dtype=np.uint8).repeat(CHUNK // 8)
 
 
+@dataclass
+class Promised:
+    """A chunk of an early answer; `seen` are the ranges that its word has counted so far."""
+
+    session: Session
+    lease: int
+    word: Arrival
+    offset: int
+    bytes: np.ndarray
+    seen: int = 0
+
+
 class WalkMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = ManualLoop()
-        self.memory = np.zeros(ROOM * CHUNK, dtype=np.uint8)
+        self.memory = np.zeros(ROOM * CHUNK + WORDS * 4, dtype=np.uint8)
         self.store = Store(Index(FreeList(ROOM * CHUNK), policy_by_name("lru")), ROOM * CHUNK, 0.5)
-        self.walk = TierWalk(self.store, self.memory)
+        self.words = Words(self.memory, ROOM * CHUNK)
+        self.walk = TierWalk(self.store, self.memory, self.words)
+        self.early: list[Promised] = []
         self.tiers = [GateTier(), GateTier()]
         for number, tier in enumerate(self.tiers):
             self.walk.add(f"tier {number}", tier)
@@ -48,12 +66,12 @@ class WalkMachine(RuleBasedStateMachine):
         self.sessions = [self.open(), self.open()]
 
     def open(self) -> Session:
-        return self.store.open(Opening("machine", b"n" * 16, "", CHUNK, (), 0, (CHUNK,)))
+        return self.store.open(Opening("machine", b"n" * 16, "", CHUNK, (), 0, (RANGE, RANGE)))
 
     def teardown(self) -> None:
         for tier in self.tiers:
             tier.broken.clear()
-            for verb in ("load", "store", "contains"):
+            for verb in ("load", "range", "store", "contains"):
                 tier.open(verb)
         for session in self.sessions:
             self.walk.promotions.forget(session)
@@ -65,6 +83,7 @@ class WalkMachine(RuleBasedStateMachine):
         assert [figures[f"{name}_nbytes"] for name in ("pinned", "writing", "dead", "quarantined")] == [0] * 4
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
         assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
+        assert self.words.free == WORDS
         self.store.index.check()
         self.loop.close()
 
@@ -74,18 +93,23 @@ class WalkMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(go())
 
-    @rule(session=SESSION, numbers=NUMBERS, wait=st.sampled_from([0.0, 0.5, 100.0]))
-    def fetch(self, session: int, numbers: list[int], wait: float) -> None:
+    @rule(session=SESSION, numbers=NUMBERS, wait=st.sampled_from([0.0, 0.5, 100.0]), early=st.booleans())
+    def fetch(self, session: int, numbers: list[int], wait: float, early: bool) -> None:
         one = self.sessions[session]
 
         def answered(found: Found) -> None:
             assert len(found.fetched.offsets) <= len(numbers)
             assert sum(found.sources.values()) == len(found.fetched.offsets)
-            for number, offset in zip(numbers, found.fetched.offsets, strict=False):
-                assert (self.memory[offset : offset + CHUNK] == payload(number, self.epoch)).all(), number
+            assert early or not found.words
+            for place, (number, offset) in enumerate(zip(numbers, found.fetched.offsets, strict=False)):
+                if place in found.words:
+                    word = Arrival(self.memory[found.words[place] :][:4].view(np.uint32))
+                    self.early.append(Promised(one, found.fetched.lease, word, offset, payload(number, self.epoch)))
+                else:
+                    assert (self.memory[offset : offset + CHUNK] == payload(number, self.epoch)).all(), number
 
         digests = [digest(number) for number in numbers]
-        self.in_loop(lambda: self.walk.promotions.fetch(one, digests, wait, answered))
+        self.in_loop(lambda: self.walk.promotions.fetch(one, digests, Limits(wait, early=early), answered))
 
     @rule(session=SESSION, numbers=NUMBERS, late=st.booleans())
     def put(self, session: int, numbers: list[int], late: bool) -> None:
@@ -97,7 +121,7 @@ class WalkMachine(RuleBasedStateMachine):
             self.memory[offset : offset + CHUNK] = payload(numbers[place], self.epoch)
         if not late and places:
             entries = self.store.written(one, got.lease, places)
-            assert all(self.store.commit(one, got.lease, places, [b"s" * 16] * len(places)))
+            assert all(self.store.commit(one, got.lease, places, [b"s" * 32] * len(places)))
             self.in_loop(lambda: self.walk.committed(one, entries))
             self.store.release(one, got.lease)
 
@@ -113,7 +137,7 @@ class WalkMachine(RuleBasedStateMachine):
             if isinstance(held, WriteLease):
                 places = list(held.entries)
                 entries = self.store.written(one, lease, places)
-                done = self.store.commit(one, lease, places, [b"s" * 16] * len(places))
+                done = self.store.commit(one, lease, places, [b"s" * 32] * len(places))
                 readable = [entry for entry, ok in zip(entries, done, strict=True) if ok]
                 self.in_loop(lambda readable=readable: self.walk.committed(one, readable))
                 self.store.release(one, lease)
@@ -133,6 +157,11 @@ class WalkMachine(RuleBasedStateMachine):
     @rule(tier=TIER)
     def mend(self, tier: int) -> None:
         self.tiers[tier].broken.clear()
+
+    @rule(tier=TIER, numbers=NUMBERS)
+    def keep(self, tier: int, numbers: list[int]) -> None:
+        for number in numbers:
+            self.tiers[tier].keep(b"n" * 16 + digest(number), payload(number, self.epoch).tobytes(), b"s" * 32)
 
     @rule(tier=TIER, number=st.integers(0, KEYS - 1))
     def lose(self, tier: int, number: int) -> None:
@@ -155,6 +184,14 @@ class WalkMachine(RuleBasedStateMachine):
         self.walk.promotions.forget(self.sessions[session])
         self.store.close(self.sessions[session])
         self.sessions[session] = self.open()
+
+    @invariant()
+    def what_a_word_counts_is_there_and_stays(self) -> None:
+        self.early = [one for one in self.early if one.lease in one.session.leases]
+        for one in self.early:
+            one.seen = max([one.seen, *(count for count in (1, 2) if one.word.has(count))])
+            held = self.memory[one.offset : one.offset + one.seen * RANGE]
+            assert (held == one.bytes[: held.size]).all()
 
     @invariant()
     def adds_up(self) -> None:

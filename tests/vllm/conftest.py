@@ -105,6 +105,11 @@ class Job:
 
 PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0}
 """For every kept run: a busy machine must not make kvkeep leave a slow store alone, for then it reuses nothing."""
+EARLY: dict[str, object] = {
+    "early_loads": True,
+    "transfer_mode": "layerwise",
+    "load": "sync",
+}
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 512, "max_model_len": 1280, "block_size": 32}
 SMALL_STEPS: dict[str, Any] = {"max_num_batched_tokens": 512}
 TIGHT: dict[str, Any] = {**CHUNKED, "num_gpu_blocks_override": 42}
@@ -158,6 +163,9 @@ JOBS = {
     "parallel": Job("one_prompt", keep={}, options=TP2, env={**SEVERAL, **TWO_THREADS}, store="parallel"),
     "parallel-plain": Job("one_prompt", options=TP2, env={**SEVERAL, **TWO_THREADS}),
     "disk": Job("one_prompt", keep={}, disk="kept", shutdown=False),
+    "early-disk": Job("prefixes", keep={}, disk="for-early", shutdown=False),
+    "early": Job("prefixes", keep=EARLY, disk="for-early", after="early-disk"),
+    "early-plain": Job("prefixes"),
     "restarted": Job("restarted", keep={}, disk="kept", after="disk"),
     "restarted-plain": Job("restarted"),
     "small-pool": Job("small_pool", keep={"pool_size": "768 KiB"}, shutdown=False),

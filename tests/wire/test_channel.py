@@ -21,6 +21,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.region import Region
+from kvkeep.memory.words import region_nbytes
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.store_thread import RunningStore, shared_store
@@ -70,7 +71,7 @@ def test_a_private_store_lives_as_long_as_its_client(child: Child):
     client = Joining(child.sock, hello()).wait(LIMIT_S)
     assert client.welcome.pid == child.process.pid
     assert len(client.welcome.boot) == BOOT_NBYTES
-    with Region.attach(os.dup(client.pool_fd), client.welcome.pool_nbytes) as region:
+    with Region.attach(os.dup(client.pool_fd), region_nbytes(client.welcome.pool_nbytes)) as region:
         granted = client.wait(client.reserve([digest(1)]), LIMIT_S)
         assert isinstance(granted, m.Granted)
         region.array[granted.offsets[0] :][:CHUNK] = 7

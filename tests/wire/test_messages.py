@@ -15,7 +15,7 @@ from kvkeep.wire import messages as m
 
 SENT: list[m.ToStore] = [
     m.Hello(1, "n", b"n" * 16, "{}", 4096, [1, 2], 64, 7),
-    m.Fetch(1, b"d" * 64),
+    m.Fetch(1, b"d" * 64, 0.5, 1.0, True),
     m.Reserve(2, b""),
     m.Commit(3, 9, [0, 1], [b"s", b""]),
     m.Release(9),
@@ -27,7 +27,7 @@ SENT: list[m.ToStore] = [
 ]
 ANSWERS: list[m.FromStore] = [
     m.Welcome(1, b"b" * 16, 3, 44, 1 << 40),
-    m.Matched(1, 2, [0, 4096], {1: b"s"}),
+    m.Matched(1, 2, [0, 4096], {1: b"s"}, {"pool": 1, "disk": 1}, "absent", 0.1, None, {1: 1 << 30}),
     m.Granted(2, 3, [m.PRESENT, m.BUSY, m.NO_ROOM, 0]),
     m.Committed(3, [True, False], 8192, 0),
     m.Cleared(4, 5),

@@ -19,6 +19,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.memory.region import Region
+from kvkeep.memory.words import region_nbytes
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.store_thread import RunningStore, ThreadSource, shared_store
@@ -137,7 +138,7 @@ def test_bytes_that_one_client_writes_another_reads(connect: Callable[..., Clien
     assert one.welcome.session != other.welcome.session
     assert one.welcome.pool_nbytes == ROOM * CHUNK
     with Region.attach(os.dup(one.pool_fd)) as mine, Region.attach(os.dup(other.pool_fd)) as theirs:
-        assert mine.nbytes == ROOM * CHUNK
+        assert mine.nbytes == region_nbytes(ROOM * CHUNK)
         granted = answer(one, one.reserve(digests(1, 2)))
         assert isinstance(granted, m.Granted)
         for number, offset in enumerate(granted.offsets):

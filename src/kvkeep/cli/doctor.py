@@ -61,6 +61,7 @@ def doctor(
         check_vllm(installed("vllm")),
         configured,
         check_policy(settings),
+        *([check_early(settings)] if settings.early_loads else []),
         *([check_store(settings.socket_path)] if settings.socket_path is not None else []),
         check_memory(settings, read_limits()),
         *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
@@ -127,6 +128,12 @@ def check_policy(config: Config) -> Check:
         "computed again" if recompute else "as vLLM's kv_load_failure_policy says, which by itself fails the request"
     )
     return Check("a load that fails", found)
+
+
+def check_early(config: Config) -> Check:
+    """Check whether the other settings let a prefix on disk be promised before it is read."""
+    why = config.early_refusal
+    return Check("early_loads", f"none: {why}" if why else "where an engine can wait by layer for what is still read")
 
 
 def check_memory(config: Config, limits: Limits) -> Check:

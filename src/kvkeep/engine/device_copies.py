@@ -118,7 +118,7 @@ class DeviceLoads:
         self._rank.transfer.check([blocks for op in ops for blocks in op.blocks], unique=True)
         leases: dict[int, Lease] = {}
         for place, op in enumerate(ops):
-            lease = self._rank.lease(op.boot, op.offset, plan)
+            lease = self._rank.lease(op.boot, op.offset, plan) if not op.word else None  # it waits for no word
             if lease is not None and op.sums and not ranges_hold(lease.views(), op.sums[self._rank.number]):
                 log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
                 lease.close()

@@ -54,6 +54,7 @@ class DeviceWorker:
         self._loading: deque[_Loads] = deque()
         self._storing: deque[tuple[int, Storing]] = deque()
         self.results = Results()
+        self.early = False
 
     def before_writes(self) -> None:
         """The engine is about to launch what writes to blocks: on the device it comes after the stores under way."""

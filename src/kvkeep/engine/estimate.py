@@ -21,6 +21,7 @@ class Estimate:
         self._token_s: dict[int, float] = {}
         self._byte_s: float | None = None
         self._refused = 0
+        self._trusted = 0
 
     def computed(self, start: int, end: int, seconds: float) -> None:
         """One request's tokens [start, end) took this long; too few to say anything are ignored."""
@@ -32,7 +33,22 @@ class Estimate:
     def read(self, nbytes: int, chunk_nbytes: int, seconds: float) -> None:
         """A lookup brought `nbytes` from tiers; none at all in this time counts as one chunk that took longer."""
         if seconds > 0:
+            self._trusted = TRY_EVERY - 1
             self._byte_s = _mean(self._byte_s, seconds / max(nbytes, chunk_nbytes))
+
+    def reads_within(self, limit_s: float, nbytes: int) -> bool:
+        """Whether `nbytes` will come from tiers in this time, so surely that nobody need look.
+
+        Every so often the answer is no, whoever asks then measures it again.
+        """
+        if self._byte_s is None or not self._trusted or self._byte_s * nbytes > limit_s:
+            return False
+        self._trusted -= 1
+        return True
+
+    def doubt(self) -> None:
+        """What was to come in time did not: nothing is sure before it has been measured again."""
+        self._trusted = 0
 
     def compute_s(self, start: int, end: int) -> float | None:
         """What computing tokens [start, end) would take; None if that is not known.

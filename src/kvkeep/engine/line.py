@@ -23,6 +23,7 @@ from kvkeep.errors import KVKeepError, StoreGone
 from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
+from kvkeep.memory.words import region_nbytes
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Answer, Call, Client
 from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats
@@ -268,7 +269,7 @@ class Line:
 def _mapped(client: Client, pin_calls: PinCalls | None) -> Pool | None:
     """The pool of a client's store in this process; a store whose pool cannot be mapped is as good as gone."""
     try:
-        region = Region.attach(os.dup(client.pool_fd), client.welcome.pool_nbytes)
+        region = Region.attach(os.dup(client.pool_fd), region_nbytes(client.welcome.pool_nbytes))
         return Pool(client.welcome.boot, region, pin_calls)
     except (OSError, KVKeepError) as error:
         client.lose(f"its pool cannot be used here: {error}")

@@ -21,6 +21,7 @@ from kvkeep.wire.messages import Matched
 
 MAX_FAILED_KEYS = 65536
 STORE_SHARE = 0.9  # of a request's deadline is the store's; the rest is for its answer to come
+EARLY_SHARE = 0.5  # a step waits only for what should take no more than this of what a lookup might wait
 REASONS = {
     "deadline": Miss.TIER_LATE,
     "not loaded": Miss.TIER_FAILED,
@@ -50,11 +51,15 @@ class Request(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How long a request's lookup is waited for, and all lookups between two steps; `to_states`: prefixes end there."""
+    """How long a request's lookup is waited for, and all lookups between two steps; `to_states`: prefixes end there.
+
+    `early`: an answer may cover what is still being read.
+    """
 
     deadline_s: float
     patience_s: float
     to_states: bool = False
+    early: bool = False
 
 
 class Lookups:
@@ -71,7 +76,8 @@ class Lookups:
     ) -> None:
         self._link = link
         self._layout = layout
-        self._deadline_s, self._patience_s, self._to_states = limits
+        self._deadline_s, self._patience_s, self._to_states, self._early = limits
+        self._early_left = 0
         self._estimate = estimate
         self._figures = figures
         self._clock = clock
@@ -79,8 +85,9 @@ class Lookups:
         self._failed: OrderedDict[bytes, None] = OrderedDict()
 
     def next_step(self) -> None:
-        """A step begins: there is patience again."""
+        """A step begins: there is patience again, and one request may be promised what is still being read."""
         self._left_s = self._patience_s
+        self._early_left = int(self._early)
 
     def failed(self, digests: Sequence[bytes]) -> None:
         """The loads of these chunks failed."""
@@ -88,6 +95,11 @@ class Lookups:
             self._failed[digest] = None
             if len(self._failed) > MAX_FAILED_KEYS:
                 self._failed.popitem(last=False)
+
+    def early_failed(self, chunks: int) -> None:
+        """So many chunks that were promised while they were read did not come: what is read next is waited for."""
+        self._figures.add("early_failed_chunks", chunks)
+        self._estimate.doubt()
 
     def forget_failures(self) -> None:
         """What failed belongs to an epoch that is over."""
@@ -99,8 +111,11 @@ class Lookups:
         if question is not None and client is not None:
             client.abandon(question)
 
-    def answer(self, record: Record, request: Request, client: Client, first: int) -> Match | None:
-        """The store's answer for the chunks from `first` on; None while it has not come."""
+    def answer(self, record: Record, request: Request, client: Client, first: int, alone: bool = False) -> Match | None:
+        """The store's answer for the chunks from `first` on; None while it has not come.
+
+        `alone`: no other request runs, so that a step that waits for a tier holds nobody up.
+        """
         boot = client.welcome.boot
         if record.question is None or record.asked_first != first:
             digests, short = self._askable(record, request, first)
@@ -109,7 +124,7 @@ class Lookups:
             self.drop(record, client)
             # the answer cannot reach beyond a chunk that was not asked for
             record.short = short if short is Miss.FAILED_BEFORE else None
-            self._ask(record, client, digests, first)
+            self._ask(record, client, digests, first, alone)
         assert record.question is not None
         waited_from_s = self._clock()
         answer = client.wait(record.question, self._left_s)
@@ -128,7 +143,7 @@ class Lookups:
         self._link.suspend()
         return Match(boot, first, 0, (), {}, 0, Miss.DEADLINE)
 
-    def _ask(self, record: Record, client: Client, digests: Sequence[bytes], first: int) -> None:
+    def _ask(self, record: Record, client: Client, digests: Sequence[bytes], first: int, alone: bool) -> None:
         tokens = self._layout.chunk_tokens
         span = (first * tokens, (first + len(digests)) * tokens)
         wait_s = self._estimate.worth_s(span, len(digests) * self._layout.nbytes)
@@ -137,8 +152,16 @@ class Lookups:
         limit_s = self._deadline_s if wait_s is None else min(wait_s, self._deadline_s)
         record.move(State.ASKED)
         record.limit_s = limit_s
-        record.question = client.fetch(digests, limit_s * STORE_SHARE, self._deadline_s)
+        early = alone and self._may_be_early(limit_s, len(digests))
+        record.question = client.fetch(digests, limit_s * STORE_SHARE, self._deadline_s, early)
         record.asked_first, record.asked_at_s = first, self._clock()
+
+    def _may_be_early(self, limit_s: float, chunks: int) -> bool:
+        """Whether a step may wait for the tiers in the place of this lookup; it counts as used."""
+        if not self._early_left or not self._estimate.reads_within(limit_s * EARLY_SHARE, chunks * self._layout.nbytes):
+            return False
+        self._early_left -= 1
+        return True
 
     def _matched(self, record: Record, answer: Matched, boot: bytes) -> Match:
         self._figures.add("lookups")
@@ -147,7 +170,8 @@ class Lookups:
         hits = len(answer.offsets)
         why = record.short if hits == record.asked_chunks else REASONS.get(answer.why)
         read = sum(count for source, count in answer.sources.items() if source != POOL)
-        if read or why is Miss.TIER_LATE:
+        self._figures.add("early_chunks", len(answer.words))
+        if (read and not answer.words) or why is Miss.TIER_LATE:
             # as the store saw it: the engine may have looked for the answer only after a long step
             self._estimate.read(read * self._layout.nbytes, self._layout.nbytes, answer.took_s)
         if why is Miss.NO_STATE and record.short is not None:
@@ -160,7 +184,8 @@ class Lookups:
             why = Miss.NOT_STORED
         offsets = tuple(answer.offsets)
         lease, sources = answer.lease, answer.sources
-        return Match(boot, record.asked_first, lease, offsets, answer.sums, hits, why, sources, answer.state)
+        found = Match(boot, record.asked_first, lease, offsets, answer.sums, hits, why, sources, answer.state)
+        return found._replace(words=answer.words)
 
     def reach(self, request: Request) -> int:
         """How many of the request's chunks may be of use: a state serves only a prompt that goes on after it."""

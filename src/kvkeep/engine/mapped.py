@@ -40,13 +40,16 @@ class MappedPool:
         """Takes the first pool when it comes, and not only when a step needs it: locking it takes a while."""
         self._beside(self._watch)
 
-    def lease(self, boot: bytes, offset: int, shard: ShardLayout) -> Lease | None:
-        """A lease on the shard at `offset` of that boot's pool, to be closed; None if that pool is not here."""
+    def lease(self, boot: bytes, offset: int, shard: ShardLayout, word: int = 0) -> Lease | None:
+        """A lease on the shard at `offset` of that boot's pool, to be closed; None if that pool is not here.
+
+        `word` is where its progress word is (0: it has none).
+        """
         if self._pool is None or self._pool.boot != boot:
             self._look()
         if self._pool is None or self._pool.boot != boot:
             return None
-        return self._pool.lease(offset, shard)
+        return self._pool.lease(offset, shard, word)
 
     def close(self) -> None:
         """Closes the door and ends the mapping; idempotent. Leases keep their part of it."""

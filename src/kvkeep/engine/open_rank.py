@@ -6,6 +6,7 @@ Knows nothing about the engine's classes, plans or keys.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from kvkeep.config import Config
 from kvkeep.engine.choice import Choice
@@ -13,6 +14,7 @@ from kvkeep.engine.copier import InlineCopier, ThreadCopier, spare_cores
 from kvkeep.engine.device_copies import Rank
 from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.mapped import MappedPool
+from kvkeep.engine.plan import RankInfo
 from kvkeep.engine.worker import Worker
 from kvkeep.trace import Trace
 from kvkeep.transfer.choice import Wish, default_file
@@ -51,4 +53,18 @@ def open_rank(
     choice = Choice(mode if by_cpu else "bulk", bool(cores))
     worker = Worker(rank, transfer, door, copier, choice, Trace(config.trace_path))
     worker.states = opened.states
+    worker.early = by_cpu and bool(cores) and mode == "layerwise"
     return worker
+
+
+def early_loads(config: Config, ranks: Sequence[RankInfo], beside_steps: bool) -> bool:
+    """Whether steps may wait for what a tier still reads; the log says why not where that was asked for."""
+    if not config.early_loads:
+        return False
+    why = config.early_refusal
+    if not why and beside_steps:
+        why = "this engine's loads are always beside its steps"
+    if not why and (len(ranks) > 1 or not all(info.early for info in ranks)):
+        why = "copies by layer need one rank, on a CPU, and a core that it leaves free"
+    log.info("kvkeep: early_loads: %s", f"no, since {why}" if why else "yes")
+    return not why

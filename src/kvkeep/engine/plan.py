@@ -19,6 +19,7 @@ class LoadOp(NamedTuple):
 
     `boot` says for which start of the store `offset` holds; `written`: the step itself writes to one of its blocks, so
     that all of them must be there before it. `state`: not a chunk is scattered but the state at the claim's end.
+    `word`: the chunk may still be being read, and where its progress word is in the pool's region (0: it is all there).
     """
 
     boot: bytes
@@ -29,6 +30,7 @@ class LoadOp(NamedTuple):
     sums: tuple[bytes, ...] = ()
     written: bool = False
     state: bool = False
+    word: int = 0
 
 
 class Trip(NamedTuple):
@@ -55,7 +57,7 @@ class StepPlan:
     """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold.
 
     `trips` start with the step and end when they end; `idle`: the step computes nothing. `state_offsets` are to states
-    what `shard_offsets` are to chunks.
+    what `shard_offsets` are to chunks. For what is still being read all its loads together wait `wait_s` at most.
     """
 
     step: int = 0
@@ -66,6 +68,7 @@ class StepPlan:
     trips: tuple[Trip, ...] = ()
     idle: bool = False
     state_offsets: tuple[int, ...] = ()
+    wait_s: float = 0.0
 
     def offset_of(self, op: LoadOp | StoreOp, rank: int) -> int:
         """Where a rank's part of what the op copies is in the pool."""
@@ -108,7 +111,8 @@ class RankInfo:
     """What a worker publishes before the planner exists: who it is, where it takes the pool, how its shard is arranged.
 
     `refusal` says why its cache cannot be kept (empty: it can); `facts` are the parts of the identity that only the
-    worker knows. `states` arranges its part of a state (None: the model has none).
+    worker knows. `states` arranges its part of a state (None: the model has none). `early`: by
+    layer its copies wait for what is still being read.
     """
 
     rank: int
@@ -118,6 +122,7 @@ class RankInfo:
     facts: dict[str, str]
     refusal: str = ""
     states: ShardLayout | None = None
+    early: bool = False
 
 
 class Scheduled(NamedTuple):

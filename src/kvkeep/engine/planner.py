@@ -39,6 +39,7 @@ class PlannerOptions:
     A request waits at most `deadline_s` for its lookup, tiers included; between two steps all lookups together hold the
     engine up for at most `patience_s`. A request's load is made beside the steps, which go on meanwhile, always
     (`beside_steps`) or when that holds up all requests together for less time (`beside_busy`); else its step waits.
+    `early`: a step may wait for what a tier still reads, at most `deadline_s`, if no other request runs.
     """
 
     deadline_s: float = 0.5
@@ -48,6 +49,7 @@ class PlannerOptions:
     beside_steps: bool = False
     beside_busy: bool = False
     bypass: bool = False
+    early: bool = False
 
 
 class Planner:
@@ -81,7 +83,7 @@ class Planner:
         self._paces = Paces(self._estimate, clock)
         self._ran: list[str] = []
         self._states = States(states, figures, options.patience_s) if states is not None else None
-        limits = Limits(options.deadline_s, options.patience_s, to_states=states is not None)
+        limits = Limits(options.deadline_s, options.patience_s, states is not None, options.early)
         self._lookups = Lookups(link, layout, limits, self._estimate, figures, clock)
         self._stores = Stores(self._shard, figures, options.patience_s)
 
@@ -103,7 +105,7 @@ class Planner:
         """How many tokens beyond `computed` can be given, None for "ask again".
 
         May be asked any number of times; the answer is remembered until `admitted` or `ended`. A positive answer
-        covers only chunks that are in the pool under a held lease.
+        covers only chunks that are in the pool, or `early` on their way to it, under a held lease.
         """
         record = self._record(request)
         client = self._live()
@@ -117,7 +119,7 @@ class Planner:
         first = computed // self._layout.chunk_tokens
         if record.match is None or record.match.boot != client.welcome.boot or record.match.first > first:
             self._drop_match(record)
-            match = self._lookups.answer(record, request, client, first)
+            match = self._lookups.answer(record, request, client, first, not self._running(record))
             if match is None:
                 return None
             record.match = match
@@ -185,7 +187,17 @@ class Planner:
         boot = client.welcome.boot if client is not None else b""
         offsets = tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
         of_states = self._states.offsets if self._states is not None else ()
-        return StepPlan(step.number, boot, offsets, tuple(ops), tuple(stores), tuple(trips), not scheduled, of_states)
+        return StepPlan(
+            step.number,
+            boot,
+            offsets,
+            tuple(ops),
+            tuple(stores),
+            tuple(trips),
+            not scheduled,
+            of_states,
+            self._options.deadline_s,
+        )
 
     def step_over(self) -> None:
         """The output of a step is in, whether or not there is a report with it."""
@@ -197,6 +209,8 @@ class Planner:
         done = self._steps.take(report)
         client = self._link.client  # what ends is told to a slow store too, or its leases would never come back
         self._lookups.failed(done.failed_digests)
+        if done.failed_early:
+            self._lookups.early_failed(done.failed_early)
         if client is not None:
             client.discard(done.failed_digests)
             for lease in done.read_leases(client.welcome.boot):
@@ -286,14 +300,14 @@ class Planner:
         if match.lease:
             for lease in match.leases:
                 client.release(lease)
-            record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why, state=None)
+            record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why, state=None, words={})
 
     def _load(self, record: Record, request: Request, match: Match, external: int, tables: Tables) -> None:
         span = (record.computed, record.computed + external)
         ops = load_ops(self._shard, request.name, match, span, tables)
         first = span[0] // self._layout.chunk_tokens
         digests = record.chain.digests[first : first + len(ops)]
-        ops = [self._with_sums(op, match, first + place) for place, op in enumerate(ops)]
+        ops = [self._completed(op, match, first + place) for place, op in enumerate(ops)]
         if self._states is not None:
             ops.append(self._states.load_op(request.name, match, span, tables))
             digests.append(digests[-1])
@@ -308,11 +322,14 @@ class Planner:
     def _pays_beside(self, record: Record) -> bool:
         """Whether those that run would wait longer for this load, all together, than it would for their steps."""
         match, step_s = record.match, self._paces.step_s
-        if not self._options.beside_busy or match is None or step_s is None:
+        if not self._options.beside_busy or match is None or match.words or step_s is None:
             return False
-        running = sum(name in self._records for name in self._ran if name != record.request)
         load_s = len(match.offsets) * self._layout.nbytes / COPIED_NBYTES_S
-        return running * load_s > LATER_STEPS * step_s
+        return self._running(record) * load_s > LATER_STEPS * step_s
+
+    def _running(self, record: Record) -> int:
+        """How many other requests were computed in the last step and go on."""
+        return sum(name in self._records for name in self._ran if name != record.request)
 
     def _trip(self, record: Record, load: Load) -> Trip:
         step = self._steps.begin(beside=True)
@@ -320,11 +337,11 @@ class Planner:
         self._steps.launch(step)
         return Trip(step.number, load.ops)
 
-    def _with_sums(self, op: LoadOp, match: Match, number: int) -> LoadOp:
-        """The op with each rank's part of the chunk's sums, where the store wants it verified."""
+    def _completed(self, op: LoadOp, match: Match, number: int) -> LoadOp:
+        """The op with its word, or with each rank's part of the chunk's sums where the store wants it verified."""
         sums = match.sums.get(number - match.first)
         if not sums:
-            return op
+            return op._replace(word=match.words.get(number - match.first, 0))
         parts, start = [], 0
         for shard in self._layout.shards:
             end = start + 16 * len(shard.ranges)

@@ -1,7 +1,8 @@
 """A step's copies layer by layer: what a layer needs is there before it runs, and leaves while the next one runs.
 
 Knows nothing about plans, requests or the engine's calls. Loads are submitted in the order of the ranges; a layer waits
-for its own only. A store is complete when every range of every chunk has been handed over.
+for its own only, which waits for what a tier still reads of it. A store is complete when every range of every chunk has
+been handed over.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvkeep.engine.copier import Copier
+from kvkeep.engine.patience import Patience
 from kvkeep.errors import CopyFailed
 from kvkeep.memory.pool import Lease
 from kvkeep.trace import Trace
@@ -36,6 +38,7 @@ class Tools(NamedTuple):
     copier: Copier
     trace: Trace
     clock: Callable[[], float]
+    patience: Patience
 
 
 class LayerLoads:
@@ -66,10 +69,16 @@ class LayerLoads:
 
     def _scatter(self, number: int) -> list[int]:
         start_s = self._tools.clock()
-        only, scatter = range(number, number + 1), self._tools.transfer.scatter
-        missing = [copy.place for copy in self._copies if not scatter(copy.lease, copy.blocks, b"", only)]
+        missing = [copy.place for copy in self._copies if not self._scattered(copy, number)]
         self._tools.trace.span(f"load layer {number}", "copies", start_s, self._tools.clock())
         return missing
+
+    def _scattered(self, copy: Copy, number: int) -> bool:
+        """Copies a range once it is there; what was given up meanwhile may be another's, and counts as failed."""
+        if not self._tools.patience.arrived(copy.lease, number + 1):
+            return False
+        held = self._tools.transfer.scatter(copy.lease, copy.blocks, b"", range(number, number + 1))
+        return held and not copy.lease.failed
 
 
 class LayerStores:

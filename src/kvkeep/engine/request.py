@@ -43,6 +43,7 @@ class Match(NamedTuple):
 
     `offsets` and `sums` (by place, where the store wants them verified) are theirs; `why` says why there is nothing;
     `sources` counts them by where they were. `state` is the one at their end, where the model has any.
+    `words` are the places of those that were still being read, each with where its progress word is.
     """
 
     boot: bytes
@@ -54,6 +55,7 @@ class Match(NamedTuple):
     why: Miss | None = None
     sources: Mapping[str, int] = MappingProxyType({})
     state: HeldState | None = None
+    words: Mapping[int, int] = MappingProxyType({})
 
     @property
     def leases(self) -> tuple[int, ...]:

@@ -82,10 +82,11 @@ class Step:
 
 @dataclass
 class Done:
-    """What follows from a report."""
+    """What follows from a report; `failed_early` chunks failed that were promised while they were read."""
 
     sealed: list[Sealed] = field(default_factory=list)
     failed_digests: list[bytes] = field(default_factory=list)
+    failed_early: int = 0
     forget: set[int] = field(default_factory=set)
     leases: list[tuple[bytes, int]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -172,7 +173,10 @@ class Steps:
             self._figures.add("failed_tokens", lost)
             self._figures.add("delivered_tokens", end - start - lost)
             if failed:
-                done.failed_digests += [load.digests[number] for number in failed]
+                # what was still being read may come yet; if it is bad its tier has dropped it
+                early = [number for number in failed if load.ops[number].word]
+                done.failed_digests += [load.digests[number] for number in failed if number not in early]
+                done.failed_early += len(early)
                 done.forget.update(load.blocks)
 
     def _finish_stores(self, step: Step, done: Done) -> None:

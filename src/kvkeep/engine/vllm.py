@@ -41,7 +41,7 @@ from kvkeep.engine import vllm_facts as facts
 from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.fingerprint import Adapters, default_memory
 from kvkeep.engine.link import Link, source_of
-from kvkeep.engine.open_rank import open_rank, wish_of
+from kvkeep.engine.open_rank import early_loads, open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.vllm_chain import Requests, chain_kind
@@ -159,7 +159,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker = open_rank(rank, opened, door, self.config, alone, whole)
         found = facts.worker_facts(self._vllm_config, kv_caches)
         states = opened.states.shard if opened.states is not None else None
-        self._info = RankInfo(rank, os.getpid(), door.path, opened.transfer.shard, found, states=states)
+        self._info = RankInfo(
+            rank, os.getpid(), door.path, opened.transfer.shard, found, states=states, early=self.worker.early
+        )
 
     def _reached(self, kv_caches: Mapping[str, torch.Tensor], tokens: int) -> Opened:
         """What copies from and to the registered caches."""
@@ -242,13 +244,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         link.start(START_LIMIT_S)
         if link.client is not None:
             self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
+        beside = self.config.load == "async" or facts.never_in_step(self._vllm_config, self._kv_cache_config)
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
             patience_s=self.config.patience_s,
             store_generated=self.config.store_generated,
             min_hit_tokens=self.config.min_hit_tokens,
-            beside_steps=self.config.load == "async" or facts.never_in_step(self._vllm_config, self._kv_cache_config),
+            beside_steps=beside,
             beside_busy=self.config.load == "auto",
+            early=early_loads(self.config, ranks, beside),
         )
         self.planner = Planner(link, layout, options, self.figures, states=of_states)
 

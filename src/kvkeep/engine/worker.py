@@ -18,6 +18,7 @@ from functools import partial
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.mapped import MappedPool
+from kvkeep.engine.patience import Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
 from kvkeep.engine.results import Results
@@ -50,7 +51,8 @@ class Worker:
         self._mapped = MappedPool(door)
         self._choice = choice or Choice("bulk", possible=False)
         self._clock: Callable[[], float] = time.perf_counter
-        self._tools = Tools(transfer, copier or InlineCopier(), trace or Trace(), self._clock)
+        self._patience = Patience(self._clock)
+        self._tools = Tools(transfer, copier or InlineCopier(), trace or Trace(), self._clock, self._patience)
         self._numbers = transfer.shard.numbers
         self.results = Results()
         self._trips: deque[tuple[Trip, list[Future[list[int]]]]] = deque()
@@ -64,6 +66,7 @@ class Worker:
         self._computing: tuple[int, float] | None = None
         self.transfer = transfer
         self.states: Transfer | None = None  # reaches the states of a model that has any
+        self.early = False  # whether a step may be made to wait for what is still being read
 
     def before_writes(self) -> None:
         """The engine is about to write to blocks: no copy still reads one, for a step's stores end with it."""
@@ -151,6 +154,7 @@ class Worker:
         """Decides once a step how its copies are made."""
         if plan.step != self._step or not plan.step:
             self._step, self._spent_s = plan.step, 0.0
+            self._patience.begin(plan.wait_s)
             self._layerwise = bool(plan.loads or plan.stores) and self._choice.layerwise()
 
     def _start(self, plan: StepPlan, trip: Trip) -> None:
@@ -172,14 +176,14 @@ class Worker:
     def _scattered(self, jobs: Iterable[tuple[int, LoadOp, Lease | None]]) -> list[int]:
         failed = []
         for place, op, lease in jobs:
-            held = lease is not None
-            if lease is not None:
+            held = lease is not None and self._patience.arrived(lease, len(self._reach(op).shard.ranges))
+            if lease is not None and held:
                 held = self._reach(op).scatter(lease, op.blocks, op.sums[self._rank] if op.sums else b"")
                 if not held:
                     log.error(
                         "kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this"
                     )
-            if not held:
+            if lease is None or not held or lease.failed:
                 failed.append(place)
         return failed
 
@@ -225,7 +229,8 @@ class Worker:
             self._reach(mine[0]).check([blocks for op in mine for blocks in op.blocks], unique)
 
     def _lease(self, boot: bytes, op: LoadOp | StoreOp, plan: StepPlan) -> Lease | None:
-        return self._mapped.lease(boot, plan.offset_of(op, self._rank), self._reach(op).shard)
+        word = op.word if isinstance(op, LoadOp) else 0
+        return self._mapped.lease(boot, plan.offset_of(op, self._rank), self._reach(op).shard, word)
 
     def _computed(self, now_s: float) -> None:
         """The layer that was running is done."""

@@ -16,6 +16,7 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import ConfigError, LeaseExpired
 from kvkeep.memory.pin import Pin, PinCalls
 from kvkeep.memory.region import Region
+from kvkeep.memory.words import Arrival, arrival_at
 
 Bytes = npt.NDArray[np.uint8]
 POPULATE_PIECE_NBYTES = 16 << 20
@@ -26,15 +27,22 @@ class Lease:
 
     `views` gives one uint8 array a range, padding included, in the layout's order. LeaseExpired after `close`.
     `pieces` are the offsets at which the memory's page-locked pieces begin; () where not all of it is page-locked.
+    `arrival` says how much of it may be used yet; None: all.
     """
 
     def __init__(
-        self, memory: Bytes, shard: ShardLayout, pieces: tuple[int, ...] = (), ended: Callable[[], None] | None = None
+        self,
+        memory: Bytes,
+        shard: ShardLayout,
+        pieces: tuple[int, ...] = (),
+        ended: Callable[[], None] | None = None,
+        arrival: Arrival | None = None,
     ) -> None:
         self._memory: Bytes | None = memory
         self._shard = shard
         self._ended = ended
         self.pieces = pieces
+        self.arrival = arrival
 
     def views(self, layers: range | None = None) -> list[Bytes]:
         """One writable view a range (with its padding); `layers` are numbers of ranges, None all of them."""
@@ -42,6 +50,11 @@ class Lease:
         if memory is None:
             raise LeaseExpired("this chunk's memory was given back")
         return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.chosen(layers)]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was given up by whoever still filled it."""
+        return self.arrival is not None and self.arrival.failed
 
     def close(self) -> None:
         """Ends the lease; idempotent. No copy may be under way in its memory."""
@@ -82,18 +95,20 @@ class Pool:
         finally:
             lease.close()
 
-    def lease(self, offset: int, shard: ShardLayout) -> Lease:
+    def lease(self, offset: int, shard: ShardLayout, word: int = 0) -> Lease:
         """The same for a use that outlives a block: whoever takes it closes it.
 
-        An offset outside of the pool is an assertion. The mapping lives as long as its last lease.
+        `word` is where its progress word is (0: it has none). An offset outside of the pool is an assertion. The
+        mapping lives as long as its last lease.
         """
         assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
         memory = self._region.array[offset : offset + shard.nbytes]
+        arrival = arrival_at(self._region, word) if word else None
         if self.pin is None:
-            return Lease(memory, shard)
+            return Lease(memory, shard, arrival=arrival)
         with self._counting:
             self._leases += 1
-        return Lease(memory, shard, self.pin.pieces(offset, shard.nbytes), self._lease_ended)
+        return Lease(memory, shard, self.pin.pieces(offset, shard.nbytes), self._lease_ended, arrival)
 
     def close(self) -> None:
         """Ends the mapping once the thread that populates it has stopped; idempotent. Leases keep their part of it."""

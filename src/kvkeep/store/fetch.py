@@ -2,37 +2,53 @@
 
 The tiers are asked only for what the pool lacks, in the order of the prefix; room is reserved only for what one of them
 holds, and never waited for. A chunk that several requests want is read once. At its deadline a request gets what has
-come; the rest comes later, for others. Knows nothing about sockets, or about how a tier keeps its chunks.
+come; the rest comes later, for others. One that is asked for `early` is answered as soon as its chunks are located and
+have room. Knows nothing about sockets, or about how a tier keeps its chunks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Outcome
 from kvkeep.errors import TierError
+from kvkeep.memory.words import Words
 from kvkeep.store.breaker import Gate
+from kvkeep.store.early import Early
 from kvkeep.store.loads import Coming, Loads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Fetched, Store, Why
 
 POOL = "pool"
+FIGURES = ("promoted", "not_loaded", "lent_early", "failed_early")
 
 
 class Found(NamedTuple):
     """What a fetch is answered with: the pinned run, where each chunk of it came from, and why it is no longer.
 
-    `took_s` is how long the tiers were waited for.
+    `took_s` is how long the tiers were waited for. `words` are the places that are still being read, each with where
+    its progress word is in the region.
     """
 
     fetched: Fetched
     sources: dict[str, int]
     why: Why | None
     took_s: float = 0.0
+    words: Mapping[int, int] = MappingProxyType({})
+
+
+class Limits(NamedTuple):
+    """How long a fetch waits, when a tier has failed (seconds), and whether it is answered before all is there."""
+
+    deadline_s: float
+    limit_s: float = 0.0
+    early: bool = False
 
 
 @dataclass(eq=False)
@@ -55,6 +71,7 @@ class Waiting:
     reach: int = 0
     why: Why | None = None
     asking: Loads | None = None
+    early: bool = False
     located: bool = False
     over: bool = False
     timer: asyncio.TimerHandle | None = None
@@ -64,6 +81,10 @@ class Waiting:
         """Whether everything up to its reach is here."""
         return self.located and not any(place < self.reach for place in self.pending)
 
+    def counted(self, places: int) -> dict[str, int]:
+        """Its first places by where they were."""
+        return dict(Counter(self.sources[place] for place in range(places)))
+
     def cut(self, place: int, why: Why) -> None:
         """Nothing from `place` on will come."""
         if place < self.reach:
@@ -72,12 +93,16 @@ class Waiting:
 
 @dataclass
 class Promotions:
-    """Fetches of all sessions over `tiers`, the best first; `promoted` is told of each chunk that came from which."""
+    """Fetches of all sessions over `tiers`, the best first; `promoted` is told of each chunk that came from which.
+
+    `words` are for chunks that are lent while they are read; without any no chunk is.
+    """
 
     store: Store
     tiers: Sequence[Loads] = ()
     promoted: Callable[[Entry, Sequence[int], int], None] = lambda entry, sizes, tier: None
-    figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("promoted", "not_loaded"), 0))
+    words: Words | None = None
+    figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0))
     _coming: dict[bytes, Coming] = field(default_factory=dict)
     _waiting: set[Waiting] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -91,14 +116,14 @@ class Promotions:
         self,
         session: Session,
         digests: Sequence[bytes],
-        deadline_s: float,
+        limits: Limits,
         answer: Callable[[Found], None],
-        limit_s: float = 0.0,
     ) -> None:
         """Answers now, if the pool has it all or nothing below it can help; else at the latest after `deadline_s`.
 
         How long a request waits says nothing about a tier: that has failed if it takes `limit_s`, where that is more.
         """
+        deadline_s = limits.deadline_s
         room = self.store.room(session)
         fetched = self.store.fetch(session, digests)
         here = len(fetched.offsets)
@@ -108,7 +133,8 @@ class Promotions:
             return
         waiting = self._wait_with(session, fetched, self.store.keys(session, digests), room, answer)
         waiting.timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, waiting)
-        limit_s = max(deadline_s, limit_s)
+        limit_s = max(deadline_s, limits.limit_s)
+        waiting.early = limits.early
         waiting.late_s = limit_s - deadline_s
         self._go(self._promote(waiting, here, limit_s))
 
@@ -142,6 +168,8 @@ class Promotions:
         waiting.located = True
         if waiting.complete:
             self._finish(waiting)
+        elif waiting.early:
+            self._finish_early(waiting, limit_s)
         for number, tier in enumerate(self.tiers):
             tier.add([coming for coming in started if coming.tier == number], limit_s)
 
@@ -258,17 +286,26 @@ class Promotions:
     def settle(self, coming: Coming, sums: bytes | None) -> None:
         """A tier is done with a chunk's memory: it becomes readable, or its room comes back."""
         self._coming.pop(coming.entry.key, None)
-        index = self.store.index
-        if sums is None:
-            self.figures["not_loaded"] += 1
-            index.abandon(coming.entry)
-            coming.tell(None)
-        elif index.commit(coming.entry, sums):
+        self.figures["not_loaded"] += sums is None
+        if self._readable(coming, sums):
             self.figures["promoted"] += 1
             coming.tell(coming.entry)
             self.promoted(coming.entry, coming.sizes, coming.tier)
         else:
-            coming.tell(None)  # cleared meanwhile
+            coming.tell(None)
+
+    def _readable(self, coming: Coming, sums: bytes | None) -> bool:
+        """Ends the making of a chunk; False if it did not come, or was cleared meanwhile."""
+        index = self.store.index
+        if coming.early is not None:
+            held = coming.early.leases
+            readable = coming.early.settle(index, sums)
+            self.figures["failed_early"] += bool(held and not readable)
+            return readable
+        if sums is None:
+            index.abandon(coming.entry)
+            return False
+        return index.commit(coming.entry, sums)
 
     def _expire(self, waiting: Waiting) -> None:
         missing = [place for place in waiting.pending if place < waiting.reach]
@@ -289,11 +326,40 @@ class Promotions:
         # pinned again as one run, so that the tail ages before the head
         entries = self.store.pin(waiting.session, waiting.keys[: waiting.reach])
         self.store.index.unpin(waiting.held.values())
-        sources: dict[str, int] = {}
-        for place in range(len(entries)):
-            sources[waiting.sources[place]] = sources.get(waiting.sources[place], 0) + 1
-        took_s = asyncio.get_running_loop().time() - waiting.began_s
-        waiting.answer(Found(self.store.lend(waiting.session, entries), sources, waiting.why, took_s))
+        sources = waiting.counted(len(entries))
+        fetched = self.store.lend(waiting.session, entries)
+        waiting.answer(Found(fetched, sources, waiting.why, self._took_s(waiting)))
+
+    def _finish_early(self, waiting: Waiting, limit_s: float) -> None:
+        """Answers although chunks are still being read, unless words are short: then it waits for them as ever."""
+        coming = {place: self._coming[waiting.keys[place]] for place in waiting.pending if place < waiting.reach}
+        fresh = [one for one in coming.values() if one.early is None]
+        if self.words is None or len(fresh) > self.words.free or any(map(self._doubtful, coming.values())):
+            return
+        for one in fresh:
+            one.early = Early(one.entry, len(one.sizes), self.words.take(), self.words.give_back)
+        last = coming.get(len(waiting.keys) - 1)
+        if last is not None:
+            last.whole = True  # a step that computes only the end of it waits for all of it, before its first layer
+        self._end(waiting)
+        early = {place: one.early for place, one in coming.items() if one.early is not None}
+        for place, one in coming.items():
+            one.waiters.append(early[place].told)
+        entries = [early[place].entry if place in early else waiting.held[place] for place in range(waiting.reach)]
+        fetched = self.store.lend(waiting.session, entries, list(early.values()))
+        self.store.index.unpin(entry for place, entry in waiting.held.items() if place >= waiting.reach)
+        self.figures["lent_early"] += len(early)
+        asyncio.get_running_loop().call_later(limit_s, _fail_late, list(early.values()))
+        words = {place: one.word.offset for place, one in early.items()}
+        waiting.answer(Found(fetched, waiting.counted(waiting.reach), waiting.why, self._took_s(waiting), words))
+
+    def _doubtful(self, coming: Coming) -> bool:
+        """Whether a chunk that is being read may well not come."""
+        failed = coming.early is not None and coming.early.word.failed
+        return failed or self.tiers[coming.tier].gate() is not Gate.CLOSED
+
+    def _took_s(self, waiting: Waiting) -> float:
+        return asyncio.get_running_loop().time() - waiting.began_s
 
     def _end(self, waiting: Waiting) -> None:
         waiting.over = True
@@ -306,3 +372,9 @@ class Promotions:
         task = asyncio.get_running_loop().create_task(steps)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _fail_late(early: Sequence[Early]) -> None:
+    """What has not come by now is not waited for any more; what has keeps its word."""
+    for one in early:
+        one.late()

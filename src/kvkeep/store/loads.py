@@ -15,22 +15,35 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Entry
 from kvkeep.errors import TierError
 from kvkeep.store.breaker import Breaker, Gate
+from kvkeep.store.early import Early
 from kvkeep.tiers.tier import Bytes, Read, Tier
 
 log = logging.getLogger("kvkeep.store")
 
 SLICE_NBYTES = 8 << 20  # of one request, so that another's turn comes soon
+EARLY_NBYTES = 256 << 20  # where a step waits for the first range of every chunk
 UNDER_WAY_NBYTES = 64 << 20
 
 
 @dataclass(eq=False)
 class Coming:
-    """One chunk on its way into the pool: its entry in the making, its ranges, the number of its tier, who waits."""
+    """One chunk on its way into the pool: its entry in the making, its ranges, the number of its tier, who waits.
+
+    `early`: it is lent already. `whole`: not by its ranges, since whoever it is lent to waits for all of it.
+    """
 
     entry: Entry
     sizes: Sequence[int]
     tier: int
     waiters: list[Callable[[Entry | None], None]] = field(default_factory=list)
+    early: Early | None = None
+    whole: bool = False
+
+    def read(self, memory: Bytes) -> Read:
+        """What the tier is asked for."""
+        into = memory[self.entry.offset : self.entry.offset + self.entry.nbytes]
+        arrived = self.early.word.advance if self.early is not None and not self.whole else None
+        return Read(self.entry.key, self.sizes, into, arrived)
 
     def tell(self, entry: Entry | None) -> None:
         """Tells everyone who waits, once: the readable entry, or None if it does not come (in time)."""
@@ -69,17 +82,16 @@ class Loads:
         return self.breaker.gate(asyncio.get_running_loop().time())
 
     def add(self, chunks: Sequence[Coming], limit_s: float) -> None:
-        """Loads chunks of one request in order; one that takes longer than `limit_s` opens the breaker."""
-        slices: deque[list[Coming]] = deque()
-        room = 0
-        for chunk in chunks:
-            if not slices or chunk.entry.nbytes > room:
-                slices.append([])
-                room = self.slice_nbytes
-            slices[-1].append(chunk)
-            room -= chunk.entry.nbytes
+        """Loads chunks of one request in order; one that takes longer than `limit_s` opens the breaker.
+
+        What is lent already comes first, by its ranges where it can: a step waits for it.
+        """
+        early = [chunk for chunk in chunks if chunk.early is not None]
+        slices = deque(_sliced([chunk for chunk in early if chunk.whole], self.slice_nbytes))
+        slices += _sliced([chunk for chunk in early if not chunk.whole], EARLY_NBYTES)
+        slices += _sliced([chunk for chunk in chunks if chunk.early is None], self.slice_nbytes)
         if slices:
-            self._turns.append((slices, limit_s))
+            (self._turns.appendleft if early else self._turns.append)((slices, limit_s))
             self._start()
 
     def overdue(self, chunks: Sequence[Coming], text: str) -> None:
@@ -97,7 +109,8 @@ class Loads:
             slices, limit_s = self._turns.popleft()
             piece = slices.popleft()
             if slices:
-                self._turns.append((slices, limit_s))
+                first = slices[0][0].early is not None
+                (self._turns.appendleft if first else self._turns.append)((slices, limit_s))
             wanted = [chunk for chunk in piece if chunk.waiters]
             for chunk in piece:
                 if not chunk.waiters:
@@ -111,10 +124,7 @@ class Loads:
     async def _load(self, chunks: list[Coming], limit_s: float) -> None:
         late = Lateness(self, chunks)
         timer = asyncio.get_running_loop().call_later(limit_s, late.fall_due)
-        reads = [
-            Read(one.entry.key, one.sizes, self.memory[one.entry.offset : one.entry.offset + one.entry.nbytes])
-            for one in chunks
-        ]
+        reads = [one.read(self.memory) for one in chunks]
         sums: Sequence[bytes | None] = [None] * len(chunks)
         try:
             sums = await self.tier.load(reads)
@@ -130,6 +140,19 @@ class Loads:
         for chunk, got in zip(chunks, sums, strict=True):
             self.done(chunk, got)
         self._start()
+
+
+def _sliced(chunks: Sequence[Coming], most_nbytes: int) -> list[list[Coming]]:
+    """The chunks in their order, in slices of at most `most_nbytes`; one that is larger is alone."""
+    slices: list[list[Coming]] = []
+    room = 0
+    for chunk in chunks:
+        if not slices or chunk.entry.nbytes > room:
+            slices.append([])
+            room = most_nbytes
+        slices[-1].append(chunk)
+        room -= chunk.entry.nbytes
+    return slices
 
 
 @dataclass

@@ -5,9 +5,11 @@ Data only. Knows nothing about sockets, processes or the index's rules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Entry
+from kvkeep.store.early import Early
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,15 @@ class Opening:
 
 @dataclass
 class ReadLease:
-    """Pinned chunks that a planner may have read."""
+    """Chunks that a planner may have read: pinned `entries`, and those that were lent before they had come."""
 
     entries: list[Entry]
+    early: Sequence[Early] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it holds."""
+        return sum(entry.nbytes for entry in self.entries) + sum(one.entry.nbytes for one in self.early)
 
 
 @dataclass

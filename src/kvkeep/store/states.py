@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from kvkeep.errors import TierError
 from kvkeep.store.breaker import Gate
-from kvkeep.store.fetch import Found, Promotions
+from kvkeep.store.fetch import Found, Limits, Promotions
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Fetched, Why
 
@@ -39,11 +39,11 @@ class StateFetches:
         self,
         session: Session,
         digests: Sequence[bytes],
-        limits_s: tuple[float, float],
+        limits: Limits,
         answer: Callable[[FoundState], None],
     ) -> None:
-        """Answers at the latest after the first limit, as `Promotions.fetch` does with its deadline and limit."""
-        task = asyncio.get_running_loop().create_task(self._fetch(session, digests, limits_s, answer))
+        """Answers at the latest after its deadline, as `Promotions.fetch` does, but never early."""
+        task = asyncio.get_running_loop().create_task(self._fetch(session, digests, limits, answer))
         self._tasks[task] = session
         task.add_done_callback(self._over)
 
@@ -63,11 +63,11 @@ class StateFetches:
         self,
         session: Session,
         digests: Sequence[bytes],
-        limits_s: tuple[float, float],
+        limits: Limits,
         answer: Callable[[FoundState], None],
     ) -> None:
         loop, store = asyncio.get_running_loop(), self.promotions.store
-        began_s, deadline_s = loop.time(), limits_s[0]
+        began_s, deadline_s = loop.time(), limits.deadline_s
 
         def left_s() -> float:
             return max(0.0, began_s + deadline_s - loop.time())
@@ -75,11 +75,11 @@ class StateFetches:
         assert session.states is not None
         places = await self._places(session.states, digests, left_s)
         reach = places[-1] + 1 if places else 0
-        run = await self._promoted(session, digests[:reach], left_s(), limits_s[1])
+        run = await self._promoted(session, digests[:reach], left_s(), limits.limit_s)
         have = len(run.fetched.offsets)
         state, missed = None, run.why
         for place in [place for place in reversed(places) if place < have]:
-            state = await self._promoted(session.states, [digests[place]], left_s(), limits_s[1])
+            state = await self._promoted(session.states, [digests[place]], left_s(), limits.limit_s)
             if state.fetched.lease:
                 have = place + 1
                 break
@@ -111,7 +111,7 @@ class StateFetches:
     async def _promoted(self, side: Session, digests: Sequence[bytes], deadline_s: float, limit_s: float) -> Found:
         """The longest run of these in the pool, brought from tiers where needed; held by a lease."""
         found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        self.promotions.fetch(side, digests, deadline_s, partial(_settle, found), limit_s)
+        self.promotions.fetch(side, digests, Limits(deadline_s, limit_s), partial(_settle, found))
         return await found
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvkeep.core.index import Entry, Index, Outcome
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
+from kvkeep.store.early import Early
 from kvkeep.store.namespaces import Namespaces
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
@@ -111,13 +112,16 @@ class Store:
         self.index.unpin(entries[fitting:])
         return entries[:fitting]
 
-    def lend(self, session: Session, entries: list[Entry]) -> Fetched:
-        """A lease on pinned chunks."""
+    def lend(self, session: Session, entries: list[Entry], early: Sequence[Early] = ()) -> Fetched:
+        """A lease on chunks; all are pinned, but for those that are lent `early`."""
         if not entries:
             return Fetched(0, [], {})
+        coming = {one.entry for one in early}
         lease = self.next_lease()
-        session.leases[lease] = ReadLease(entries)
-        session.pinned_nbytes += sum(entry.nbytes for entry in entries)
+        held = session.leases[lease] = ReadLease([entry for entry in entries if entry not in coming], early)
+        session.pinned_nbytes += held.nbytes
+        for one in early:
+            one.leases += 1
         return Fetched(lease, [entry.offset for entry in entries], self._sampled(session, entries))
 
     def reserve(self, session: Session, digests: Sequence[bytes]) -> Reservation:
@@ -167,8 +171,10 @@ class Store:
         held = session.leases.pop(lease, None)
         self._writing.pop(lease, None)
         if isinstance(held, ReadLease):
-            session.pinned_nbytes -= sum(entry.nbytes for entry in held.entries)
+            session.pinned_nbytes -= held.nbytes
             self.index.unpin(held.entries)
+            for one in held.early:
+                one.end(self.index)
         elif held is not None:
             for entry in held.entries.values():
                 self.index.abandon(entry)
@@ -244,7 +250,7 @@ class Store:
         if not every:
             return {}
         places = range(-first % every, len(entries), every)
-        return {place: entries[place].sums or b"" for place in places}
+        return {place: sums for place in places if (sums := entries[place].sums) is not None}
 
 
 def check_namespace(namespace: bytes) -> None:

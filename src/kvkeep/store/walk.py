@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kvkeep.core.index import Entry
 from kvkeep.errors import TierError, TierUnavailable
+from kvkeep.memory.words import Words
 from kvkeep.store.fetch import Promotions
 from kvkeep.store.flush import Flush, FlushOptions
 from kvkeep.store.loads import Loads
@@ -30,10 +31,14 @@ MAX_NAMESPACES = 256  # whose ranges, and whose clears, are remembered for tiers
 
 @dataclass
 class TierWalk:
-    """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before."""
+    """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before.
+
+    `words` are those behind the pool, of which chunks that are lent early get one each.
+    """
 
     store: Store
     memory: Bytes
+    words: Words | None = None
     loads: list[Loads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)
     _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
@@ -42,7 +47,7 @@ class TierWalk:
     _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
 
     def __post_init__(self) -> None:
-        self.promotions = Promotions(self.store, self.loads, self._promoted)
+        self.promotions = Promotions(self.store, self.loads, self._promoted, self.words)
 
     async def admit(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
         """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""

@@ -56,7 +56,10 @@ class ManualLoop(asyncio.SelectorEventLoop):
 
 @dataclass(eq=False)
 class GateTier:
-    """A tier in memory. A verb named in `shut` waits until `open` is called for it; one in `broken` raises."""
+    """A tier in memory. A verb named in `shut` waits until `open` is called for it; one in `broken` raises.
+
+    "range" is no verb of a tier: a load passes it before each range of the reads that want their first ones first.
+    """
 
     chunks: dict[bytes, tuple[bytes, bytes]] = field(default_factory=dict)
     shut: set[str] = field(default_factory=set)
@@ -86,6 +89,7 @@ class GateTier:
         """As `Tier.load`; it writes to the memory only after its gate, as a device that is late would."""
         epochs = [self._epoch(read.key) for read in reads]
         await self._pass("load", [read.key for read in reads])
+        await self._by_range([(read, epoch) for read, epoch in zip(reads, epochs, strict=True) if read.arrived])
         return [
             self._filled(read) if self._epoch(read.key) == epoch else None
             for read, epoch in zip(reads, epochs, strict=True)
@@ -119,6 +123,18 @@ class GateTier:
         await self._pass("aclose", [])
         self.closed = True
 
+    async def _by_range(self, reads: Sequence[tuple[Read, int]]) -> None:
+        for number in range(max((len(read.sizes) for read, _ in reads), default=0)):
+            await self._pass("range", [read.key for read, _ in reads])
+            for read, epoch in reads:
+                payload, _ = self.chunks.get(read.key, (b"", b""))
+                if read.arrived is None or len(payload) != sum(read.sizes) or self._epoch(read.key) != epoch:
+                    continue
+                start = sum(read.sizes[:number])
+                end = start + read.sizes[number]
+                read.into[start:end] = np.frombuffer(payload[start:end], dtype=np.uint8)
+                read.arrived(number + 1)
+
     def _epoch(self, key: bytes) -> int:
         return sum(count for name, count in self._epochs.items() if key.startswith(name))
 
@@ -126,7 +142,8 @@ class GateTier:
         payload, sums = self.chunks.get(read.key, (b"", b""))
         if len(payload) != sum(read.sizes):
             return None
-        read.into[:] = np.frombuffer(payload, dtype=np.uint8)
+        if read.arrived is None:
+            read.into[:] = np.frombuffer(payload, dtype=np.uint8)
         return sums
 
     def _stored(self, write: Write) -> Stored:

@@ -18,6 +18,7 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.region import Region
+from kvkeep.memory.words import region_nbytes, words_behind
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire.process import StoreOptions, listen
@@ -93,10 +94,11 @@ def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
 
 
 def _started(options: StoreOptions, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
-    region = Region.create(options.pool_nbytes)
+    region = Region.create(region_nbytes(options.pool_nbytes))
     index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
     store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
-    server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
+    walk = TierWalk(store, region.array, words_behind(region))
+    server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()
     return RunningStore(region, store, server, thread)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -86,6 +87,30 @@ async def check_batches(tier: Tier) -> None:
         assert (got is None) == bool(number % 2), "an answer is at another's place"
         assert got is None or bytes(read.into) == bytes(write.payload), "bytes are at another's place"
     assert (await tier.load([]), await tier.store([]), await tier.contains([])) == ([], [], [])
+
+
+async def check_progress(tier: Tier) -> None:
+    """A load that is to tell what has arrived tells only of verified bytes in their place, and never goes back."""
+    sizes = (ALIGN_NBYTES, 40 * ALIGN_NBYTES, 2 * ALIGN_NBYTES, 33 * ALIGN_NBYTES)
+    writes = [write_of(key(number), sizes) for number in range(7)]
+    bad = writes[3].sums[:16] + bytes(16) + writes[3].sums[32:]
+    await tier.store([*writes[:3], writes[3]._replace(sums=bad), *writes[4:6]])
+    told: list[list[int]] = [[] for _ in writes]
+    reads = [memory_for(one.key, sizes)[0] for one in writes]
+
+    def tell(number: int, ranges: int) -> None:
+        end = sum(sizes[:ranges])
+        right = reads[number].into[:end].tobytes() == writes[number].payload[:end].tobytes()
+        told[number].append(ranges if right else -1)
+
+    asked = [one._replace(arrived=partial(tell, number)) for number, one in enumerate(reads)]
+    sums = await tier.load(asked)
+    assert sums == [one.sums for one in writes[:3]] + [None] + [one.sums for one in writes[4:6]] + [None]
+    for number, read in enumerate(reads):
+        assert sums[number] is None or bytes(read.into) == bytes(writes[number].payload), "bytes are at another's place"
+        assert told[number] == sorted(set(told[number])), "progress went back, or was told of other bytes"
+        most = {3: 1, 6: 0}.get(number, len(sizes))
+        assert all(0 < ranges <= most for ranges in told[number]), "told of what is not there, or not good"
 
 
 async def check_present(tier: Tier) -> None:
@@ -206,6 +231,7 @@ async def _ignored(call: Awaitable[object]) -> None:
 CHECKS: tuple[Check, ...] = (
     check_round_trip,
     check_batches,
+    check_progress,
     check_present,
     check_wrong_bytes,
     check_delete,

@@ -194,11 +194,11 @@ def posix_files() -> Files:
     return Files(PosixDescriptors(), PosixNames())
 
 
-def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> int:
-    """Fill the buffers from the file's beginning; bytes read, fewer only where the file ends."""
+def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes], start: int = 0) -> int:
+    """Fill the buffers from byte `start` of the file on; bytes read, fewer only where the file ends."""
     done, wanted = 0, sum([one.nbytes for one in buffers])
     while done < wanted:
-        got = data.readv(fd, _rest(buffers, done) if done else buffers, done)
+        got = data.readv(fd, _rest(buffers, done) if done else buffers, start + done)
         if got == 0:
             break
         done += got

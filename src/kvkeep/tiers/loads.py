@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.tiers.by_range import load_by_range
 from kvkeep.tiers.directio import Inode
 from kvkeep.tiers.holding import Errand, Holding, batches
 from kvkeep.tiers.ledger import Entry
@@ -54,7 +55,9 @@ class Loads:
         answers: list[bytes | None] = [None] * len(reads)
         wanted = [(place, read) for place, read in enumerate(reads) if self._is_wanted(read.key)]
         self.holding.counts.misses += len(reads) - len(wanted)
-        runs = batches(wanted, lambda one: record_nbytes(one[1].sizes), self.holding.options.batch_nbytes)
+        whole = [one for one in wanted if one[1].arrived is None]
+        runs = batches(whole, lambda one: record_nbytes(one[1].sizes), self.holding.options.batch_nbytes)
+        runs += _dealt([one for one in wanted if one[1].arrived is not None], self.holding.options.threads)
         await self.holding.end([self.holding.begin(partial(self._load, run, answers)) for run in runs])
         return answers
 
@@ -79,9 +82,9 @@ class Loads:
         asked = [one for one in found if one.entry is not None or self._may_be_there(one.read.key)]
         holding.counts.misses += len(run) - len(asked)
         self._begin(asked, errand)
-        errand.job = holding.threads.submit(
-            Urgency.LOAD, partial(holding.shelf.load, [(one.read, one.epoch) for one in asked])
-        )
+        reads = [(one.read, one.epoch) for one in asked]
+        load = partial(load_by_range, holding.shelf) if run[0][1].arrived is not None else holding.shelf.load
+        errand.job = holding.threads.submit(Urgency.LOAD, partial(load, reads))
         loaded: list[Loaded] | None = None
         try:
             loaded = await errand.job.done
@@ -139,3 +142,8 @@ class Loads:
         if key in ledger.live or key in ledger.dying or key in self.holding.writing:
             return None
         return ledger.kill_unknown(key)
+
+
+def _dealt(reads: Sequence[tuple[int, Read]], threads: int) -> list[list[tuple[int, Read]]]:
+    """Reads by ranges in turn to as many runs as there are threads, so that the first ranges of all come together."""
+    return [list(reads[first::threads]) for first in range(min(threads, len(reads)))]

@@ -111,14 +111,19 @@ class Shelf(NamedTuple):
         """Read records, each of the epoch beside it, straight into the memory of the reads, and verify them."""
         return [self._load(read, epoch, scratch) for read, epoch in reads]
 
-    def _load(self, read: Read, epoch: int, scratch: Scratch) -> Loaded:
-        data = self.files.data
+    def opened(self, read: Read) -> int | Loaded:
+        """The file of a record that is to be read, to be closed; or why there is none."""
         try:
-            fd = data.open(self.path(read.key), create=False, direct=self.direct and is_aligned(read.into))
+            return self.files.data.open(self.path(read.key), False, self.direct and is_aligned(read.into))
         except FileNotFoundError:
             return Loaded(Verdict.ABSENT)
         except OSError as error:  # a link or a directory in its place was not put there by us
             return Loaded(Verdict.BAD if error.errno == errno.ELOOP else Verdict.FAILED)
+
+    def _load(self, read: Read, epoch: int, scratch: Scratch) -> Loaded:
+        data, fd = self.files.data, self.opened(read)
+        if isinstance(fd, Loaded):
+            return fd
         try:
             stat = data.stat(fd)
             if stat.nbytes != record_nbytes(read.sizes):
@@ -126,7 +131,9 @@ class Shelf(NamedTuple):
             header = scratch.take(header_nbytes(len(read.sizes)))
             if read_all(data, fd, [header, read.into]) != stat.nbytes:
                 return Loaded(Verdict.BAD, b"", stat)
-            return Loaded(*_judged(header, read, epoch), stat)
+            sums = sums_for(header, read, epoch)
+            good = sums is not None and first_bad_range(read.into, read.sizes, sums) is None
+            return Loaded(Verdict.GOOD, sums or b"", stat) if good else Loaded(Verdict.BAD, b"", stat)
         except OSError:
             return Loaded(Verdict.FAILED)
         finally:
@@ -316,12 +323,11 @@ class Shelf(NamedTuple):
         return self.files.names.free_nbytes(self.root) - self.min_free_nbytes
 
 
-def _judged(header: Bytes, read: Read, epoch: int) -> tuple[Verdict, bytes]:
+def sums_for(header: Bytes, read: Read, epoch: int) -> bytes | None:
+    """The sums that a record's ranges must have, as its header says; None if it is not the header of what is read."""
     try:
         found = decode_header(header)
     except CorruptChunk:
-        return Verdict.BAD, b""
+        return None
     alike = (found.key, found.epoch, found.codec, found.sizes) == (read.key, epoch, RAW, tuple(read.sizes))
-    if not alike or first_bad_range(read.into, read.sizes, found.sums) is not None:
-        return Verdict.BAD, b""
-    return Verdict.GOOD, found.sums
+    return found.sums if alike else None

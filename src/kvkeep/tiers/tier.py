@@ -10,7 +10,7 @@ over the padded range by whoever gathered it and carried unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -21,11 +21,17 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Read(NamedTuple):
-    """One chunk to read: `into` takes its ranges of `sizes` (padded bytes each), all of them, in order."""
+    """One chunk to read: `into` takes its ranges of `sizes` (padded bytes each), all of them, in order.
+
+    With `arrived` the first ranges of all such chunks of a batch are wanted before their later ones, and it is told,
+    from any thread, how many of this chunk's are there: verified, of the right record, and not written to again. It may
+    be told late, or never.
+    """
 
     key: bytes
     sizes: Sequence[int]
     into: Bytes
+    arrived: Callable[[int], None] | None = None
 
 
 class Write(NamedTuple):

@@ -60,12 +60,15 @@ class Client:
         """How many calls have no answer yet."""
         return len(self._calls)
 
-    def fetch(self, digests: Sequence[bytes], deadline_s: float = 0.0, limit_s: float = 0.0) -> Call:
+    def fetch(
+        self, digests: Sequence[bytes], deadline_s: float = 0.0, limit_s: float = 0.0, early: bool = False
+    ) -> Call:
         """Asks to pin the longest run from the first digest on; answered by Matched, at the latest after `deadline_s`.
 
         Without a deadline only the pool is looked at. A tier that takes `limit_s`, if that is more, has failed.
+        `early`: the answer may cover chunks that are still being read.
         """
-        return self._ask(lambda call: m.Fetch(call, b"".join(digests), deadline_s, limit_s))
+        return self._ask(lambda call: m.Fetch(call, b"".join(digests), deadline_s, limit_s, early))
 
     def reserve(self, digests: Sequence[bytes], states: bool = False) -> Call:
         """Asks for room for chunks, or for the states at their ends; answered by Granted."""

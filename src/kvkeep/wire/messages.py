@@ -13,7 +13,7 @@ import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 5
+VERSION = 6
 DIGEST_NBYTES = 32
 
 
@@ -52,13 +52,15 @@ class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
 class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
     """Pin the longest run of present chunks from the first digest on, brought from tiers for at most `deadline_s`.
 
-    A tier that takes longer than `limit_s` (at least `deadline_s`) is taken for one that has failed.
+    A tier that takes longer than `limit_s` (at least `deadline_s`) is taken for one that has failed. `early`: the
+    answer may cover chunks that are still being read, for at most `limit_s` more.
     """
 
     call: int
     digests: bytes
     deadline_s: float = 0.0
     limit_s: float = 0.0
+    early: bool = False
 
 
 class HeldState(NamedTuple):
@@ -75,7 +77,8 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
 
     `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
     its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
-    how long the tiers were waited for. In a session that has states the run ends where `state` is.
+    how long the tiers were waited for. In a session that has states the run ends where `state` is. `words` are the
+    places of chunks still being read, each with where its word is in the pool's region (`kvkeep.memory.words`).
     """
 
     call: int
@@ -86,6 +89,7 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     why: str = ""
     took_s: float = 0.0
     state: HeldState | None = None
+    words: dict[int, int] = {}
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):

@@ -31,6 +31,7 @@ from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.region import Region
 from kvkeep.memory.room import check_room, size_text
+from kvkeep.memory.words import region_nbytes, words_behind
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
@@ -166,12 +167,13 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
     check_room(options.pool_nbytes)
     _allow_descriptors()
-    with Region.create(options.pool_nbytes) as region:
+    with Region.create(region_nbytes(options.pool_nbytes)) as region:
         index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
         store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
-        server = Server(TierWalk(store, region.array), secrets.token_bytes(16), region.fd, private, listener)
+        walk = TierWalk(store, region.array, words_behind(region))
+        server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
         log.info("pool of %s, policy %s, pid %d", size_text(options.pool_nbytes), options.policy, os.getpid())
@@ -238,7 +240,7 @@ def _populate(region: Region, store: Store, closing: threading.Event) -> None:
         if time.monotonic() - said_s > POPULATE_SAY_S:
             said_s = time.monotonic()
             _say(f"populating the pool: {100 * start // region.nbytes} %, {said_s - began_s:.0f} s")
-    _say(f"the pool is populated: {size_text(region.nbytes)} in {time.monotonic() - began_s:.1f} s")
+    _say(f"the pool is populated: {size_text(store.pool_nbytes)} in {time.monotonic() - began_s:.1f} s")
 
 
 def _say(text: str) -> None:

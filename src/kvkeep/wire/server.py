@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Outcome
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
-from kvkeep.store.fetch import Found
+from kvkeep.store.fetch import Found, Limits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store
@@ -190,19 +190,18 @@ class Server:
         def answer(found: Found, state: m.HeldState | None = None) -> None:
             why = found.why.value if found.why is not None else ""
             try:
-                self._send(peer, m.Matched(asked.call, *found.fetched, found.sources, why, found.took_s, state))
+                fetched, words = found.fetched, dict(found.words)
+                self._send(peer, m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words))
             except WireError as error:
                 self._refuse(peer, error)
 
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
-        limit_s = min(MAX_DEADLINE_S, asked.limit_s)
+        limits = Limits(deadline_s, min(MAX_DEADLINE_S, asked.limit_s), asked.early)
         digests = m.split_digests(asked.digests)
         if session.states is None:
-            self.walk.promotions.fetch(session, digests, deadline_s, answer, limit_s)
+            self.walk.promotions.fetch(session, digests, limits, answer)
         else:
-            self.states.fetch(
-                session, digests, (deadline_s, limit_s), lambda found: answer(found.run, _state_of(found))
-            )
+            self.states.fetch(session, digests, limits, lambda found: answer(found.run, _state_of(found)))
 
     async def _clear(self, peer: Peer, session: Session, namespaces: Sequence[bytes | None], answer: m.Cleared) -> None:
         for namespace in namespaces:

@@ -73,6 +73,15 @@ def restarted(engine: Engine) -> None:
     engine.ask("two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
 
 
+def prefixes(engine: Engine) -> None:
+    """Six prompts one after the other, each of four chunks and a little more; then two in one step, twice."""
+    for number in range(6):
+        engine.ask(f"prefix {number}", random_tokens(1050 + 16 * number, 60 + number))
+    for name in ("two at once", "two again"):
+        engine.ask(name, random_tokens(1024, 70), random_tokens(800, 71))
+        engine.leave_it_to_kvkeep()
+
+
 def tight(engine: Engine) -> None:
     """A batch of at most 512 tokens and few blocks: chunked prefill, an abort in its middle, preemption."""
     twice(engine, "chunked", random_tokens(1050, 30))

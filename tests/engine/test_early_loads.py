@@ -1,0 +1,312 @@
+"""Loads of what a tier still reads: a worker goes by the words, and a whole engine over a disk gives right answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvkeep.config import Config
+from kvkeep.core.key import Chain, none_hash
+from kvkeep.engine.copier import ThreadCopier
+from kvkeep.engine.estimate import TRY_EVERY, Estimate
+from kvkeep.engine.link import PrivateSource
+from kvkeep.engine.open_rank import early_loads
+from kvkeep.engine.patience import LOOK_S, Patience
+from kvkeep.engine.plan import LoadOp, LoadsDone, RankInfo, StepPlan
+from kvkeep.engine.planner import PlannerOptions
+from kvkeep.memory.pool import Lease
+from kvkeep.memory.region import Region
+from kvkeep.memory.words import FAILED, WORDS_NBYTES, arrival_at
+from kvkeep.testing.doubles import ManualClock
+from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.testing.fake_model import GroupShape
+from kvkeep.testing.fake_request import EngineShape
+from kvkeep.testing.faulty_files import flip_bit, record_paths
+from kvkeep.tiers.disk import DiskOptions
+from kvkeep.transfer.transfer import Blocks
+from kvkeep.wire.messages import Stats
+from kvkeep.wire.process import StoreOptions
+
+from .test_worker import FIRST, POOL_NBYTES, Rank, scatter
+
+WORD = POOL_NBYTES - WORDS_NBYTES
+LONG_S = 20.0
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    made = Rank(0, layers=2, copier=ThreadCopier())
+    yield made
+    made.close()
+
+
+def early(offset: int, *block_ids: int, word: int = WORD, written: bool = False) -> LoadOp:
+    return scatter(offset, *block_ids)._replace(word=word, written=written)
+
+
+def plan_of(*ops: LoadOp, wait_s: float = LONG_S) -> StepPlan:
+    return StepPlan(1, FIRST, (0, 8192), loads=ops, wait_s=wait_s)
+
+
+def word_of(pool: Region, word: int = WORD) -> np.ndarray:
+    return pool.array[word : word + 4].view(np.uint32)
+
+
+def ended(rank: Rank, plan: StepPlan) -> tuple[int, ...]:
+    """The step is computed; the places of its loads that failed."""
+    for number in range(2):
+        rank.worker.wait_layer(f"layer{number}")
+    rank.worker.start_stores(plan)
+    [done] = rank.worker.results.take_report().loads
+    return done.failed
+
+
+# ---- a worker --------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_waits_for_its_own_range_only(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    pool.array[:4096] = 1
+    word_of(pool)[0] = 1
+    plan = plan_of(early(0, 3, 4))
+    rank.worker.start_loads(plan)
+    rank.worker.wait_layer("layer0")
+    assert (rank.cache[3:5].numpy().view(np.uint8) == 1).all()
+    pool.array[4096:8192] = 2
+    word_of(pool)[0] = 2
+    assert ended(rank, plan) == ()
+
+
+def test_what_has_not_come_is_never_copied(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    pool.array[: 4 * 8192] = 9  # what was there before
+    word_of(pool, WORD + 4)[0] = 2
+    plan = plan_of(early(0, 3, 4), early(8192, 5, 6, word=WORD + 4), scatter(16384, 7, 8), wait_s=0.0)
+    rank.worker.start_loads(plan)
+    assert ended(rank, plan) == (0,)
+    assert not rank.cache[3:5].any()
+    assert rank.cache[5:9].all()
+
+
+@pytest.mark.parametrize("arrived", [0, 1])
+def test_a_read_that_fails_ends_the_wait_at_once(rank: Rank, arrived: int) -> None:
+    pool = rank.hand(FIRST)
+    word_of(pool)[0] = arrived
+    plan = plan_of(early(0, 3, 4), scatter(8192, 5, 6))
+    rank.worker.start_loads(plan)
+    word_of(pool)[0] = FAILED
+    assert ended(rank, plan) == (0,)
+    assert rank.worker.results.take_failed_blocks() == {3, 4}
+
+
+def test_what_is_given_up_while_it_is_copied_counts_as_failed(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    word_of(pool)[0] = 2
+    inner = rank.faults.inner.scatter
+
+    def scattering(lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
+        word_of(pool)[0] = FAILED
+        return inner(lease, blocks, sums, layers)
+
+    rank.faults.inner.scatter = scattering  # type: ignore[method-assign]
+    for op in (early(0, 3, 4), early(0, 3, 4, written=True)):
+        word_of(pool)[0] = 2
+        plan = plan_of(op)
+        rank.worker.start_loads(plan)
+        assert ended(rank, plan) == (0,)
+
+
+@pytest.mark.parametrize("ranges", [1, 2])
+def test_what_the_step_writes_is_all_there_before_it_or_failed(rank: Rank, ranges: int) -> None:
+    pool = rank.hand(FIRST)
+    pool.array[:8192] = 1
+    word_of(pool)[0] = ranges
+    plan = plan_of(early(0, 3, 4, written=True), wait_s=0.0)
+    rank.worker.start_loads(plan)
+    assert bool(rank.cache[3:5].all()) == (ranges == 2), "it is there when this returns"
+    assert ended(rank, plan) == (() if ranges == 2 else (0,))
+
+
+def test_in_bulk_all_of_it_is_waited_for() -> None:
+    rank = Rank(0, copier=ThreadCopier())
+    pool = rank.hand(FIRST)
+    pool.array[:4096] = 1
+    threading.Timer(0.01, lambda: word_of(pool).fill(1)).start()
+    plan = StepPlan(1, FIRST, (0, 4096), loads=(early(0, 3, 4),), wait_s=LONG_S)
+    rank.worker.start_loads(plan)
+    assert rank.cache[3:5].all()
+    rank.worker.start_stores(plan)
+    assert rank.worker.results.take_report().loads == [LoadsDone(1, 0, ())]
+    rank.close()
+
+
+def test_one_limit_for_all_that_a_step_waits_for(rank: Rank) -> None:
+    pool = rank.hand(FIRST)
+    clock = ManualClock()
+    looks = 0
+
+    def pause(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        clock.advance(seconds)
+
+    patience = Patience(clock, pause)
+    with Region.create(POOL_NBYTES) as region:
+        lease = Lease(region.array, rank.faults.shard, arrival=arrival_at(region, WORD))
+        assert not patience.arrived(lease, 1), "before it has begun nothing is waited for"
+        patience.begin(1.0)
+        assert [patience.arrived(lease, 1) for _ in range(3)] == [False] * 3
+        assert looks == pytest.approx(1.0 / LOOK_S, rel=0.01)
+        word_of(region)[0] = 1
+        assert (patience.arrived(lease, 1), patience.arrived(lease, 2)) == (True, False)
+        assert patience.arrived(Lease(pool.array, rank.faults.shard), 2)
+        lease.close()
+
+
+@pytest.mark.parametrize("word", [WORD - 4, WORD + 2, POOL_NBYTES])
+def test_what_is_no_word_is_not_taken_for_one(rank: Rank, word: int) -> None:
+    rank.hand(FIRST)
+    with pytest.raises(AssertionError, match="no progress word"):
+        rank.worker.start_loads(plan_of(early(0, 3, 4, word=word)))
+
+
+# ---- when ------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_was_measured_is_sure_and_it_is_measured_again_and_again() -> None:
+    estimate = Estimate()
+    assert not estimate.reads_within(1.0, 1)
+    estimate.read(100, 10, 1.0)
+    assert not estimate.reads_within(1.0, 101)
+    assert [estimate.reads_within(1.0, 100) for _ in range(TRY_EVERY)] == [True] * (TRY_EVERY - 1) + [False]
+    estimate.read(100, 10, 1.0)
+    assert estimate.reads_within(1.0, 100)
+    estimate.doubt()
+    assert not estimate.reads_within(1.0, 100)
+
+
+SET = Config(early_loads=True, transfer_mode="layerwise")
+INFO = RankInfo(0, 1, "", None, {}, early=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "beside", "said"),
+    [
+        (SET, [INFO], False, "yes"),
+        (Config(early_loads=True), [INFO], False, "transfer_mode is not"),
+        (Config(early_loads=True, transfer_mode="layerwise", load="async"), [INFO], False, 'load is "async"'),
+        (
+            Config(early_loads=True, transfer_mode="layerwise", load_failure_policy="keep"),
+            [INFO],
+            False,
+            "load_failure_policy is not",
+        ),
+        (SET, [INFO], True, "beside its steps"),
+        (SET, [INFO, INFO], False, "one rank"),
+        (SET, [RankInfo(0, 1, "", None, {})], False, "a core that it leaves free"),
+    ],
+)
+def test_where_it_cannot_be_the_log_says_why(
+    config: Config, ranks: list[RankInfo], beside: bool, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvkeep")
+    assert early_loads(config, ranks, beside) == (said == "yes")
+    assert said in caplog.text
+
+
+def test_it_is_off_and_says_nothing_unless_it_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "kvkeep")
+    assert not early_loads(Config(transfer_mode="layerwise"), [INFO], False)
+    assert caplog.text == ""
+
+
+# ---- an engine over a disk -------------------------------------------------------------------------------------
+
+SHAPE = EngineShape(groups=(GroupShape(4, layers=3),), num_blocks=128, budget_tokens=32, layerwise=True)
+PROMPTS = [tuple((7 * number + place * place) % 8 for place in range(81 + number)) for number in range(6)]
+
+
+@contextmanager
+def engine(folder: Path, wait_s: float = LONG_S) -> Iterator[FakeEngine]:
+    disk = DiskOptions(directories=(str(folder),), limit_nbytes=16 << 20, min_free_nbytes=0)
+    options = PlannerOptions(deadline_s=wait_s, patience_s=wait_s, early=True)
+    made = FakeEngine(SHAPE, PrivateSource(StoreOptions(4 << 20, log_level="critical", disk=disk)), options)
+    client = made.link.client
+    assert client is not None
+    try:
+        for _ in range(10_000):  # its disk may open a moment after the store
+            stats = client.wait(client.stats(), LONG_S)
+            assert isinstance(stats, Stats)
+            if stats.figures.get("disk_scanned"):
+                break
+        yield made
+    finally:
+        made.close()
+
+
+def answers(made: FakeEngine, prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """One after the other; every block is checked after every step."""
+    told = []
+    for prompt in prompts:
+        request = made.add(f"r{len(made.requests)}", prompt, 3)
+        made.run()
+        told.append(request.tokens)
+    return told
+
+
+def path_of(folder: Path, prompt: tuple[int, ...], number: int) -> str:
+    digest = Chain(SHAPE.chunk_tokens, none_hash()).extend(prompt)[number].hex()
+    return next(path for path in record_paths(str(folder)) if path.endswith(digest))
+
+
+def test_a_restarted_engine_is_promised_what_is_still_on_disk(tmp_path: Path) -> None:
+    with engine(tmp_path / "disk") as first:
+        right = answers(first, PROMPTS)
+    with engine(tmp_path / "disk") as again:
+        assert answers(again, PROMPTS) == right
+        counts = again.planner.figures.snapshot()
+        assert counts["fetched_disk_chunks"] == 10 * len(PROMPTS)
+        assert counts["early_chunks"] == 10 * (len(PROMPTS) - 1), "the first one was measured"
+        assert (counts["early_failed_chunks"], counts["failed_tokens"]) == (0, 0)
+
+
+@pytest.mark.parametrize("place", [0, 9])
+def test_bad_records_are_computed_again_and_the_next_lookup_waits(tmp_path: Path, place: int) -> None:
+    with engine(tmp_path / "disk") as first:
+        right = answers(first, PROMPTS)
+    flip_bit(path_of(tmp_path / "disk", PROMPTS[2], place), 8 * (4096 + 4096 + 100))  # in its second layer
+    with engine(tmp_path / "disk") as again:
+        assert answers(again, PROMPTS) == right
+        counts = again.planner.figures.snapshot()
+        assert counts["early_failed_chunks"] == 1
+        assert counts["early_chunks"] == 10 * 4, "the first and the one after the failure were waited for"
+        assert answers(again, PROMPTS[2:3]) == right[2:3], "and what was bad is there again"
+        assert again.planner.figures.count("failed_tokens") == counts["failed_tokens"] >= 8
+
+
+def test_a_store_that_is_killed_while_it_reads_costs_one_limit(tmp_path: Path) -> None:
+    with engine(tmp_path / "disk") as first:
+        right = answers(first, PROMPTS)
+    with engine(tmp_path / "disk", wait_s=1.0) as again:
+        assert answers(again, PROMPTS[:1]) == right[:1]
+        inner, killed = again.workers[0].start_loads, []
+
+        def kill_first(plan: StepPlan) -> None:
+            """Its words stay as they are from here on, and nothing says that it is gone."""
+            if any(op.word for op in plan.loads) and not killed:
+                killed.append(plan.step)
+                source = again.link.source
+                assert isinstance(source, PrivateSource)
+                assert source._child is not None
+                source._child.process.kill()
+                source._child.process.wait()
+            inner(plan)
+
+        again.workers[0].start_loads = kill_first  # type: ignore[method-assign]
+        assert answers(again, PROMPTS[1:]) == right[1:]
+        assert killed
