@@ -25,12 +25,11 @@ from kvkeep.engine.estimate import Estimate
 from kvkeep.testing.doubles import FaultyTransfer
 from kvkeep.testing.faulty_files import flip_bit
 
-CHUNK = 256
-CHUNKS = 4
-LONG = prompt(11, CHUNKS * CHUNK + 90)
-WHOLE = LONG[: CHUNKS * CHUNK]  # its last block has room for the token that is always computed
+QUARTER = 256  # tokens; a chunk, or two of them
+LONG = prompt(11, 4 * QUARTER + 90)
+WHOLE = LONG[: 4 * QUARTER]  # its last block has room for the token that is always computed
 SMALL = prompt(12, 100)  # never kept: what becomes of the others must not touch it
-NEW = [prompt(20 + number, 2 * CHUNK + 40) for number in range(2)]
+NEW = [prompt(20 + number, 2 * QUARTER + 40) for number in range(2)]
 POOL_NBYTES = 64 << 20
 LIMIT_S = 30.0
 LATE_S = 3.0
@@ -43,7 +42,10 @@ SEVERAL = {
     "async": {"load": "async", "transfer_mode": "bulk"},
     "layerwise": {"load": "async", "transfer_mode": "layerwise"},
 }
-WAYS = {"tiny": ONE_GROUP, "hybrid": SEVERAL}
+WAYS = {"tiny": ONE_GROUP, "hybrid": SEVERAL, "lfm2": SEVERAL}
+OPTIONS = {
+    "lfm2": {"max_num_batched_tokens": 2 * QUARTER, "block_size": 128}
+}  # where a step ends it leaves a state: two in LONG
 
 
 class StoreProcess:
@@ -76,18 +78,32 @@ class Faulted(Run):
 
     def __init__(self, model: str, folder: Path, way: dict[str, str]) -> None:
         self.store = StoreProcess(folder)
-        super().__init__(model, True, 1, store=f"unix:{self.store.socket}", **way)
+        super().__init__(model, True, 1, OPTIONS.get(Path(model).name), store=f"unix:{self.store.socket}", **way)
         self.half = get_kv_transfer_group().worker
-        self.inner = self.half.transfer
+        self.inner, self.of_states = self.half.transfer, self.half.states
+        self.chunks = len(WHOLE) // self.inner.shard.chunk_tokens
         # what was never measured refuses nothing: these models compute faster than anything can be read
         self.connector.planner._lookups._estimate = Estimate()
 
     # ---- what is asked
 
+    def finish(self) -> None:
+        """Steps until every request has ended, for a bounded time."""
+        end_s = time.monotonic() + LIMIT_S
+        while self.engine.has_unfinished_requests():
+            assert time.monotonic() < end_s, "a request does not end"
+            self.step()
+
     def measured(self, *prompts: list[int]) -> dict[str, object]:
-        """The answers to prompts that come at the same time, and what rose meanwhile."""
-        before = self.accounts()
-        names = [self.add(one) for one in prompts]
+        """The answers to prompts that come at the same time, and what rose meanwhile.
+
+        With recurrent states one comes after the other: vLLM's own answers of LFM2 on a CPU depend on who else runs.
+        """
+        before, names = self.accounts(), []
+        for one in prompts:
+            names.append(self.add(one))
+            if self.of_states is not None:
+                self.finish()
         self.finish()
         rise = {name: count - before[name] for name, count in self.accounts().items() if count != before[name]}
         ends = [self.reasons[name] for name in names]
@@ -145,12 +161,25 @@ class Faulted(Run):
         assert self.llm.reset_prefix_cache(reset_connector=True)
         self.ask(tokens)
         self.settled()
-        assert all(self.record(number).exists() for number in range(CHUNKS))
+        assert all(self.record(number).exists() for number in range(4))
         self.forget()
 
-    def record(self, number: int) -> Path:
-        """The file of LONG's chunk of this number."""
-        digest = Chain(CHUNK, none_hash()).extend(LONG)[number].hex()
+    def record(self, quarter: int) -> Path:
+        """The file of the first chunk of this quarter of LONG."""
+        return self._file(self.place(quarter))
+
+    def state_record(self) -> Path:
+        """The file of the last state."""
+        chunk = self._file(self.chunks - 1)
+        (found,) = [one for one in self.store.disk.glob(f"*/{chunk.parent.name}/{chunk.name}") if one != chunk]
+        return found
+
+    def place(self, quarter: int) -> int:
+        """The number of a quarter's first chunk."""
+        return quarter * self.chunks // 4
+
+    def _file(self, number: int) -> Path:
+        digest = Chain(self.inner.shard.chunk_tokens, none_hash()).extend(LONG)[number].hex()
         return self.store.disk / namespace(self.connector.identity).hex() / digest[:2] / digest
 
     # ---- hooks that take themselves away
@@ -168,9 +197,9 @@ class Faulted(Run):
 
         setattr(owner, name, hooked)
 
-    def use(self, transfer: object) -> None:
-        """The rank copies with this one."""
-        self.half.transfer = transfer
+    def use(self, transfer: object, of_states: object = None) -> None:
+        """The rank copies with these."""
+        self.half.transfer, self.half.states = transfer, of_states or self.of_states
         self.half._tools = self.half._tools._replace(transfer=transfer)
 
     def unhook(self) -> None:
@@ -185,22 +214,21 @@ class Faulted(Run):
 # ---- faults of the tier: what it does to a run whose prompt is only on disk
 
 
-def reads_fail(*numbers: int) -> Callable[[Faulted], None]:
-    return lambda run: run.store.tell(fail=[run.record(number).name for number in numbers])
+def reads_fail(*quarters: int) -> Callable[[Faulted], None]:
+    return lambda run: run.store.tell(fail=[str(run.record(one)) for one in quarters])
 
 
-def flipped(number: int, place: float) -> Callable[[Faulted], None]:
+def flipped(quarter: int, place: float) -> Callable[[Faulted], None]:
+    return lambda run: flip(run.record(quarter), place)
+
+
+def flip(path: Path, place: float) -> None:
     """One bit of a record; `place` is a share of its length."""
-
-    def act(run: Faulted) -> None:
-        path = run.record(number)
-        flip_bit(str(path), int(path.stat().st_size * 8 * place))
-
-    return act
+    flip_bit(str(path), int(path.stat().st_size * 8 * place))
 
 
 def cut_short(run: Faulted) -> None:
-    os.truncate(run.record(CHUNKS - 1), run.record(CHUNKS - 1).stat().st_size // 2)
+    os.truncate(run.record(3), run.record(3).stat().st_size // 2)
 
 
 def another_s(run: Faulted) -> None:
@@ -231,12 +259,17 @@ TIER = {
     "gone": removed,
     "late": late,
 }
+TIER_OF_STATES = {
+    "the state's read fails": lambda run: run.store.tell(fail=[str(run.state_record())]),
+    "a bit of the state": lambda run: flip(run.state_record(), 0.6),
+    "the state is gone": lambda run: run.state_record().unlink(),
+}
 
 
 def of_the_tier(run: Faulted, name: str) -> dict[str, object]:
     """With the fault, then without it, then all from disk again."""
     run.only_on_disk()
-    TIER[name](run)
+    {**TIER, **TIER_OF_STATES}[name](run)
     facts: dict[str, object] = {"with it": run.measured(LONG, SMALL)}
     run.unhook()
     run.store.tell(fail=[])
@@ -256,7 +289,7 @@ def before_the_lookup(run: Faulted) -> None:
 
 
 def in_the_lookup(run: Faulted) -> None:
-    run.store.tell(die=run.record(2).name)
+    run.store.tell(die=str(run.record(2)))
 
 
 def after_the_promise(run: Faulted) -> None:
@@ -313,7 +346,7 @@ def of_the_store(run: Faulted, name: str) -> dict[str, object]:
     return facts | {"from disk": run.measured(LONG), "held": run.held()}
 
 
-# ---- loads that fail after the promise: the places of the chunks, or None: one layer of one chunk
+# ---- loads that fail after the promise: of the first chunks of these quarters, or None: one layer of one chunk
 
 LOADS = {
     "first": (LONG, [0]),
@@ -324,17 +357,21 @@ LOADS = {
     "one layer": (LONG, None),
     "fail": (LONG, [1]),
 }
+LOADS_OF_STATES = {"the state": (LONG, [])}
 
 
 def of_a_load(run: Faulted, name: str) -> dict[str, object]:
     """What was promised does not arrive; then it is asked for again."""
-    tokens, places = LOADS[name]
+    tokens, quarters = {**LOADS, **LOADS_OF_STATES}[name]
     run.kept(tokens)
     faulty = FaultyTransfer(run.inner)
-    if places is None:  # the calls go layer by layer, in each of them chunk by chunk
-        faulty.failing_calls = {CHUNKS * (len(run.inner.shard.ranges) - 1) + 1}
-    run.use(faulty)
-    start, due = run.half.start_loads, [places or []]
+    of_states = FaultyTransfer(run.of_states) if run.of_states is not None else None
+    if quarters is None:  # the calls go layer by layer, in each of them chunk by chunk
+        faulty.failing_calls = {run.chunks * (len(run.inner.shard.ranges) - 1) + 1}
+    if name == "the state":
+        of_states.failing_calls = {0}
+    run.use(faulty, of_states)
+    start, due = run.half.start_loads, [[run.place(one) for one in quarters or []]]
 
     def start_loads(plan: object) -> None:
         """The first loads that come fail, those of the request that starts over do not."""
@@ -346,25 +383,33 @@ def of_a_load(run: Faulted, name: str) -> dict[str, object]:
 
     run.half.start_loads = start_loads
     run.scheduler.recompute_kv_load_failures = name != "fail"
-    facts: dict[str, object] = {"with it": run.measured(tokens, SMALL), "failures": faulty.failures}
+    facts: dict[str, object] = {
+        "with it": run.measured(tokens, SMALL),
+        "failures": faulty.failures + (of_states.failures if of_states is not None else 0),
+    }
     run.unhook()
     run.forget()
     return facts | {"after it": run.measured(tokens), "held": run.held()}
 
 
-CASES = {"tier": (of_the_tier, TIER), "store": (of_the_store, LOST), "load": (of_a_load, LOADS)}
+CASES = {
+    "tier": (of_the_tier, TIER, TIER_OF_STATES),
+    "store": (of_the_store, LOST, {}),
+    "load": (of_a_load, LOADS, LOADS_OF_STATES),
+}
+"""By kind: what runs a case, the cases, those of a model with recurrent states."""
 
 
-def one_way(model: str, way: str) -> dict[str, object]:
+def one_way(model: str, way: str, folder: Path) -> dict[str, object]:
     """Every case on one engine."""
     options = WAYS[Path(model).name][way]
     by_layer = options["load"] == "sync" and options["transfer_mode"] == "layerwise"
-    run = Faulted(model, Path(tempfile.mkdtemp()), options)
+    run = Faulted(model, folder, options)
     facts: dict[str, object] = {}
     before = run.accounts()
-    for kind, (case, names) in CASES.items():
+    for kind, (case, names, of_states) in CASES.items():
         run.kept(LONG)
-        for name in names:
+        for name in [*names, *(of_states if run.of_states is not None else ())]:
             if name != "one layer" or by_layer:
                 facts[f"{kind}: {name}"] = case(run, name)
     totals = {name: count - before[name] for name, count in run.accounts().items()}
@@ -375,7 +420,7 @@ def one_way(model: str, way: str) -> dict[str, object]:
 
 def right_answers(model: str) -> dict[str, object]:
     """Of an engine without kvkeep."""
-    run = Run(model, False, 1)
+    run = Run(model, False, 1, OPTIONS.get(Path(model).name))
     names = {"long": LONG, "whole": WHOLE, "small": SMALL, "new 0": NEW[0], "new 1": NEW[1]}
     found = {name: (run.ask(tokens), run.forget())[0] for name, tokens in names.items()}
     run.engine.engine_core.shutdown()
@@ -387,7 +432,8 @@ def main() -> None:
     facts: dict[str, object] = {"right": right_answers(model)}
     for way in WAYS[Path(model).name]:
         cleanup_dist_env_and_memory()
-        facts[way] = one_way(model, way)
+        with tempfile.TemporaryDirectory() as folder:
+            facts[way] = one_way(model, way, Path(folder))
     print("FACTS " + json.dumps(facts), flush=True)
 
 

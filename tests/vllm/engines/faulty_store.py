@@ -4,9 +4,9 @@ The same parts as the real one, over a `FaultyDisk`. A line of JSON on its stand
 line on its standard output:
 
     {"drop": 1}              the pool is emptied, the disk keeps what it has
-    {"fail": [names]}        from now on reads of these records end with EIO; [] is the end of it
+    {"fail": [paths]}        from now on reads of these records end with EIO; [] is the end of it
     {"hang": true|false}     reads hang; then those that hang go on
-    {"die": name}            kill -9, by itself, in the middle of the next read of this record
+    {"die": path}            kill -9, by itself, in the middle of the next read of this record
 """
 
 from __future__ import annotations
@@ -68,10 +68,9 @@ class Faults:
         return None
 
     def _fault(self, call: str, path: str) -> int:
-        name = os.path.basename(path)
-        if call == "readv" and name == self.fatal:
+        if call == "readv" and path == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        return errno.EIO if call == "readv" and name in self.failing else 0
+        return errno.EIO if call == "readv" and path in self.failing else 0
 
 
 async def opened(faults: Faults, options: DiskOptions) -> None:
@@ -90,6 +89,7 @@ async def opened(faults: Faults, options: DiskOptions) -> None:
             print(json.dumps(faults.obey(json.loads(line))), flush=True)
         else:
             asyncio.get_running_loop().remove_reader(0)
+            os.kill(os.getpid(), signal.SIGTERM)  # who commanded it is gone
 
     asyncio.get_running_loop().add_reader(0, command)
     print("ready", flush=True)
