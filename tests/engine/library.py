@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from kvkeep.config import Config
+from kvkeep.engine.by_layer import Means
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of
 from kvkeep.engine.link import Source
@@ -128,9 +130,10 @@ def library(
     if isinstance(device, HeldDevice):
         made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
+    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None))  # type: ignore[arg-type]
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
     with CacheEngine(
-        Opened(transfer, LOCKS if device else None), identity_of(MODEL, groups, CHUNK), source, config, layers
+        Opened(transfer, LOCKS if device else None), identity_of(MODEL, groups, CHUNK), source, config, layers, means
     ) as engine:
         yield Library(engine, groups, source)

@@ -58,7 +58,7 @@ def lib(counting: list[Counting]) -> Iterator[Library]:
         counting.append(Counting(inner))
         return counting[0]
 
-    with library([group(flash_attention, LAYERS)], wrap=wrap) as made:
+    with library([group(flash_attention, LAYERS)], wrap=wrap, transfer_mode="layerwise") as made:
         made.fill(1)
         yield made
 

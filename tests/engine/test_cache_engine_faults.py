@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from kvkeep.config import Config
+from kvkeep.engine.by_layer import Means
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of, open_engine
 from kvkeep.engine.link import FIRST_PAUSE_S, PrivateSource, SharedSource
@@ -47,7 +48,7 @@ def private(clock: ManualClock, deadline_s: float = 20.0) -> Iterator[tuple[Libr
     source = PrivateSource(StoreOptions(POOL_NBYTES, log_level="critical"))
     config = Config(deadline_s=deadline_s, chunk_tokens=CHUNK)
     with CacheEngine(
-        Opened(ReferenceTransfer(groups, CHUNK)), identity_of(MODEL, groups, CHUNK), source, config, (), clock
+        Opened(ReferenceTransfer(groups, CHUNK)), identity_of(MODEL, groups, CHUNK), source, config, (), Means(clock)
     ) as one:
         lib = Library(one, groups, source)
         lib.fill(1)
@@ -258,7 +259,7 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
-        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, (), clock) as one:
+        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, (), Means(clock)) as one:
             one.store(TOKENS, [HERE])
             one.lookup(TOKENS, "pin")
             retrieving = one.retrieve_layer(TOKENS, [THERE])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.copier import ThreadCopier
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.doubles import FaultyTransfer
 from kvkeep.testing.store_thread import ThreadSource
@@ -23,9 +24,14 @@ TOKENS = range(32)
 LAYERS = 5
 
 
-@pytest.fixture
-def lib() -> Iterator[Library]:
-    with library(LAYOUTS["groups of different shape"]()) as made:
+WAYS = ["bulk", "layerwise", "layerwise on a thread"]
+
+
+@pytest.fixture(params=WAYS)
+def lib(request: pytest.FixtureRequest) -> Iterator[Library]:
+    mode, thread = request.param.split()[0], "thread" in request.param
+    copier = ThreadCopier() if thread else None
+    with library(LAYOUTS["groups of different shape"](), transfer_mode=mode, copier=copier) as made:
         made.fill(1)
         assert made.engine.layers == LAYERS
         yield made
@@ -148,6 +154,7 @@ def test_a_generator_that_is_dropped_while_another_call_has_its_turn_is_given_ba
     lib.settled()
 
 
+@pytest.mark.parametrize("lib", ["layerwise"], indirect=True)
 def test_each_step_of_a_store_reads_its_own_layer_only(lib: Library):
     """The engine fills a layer only just before its step: what is gathered earlier would be the old bytes."""
     caches = list(lib.caches())
@@ -170,6 +177,7 @@ def test_each_step_of_a_store_reads_its_own_layer_only(lib: Library):
             at += 1
 
 
+@pytest.mark.parametrize("lib", ["layerwise"], indirect=True)
 def test_a_layer_is_there_after_its_step_and_no_other_one(lib: Library):
     here, there = lib.table(HERE, 32), lib.table(THERE, 32)
     lib.engine.store(TOKENS, here)
@@ -217,7 +225,7 @@ def test_layers_go_in_the_order_of_the_forward_pass():
         watched.append(Watched(one))
         return watched[-1]
 
-    with library(groups, wrap=wrap, layers=order, verify_pool="always") as lib:
+    with library(groups, wrap=wrap, layers=order, verify_pool="always", transfer_mode="layerwise") as lib:
         lib.fill(3)
         before = lib.pages()
         assert list(lib.engine.store_layer(range(8), lib.table(HERE, 8))) == [None] * 6
@@ -234,9 +242,10 @@ def test_an_order_that_does_not_name_every_layer_once_is_refused(names: list[str
         pass
 
 
+@pytest.mark.parametrize("mode", ["bulk", "layerwise"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_changed_layer_ends_the_mask_and_is_dropped(layer: int):
-    with library([group(cpu_packed, 3)], verify_pool="always") as lib:
+def test_a_changed_layer_ends_the_mask_and_is_dropped(layer: int, mode: str):
+    with library([group(cpu_packed, 3)], verify_pool="always", transfer_mode=mode) as lib:
         assert isinstance(lib.source, ThreadSource)
         lib.fill(1)
         lib.engine.store(TOKENS, [HERE])
@@ -250,7 +259,10 @@ def test_a_changed_layer_ends_the_mask_and_is_dropped(layer: int):
 
 
 def test_a_copy_that_fails_in_one_layer_ends_the_mask_and_later_layers_leave_that_chunk_alone():
-    with library([group(mla, 3)], wrap=lambda one: FaultyTransfer(one, {5})) as lib:  # the second chunk's second layer
+    def wrap(one: Transfer) -> Transfer:
+        return FaultyTransfer(one, {5})  # the second chunk's second layer
+
+    with library([group(mla, 3)], wrap=wrap, transfer_mode="layerwise") as lib:
         lib.fill(1)
         lib.engine.store(TOKENS, [HERE])
         before = lib.pages()

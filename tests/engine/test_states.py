@@ -19,7 +19,7 @@ from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
-from kvkeep.telemetry import Figures
+from kvkeep.telemetry import Figures, Miss
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
@@ -203,6 +203,20 @@ def test_a_state_that_is_bad_fails_the_request_and_is_not_given_again(bench: Ben
     bench.planner.ended("reader")
     assert bench.match(asking("next", PROMPT)) == 64
     assert bench.figures.count("failed_tokens") == 96
+
+
+def test_where_the_state_is_behind_a_chunk_whose_load_failed_that_is_the_reason(bench: Bench) -> None:
+    bench.compute("writer", PROMPT, [(96, (12, 13))])
+    request = asking("reader", PROMPT)
+    assert bench.match(request) == 96
+    record = bench.planner._records["reader"]
+    assert record.match is not None
+    assert record.match.state is not None
+    record.match = record.match._replace(state=record.match.state._replace(sums=bytes(32)))
+    assert bench.load(request, 96) == {"reader": False}
+    bench.planner.ended("reader")
+    assert bench.match(asking("next", PROMPT)) == 0
+    assert bench.planner._records["next"].why is Miss.FAILED_BEFORE
 
 
 def test_a_pool_without_room_for_a_state_skips_it() -> None:

@@ -174,6 +174,14 @@ def test_a_state_that_does_not_come_gives_way_to_the_one_before(house: House) ->
     house.tier.keep(house.states.namespace + digest(3), b"short", b"")
     (found,) = house.ask(1, 2, 3)
     house.check(found, 1)
+    assert found.run.why is Why.NOT_LOADED
+
+
+def test_where_the_only_state_does_not_come_that_is_the_reason(house: House) -> None:
+    house.put(house.session, 1, 2, 3)
+    house.tier.keep(house.states.namespace + digest(3), b"short", b"")
+    (found,) = house.ask(1, 2, 3)
+    assert (found.state, found.run.fetched.lease, found.run.why) == (None, 0, Why.NOT_LOADED)
 
 
 def test_a_tier_that_does_not_say_in_time_is_done_without(house: House) -> None:

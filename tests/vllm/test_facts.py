@@ -94,3 +94,16 @@ def test_when_a_step_must_not_make_a_load_of_its_own(batches: int, window: int, 
 
     one = caches(sliding(window) if window else full())
     assert vllm_facts.never_in_step(SimpleNamespace(max_concurrent_batches=batches), one) is never
+
+
+def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> None:
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+    from kvkeep.engine.vllm_metrics import KVKeepPromMetrics
+
+    types = {kind: kind for kind in (Counter, Gauge, Histogram)}
+    for _ in range(2):
+        metrics = KVKeepPromMetrics(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
+        metrics.observe({"lookups": 3, "pool_nbytes": 4096})
+    assert REGISTRY.get_sample_value("kvkeep_lookups_total", {"engine": "0"}) == 3
+    assert REGISTRY.get_sample_value("kvkeep_pool_nbytes", {"engine": "0"}) == 4096

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -17,6 +16,7 @@ from typing import Self
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
+from kvkeep.engine.by_layer import ALONE, Chunk, Means, Ways
 from kvkeep.engine.cuts import Cut, Mask, Tables, cut
 from kvkeep.engine.line import Held, Line
 from kvkeep.engine.link import Link, Source
@@ -43,6 +43,12 @@ class Work:
     sums: list[bytes] = field(default_factory=list)
     first: int = 0
 
+    @property
+    def copies(self) -> list[Chunk]:
+        """The chunks as copies take them."""
+        sums = self.sums or [b""] * len(self.chunks)
+        return [Chunk(*one) for one in zip(self.chunks, self.blocks, sums, strict=True)]
+
 
 class CacheEngine:
     """Keeps the KV cache of prompts in the store of `source`, for the cache that `transfer` reaches.
@@ -54,7 +60,8 @@ class CacheEngine:
 
     Any number of threads may call at the same time: each call to the store has its turn, copies run side by side. No
     verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. `layers` are
-    all layers' names in the order in which the engine computes them (empty: as they were registered).
+    all layers' names in the order in which the engine computes them (empty: as they were registered). The copier of
+    `means` ends with the engine.
     """
 
     def __init__(
@@ -64,12 +71,13 @@ class CacheEngine:
         source: Source,
         config: Config,
         layers: Sequence[str] = (),
-        clock: Callable[[], float] = time.monotonic,
+        means: Means = ALONE,
     ) -> None:
         self.figures = Figures()
         transfer = opened.transfer
         self._transfer = transfer
-        self._layers = transfer.shard.in_order(layers)
+        order = transfer.shard.in_order(layers)
+        self._ways = Ways(transfer, order, config.transfer_mode, means)
         self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
         self._counting = threading.Lock()
         self._frozen = False
@@ -88,14 +96,14 @@ class CacheEngine:
                 sizes=[one.padded_nbytes for one in transfer.shard.ranges],
             )
 
-        link = Link(source, hello, [], clock)
+        link = Link(source, hello, [], means.clock)
         link.start(START_LIMIT_S)
         self._line = Line(link, transfer.shard, config.deadline_s, opened.pin_calls)
 
     @property
     def layers(self) -> int:
         """How many layers the layerwise verbs go through."""
-        return len(self._layers)
+        return len(self._ways.order)
 
     # ---- bulk ------------------------------------------------------------------------------------------------------
 
@@ -133,8 +141,9 @@ class CacheEngine:
     ) -> Generator[None]:
         """As `store`, layer by layer: yields layers + 1 times, whatever happens.
 
-        The k-th step copies the k-th layer, which the engine must have computed by then; the last one makes the chunks
-        readable. Closed before that, nothing of it is kept.
+        At the k-th step the engine must have computed the k-th layer; the last one makes the chunks readable. When a
+        layer is copied is the business of `transfer_mode`, so that the blocks must stay as they are until that step.
+        Closed before it, nothing is kept.
         """
         return self._storing(self._cut(tokens, blocks, mask), tokens, extra)
 
@@ -150,33 +159,29 @@ class CacheEngine:
 
     def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
         work = self._room(span, tokens, extra)
+        copies = self._ways.stores(work.copies)
         try:
-            sums = [[b""] * self.layers for _ in work.chunks]
-            for layer in self._layers:
-                for place, chunk in enumerate(work.chunks):
-                    sums[place][layer.start] = self._transfer.gather(work.blocks[place], chunk, True, layer)
+            for number in range(self.layers):
+                copies.step(number)
                 yield
-            self._commit(work, [b"".join(one) for one in sums])
+            self._commit(work, copies.over())
             yield
         finally:
+            copies.end()
             self._give_back(work)
 
     def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[int | Mask | None]:
         work = self._found(span, tokens, extra)
+        copies = self._ways.loads(work.copies)
         try:
-            arrived = len(work.chunks)
-            yield self._reach(span, work, arrived) - span.start if arrived else 0
-            for layer in self._layers:
-                part = slice(layer.start * SUM_NBYTES, layer.stop * SUM_NBYTES)
-                for place in range(arrived):
-                    if not self._transfer.scatter(
-                        work.chunks[place], work.blocks[place], work.sums[place][part], layer
-                    ):
-                        arrived = place
-                        break
+            coming = len(work.chunks)
+            yield self._reach(span, work, coming) - span.start if coming else 0
+            for number in range(self.layers):
+                copies.step(number)
                 yield None
-            yield self._arrived(span, work, arrived)
+            yield self._arrived(span, work, copies.over())
         finally:
+            copies.end()
             self._give_back(work)
 
     # ---- control ---------------------------------------------------------------------------------------------------
@@ -217,6 +222,8 @@ class CacheEngine:
 
     def close(self) -> None:
         """Ends the session and a private store; every verb after it is a miss. Idempotent."""
+        if self._ways.means.copier is not None:
+            self._ways.means.copier.close()
         self._line.close()
 
     def __enter__(self) -> Self:

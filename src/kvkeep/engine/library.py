@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,11 +20,14 @@ from kvkeep.config import Config
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
 from kvkeep.core.key import DEFAULT_SEED
 from kvkeep.core.layout import chunk_tokens_for
+from kvkeep.engine.by_layer import Means
 from kvkeep.engine.cache_engine import CacheEngine
+from kvkeep.engine.copier import ThreadCopier, spare_cores
 from kvkeep.engine.link import Source, source_of
 from kvkeep.engine.open_rank import wish_of
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.reference import ReferenceTransfer
 
 log = logging.getLogger("kvkeep")
 
@@ -63,7 +67,16 @@ def open_engine(
     opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
-    return CacheEngine(opened, identity_of(model, groups, tokens), source, config, layers)
+    # copies on a thread need memory that the CPU reaches, and a core that nobody computes on
+    by_cpu = isinstance(opened.transfer, ReferenceTransfer) and model.ranks == 1 and config.transfer_mode != "bulk"
+    cores = spare_cores() if by_cpu else frozenset()
+    copier = ThreadCopier(cores) if cores else None
+    with ExitStack() as failing:
+        if copier is not None:
+            failing.callback(copier.close)
+        engine = CacheEngine(opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier))
+        failing.pop_all()
+    return engine
 
 
 def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) -> Identity:

@@ -174,6 +174,8 @@ class Lookups:
         if (read and not answer.words) or why is Miss.TIER_LATE:
             # as the store saw it: the engine may have looked for the answer only after a long step
             self._estimate.read(read * self._layout.nbytes, self._layout.nbytes, answer.took_s)
+        if why is Miss.NO_STATE and record.short is not None:
+            why = record.short  # the state is behind what was not asked for
         if why is Miss.TIER_LATE and record.hasty:
             why = Miss.SLOWER
         if why is None and hits < record.asked_chunks and not record.limit_s:

@@ -272,7 +272,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 state_sizes=states.sizes if states is not None else [],
             )
 
-        return Link(source_of(self.config, layout.nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
+        least_nbytes = layout.nbytes + (states.nbytes if states is not None else 0)
+        return Link(source_of(self.config, least_nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
 
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""

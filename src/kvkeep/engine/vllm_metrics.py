@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.utils import create_metric_per_engine
@@ -70,6 +70,7 @@ class KVKeepPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _forget_earlier()
         self._metrics: dict[str, dict[int, Any]] = {}
         for names, kind in ((COUNTERS, Counter), (MISSES, Counter), (GAUGES, Gauge)):
             for name, text in names.items():
@@ -86,3 +87,10 @@ class KVKeepPromMetrics(KVConnectorPromMetrics):
                 metric.set(number)
             elif number > 0:
                 metric.inc(number)
+
+
+def _forget_earlier() -> None:
+    """Takes the figures of an earlier engine of this process out of the registry, as vLLM does with its own."""
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith("kvkeep_"):
+            REGISTRY.unregister(collector)

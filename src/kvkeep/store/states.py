@@ -77,19 +77,20 @@ class StateFetches:
         reach = places[-1] + 1 if places else 0
         run = await self._promoted(session, digests[:reach], left_s(), limits.limit_s)
         have = len(run.fetched.offsets)
-        state = None
+        state, missed = None, run.why
         for place in [place for place in reversed(places) if place < have]:
             state = await self._promoted(session.states, [digests[place]], left_s(), limits.limit_s)
             if state.fetched.lease:
                 have = place + 1
                 break
+            missed = missed or (state.why if state.why is not Why.ABSENT else None)
         if state is None or not state.fetched.lease:
             store.release(session, run.fetched.lease)
             kept = store.index.contains(store.keys(session, digests[:1]))
-            run = Found(Fetched(0, [], {}), {}, run.why or (Why.NO_STATE if any(kept) or places else Why.ABSENT))
+            run = Found(Fetched(0, [], {}), {}, missed or (Why.NO_STATE if any(kept) or places else Why.ABSENT))
             state = None
         elif have < len(digests):
-            run = _cut(run, have)._replace(why=run.why or Why.NO_STATE)
+            run = _cut(run, have)._replace(why=missed or Why.NO_STATE)
         answer(FoundState(run._replace(took_s=loop.time() - began_s), state))
 
     async def _places(self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float]) -> list[int]:

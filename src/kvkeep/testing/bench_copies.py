@@ -36,7 +36,9 @@ Words = npt.NDArray[np.uint32]
 
 def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> CacheEngine:
     """An engine whose pool has room for so many chunks; it waits long rather than miss on a busy machine."""
-    config = Config(pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, log_level="error")
+    config = Config(
+        pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, transfer_mode="layerwise", log_level="error"
+    )
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
     return CacheEngine(Opened(transfer), identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
 

@@ -63,7 +63,9 @@ def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
 
 
 class Run:
-    def __init__(self, model: str, kvkeep: bool, ranks: int, **more: object) -> None:
+    def __init__(
+        self, model: str, kvkeep: bool, ranks: int, options: dict[str, object] | None = None, **more: object
+    ) -> None:
         extra = {**more, "pool_size": "64 MiB", "patience_s": 2.0, "deadline_s": 20.0, "verify_pool": "off"}
         config = {
             "kv_connector": "KVKeepConnector",
@@ -75,12 +77,12 @@ class Run:
             model=model,
             dtype="float32",
             max_model_len=2048,
-            block_size=BLOCK,
             enforce_eager=True,
             seed=0,
             disable_log_stats=False,
             tensor_parallel_size=ranks,
             kv_transfer_config=config if kvkeep else None,
+            **{"block_size": BLOCK, **(options or {})},
         )
         self.ranks = ranks
         self.engine = self.llm.llm_engine
