@@ -42,7 +42,7 @@ def message(rng: random.Random) -> bytes:
     number = rng.choice((0, 1, -1, rng.randrange(2000), 2**31, 2**62, -(2**63)))
     digests = b"".join(bytes([rng.randrange(40)]) * 32 for _ in range(rng.randrange(6)))
     kinds: list[Callable[[], m.ToStore]] = [
-        lambda: m.Fetch(number, digests, rng.choice((0.0, -1.0, 1e300, float("nan"), 0.01))),
+        lambda: m.Fetch(number, digests, rng.choice((0.0, -1.0, 1e300, float("nan"), 0.01)), 0.0, rng.random() < 0.5),
         lambda: m.Reserve(number, digests),
         lambda: m.Commit(number, rng.randrange(3000), [number, 0, 1], [b"s"] * rng.randrange(4)),
         lambda: m.Release(rng.randrange(3000)),

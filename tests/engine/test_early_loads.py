@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvkeep.engine.open_rank import early_loads
 from kvkeep.engine.patience import LOOK_S, Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, RankInfo, StepPlan
 from kvkeep.engine.planner import PlannerOptions
+from kvkeep.engine.relay import COPY_LIMIT_S
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.memory.words import FAILED, WORDS_NBYTES, arrival_at
@@ -166,6 +168,14 @@ def test_one_limit_for_all_that_a_step_waits_for(rank: Rank) -> None:
         assert (patience.arrived(lease, 1), patience.arrived(lease, 2)) == (True, False)
         assert patience.arrived(Lease(pool.array, rank.faults.shard), 2)
         lease.close()
+
+
+def test_however_long_a_lookup_may_wait_a_step_s_copies_are_not_taken_for_dead(rank: Rank) -> None:
+    rank.hand(FIRST)
+    plan = plan_of(scatter(0, 3, 4), wait_s=3600.0)
+    rank.worker.start_loads(plan)
+    assert rank.worker._patience._until_s < time.perf_counter() + COPY_LIMIT_S
+    assert ended(rank, plan) == ()
 
 
 @pytest.mark.parametrize("word", [WORD - 4, WORD + 2, POOL_NBYTES])

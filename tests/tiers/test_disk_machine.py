@@ -105,8 +105,10 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS, bit=st.integers(0, 8 * 20_000))
     def flip(self, number: int, bit: int) -> None:
-        if os.path.exists(path := self.path(number)):
-            flip_bit(path, bit % (8 * os.path.getsize(path)))  # a second time makes it good again
+        if os.path.exists(path := self.path(number)) and (
+            nbytes := os.path.getsize(path)
+        ):  # it may have been cut to none
+            flip_bit(path, bit % (8 * nbytes))  # a second time makes it good again
 
     @rule(number=NUMBERS, nbytes=st.integers(0, 20_000))
     def truncate(self, number: int, nbytes: int) -> None:

@@ -20,7 +20,7 @@ from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.mapped import MappedPool
 from kvkeep.engine.patience import Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoreOp, StoresDone, Trip
-from kvkeep.engine.relay import Copy, LayerLoads, LayerStores, Tools, finished
+from kvkeep.engine.relay import COPY_LIMIT_S, Copy, LayerLoads, LayerStores, Tools, finished
 from kvkeep.engine.results import Results
 from kvkeep.memory.pool import Lease
 from kvkeep.trace import Trace
@@ -154,7 +154,7 @@ class Worker:
         """Decides once a step how its copies are made."""
         if plan.step != self._step or not plan.step:
             self._step, self._spent_s = plan.step, 0.0
-            self._patience.begin(plan.wait_s)
+            self._patience.begin(min(plan.wait_s, COPY_LIMIT_S / 2))  # a copy that waits is no copy that hangs
             self._layerwise = bool(plan.loads or plan.stores) and self._choice.layerwise()
 
     def _start(self, plan: StepPlan, trip: Trip) -> None:
