@@ -17,6 +17,7 @@ from kvkeep.cli.doctor import (
     as_table,
     check_disk,
     check_memory,
+    check_pages,
     check_python,
     check_sealing,
     check_speed,
@@ -239,3 +240,27 @@ def test_a_store_that_is_configured_must_answer(tmp_path: Path) -> None:
     with shared_store(Path(path), StoreOptions(1 << 20)):
         found = check_store(path)
     assert (found.cure, found.found) == ("", "0 chunks, 0 MiB of 1 MiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("always within_size advise [never] deny force\n", "reading from disk is slower; `echo advise > "),
+        ("always within_size advise never [deny] force\n", "deny: the pool is in pages of 4 KiB"),
+        ("always within_size [advise] never deny force\n", "lent to the pool (advise)"),
+        (None, "none: this kernel has none"),
+    ],
+)
+def test_small_pages_are_a_hint_with_its_cure_and_no_problem(tmp_path: Path, text: str | None, says: str) -> None:
+    file = tmp_path / "shmem_enabled"
+    if text is not None:
+        file.write_text(text)
+    check = check_pages(file)
+    assert says in check.found
+    assert check.cure == ""
+
+
+def test_the_pages_are_looked_at_where_there_is_a_disk(tmp_path: Path) -> None:
+    disk = {"KVKEEP_DISK_PATH": str(tmp_path), "KVKEEP_DISK_SIZE": "1 MiB", "KVKEEP_DISK_MIN_FREE": "1 KiB"}
+    assert "huge pages" in invoke("doctor", "--pool-size", "1 MiB", env=disk).output
+    assert "huge pages" not in invoke("doctor", "--pool-size", "1 MiB").output

@@ -370,6 +370,25 @@ def test_a_request_that_is_loaded_beside_the_steps_is_admitted_twice() -> None:
         assert bench.at_rest()
 
 
+def test_of_a_chunk_outside_every_window_nothing_is_loaded_so_that_nothing_of_it_can_fail() -> None:
+    options = PlannerOptions(patience_s=LIMIT_S, beside_steps=True)
+    with bench_of(groups=((BLOCK, 64),), options=options) as bench:
+        bench.keep(range(768))
+        request = asking("r", range(800))
+        assert bench.planner.match(request, 0) == 768
+        windowed = [[0] * 44 + list(range(80, 86))]
+        bench.admit(request, 768, windowed)
+        (trip,) = bench.planner.plan_step([], lambda _: windowed).trips
+        (op,) = trip.loads
+        assert op.start == 512
+        bench.done(StepPlan(trip.number, loads=trip.loads), failed=[0])
+        assert (bench.count("failed_tokens"), bench.count("delivered_tokens")) == (256, 512)
+        assert bench.match(asking("s", range(800))) == 512, "those before it did not fail"
+        for name in ("r", "s"):
+            bench.planner.ended(name)
+        assert bench.at_rest()
+
+
 def test_sums_travel_to_the_rank_that_shall_verify() -> None:
     with bench_of(ranks=2, verify_every=1) as bench:
         bench.keep(range(512))

@@ -36,6 +36,7 @@ _PROBE_NBYTES = 64 << 20
 _PIPED_WIDTH = 160  # nobody wraps a log for us
 _OLDEST, _TOO_NEW = (3, 11), (3, 14)
 _VLLM = ("0", "32")
+_SHARED_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ def doctor(
         *([check_store(settings.socket_path)] if settings.socket_path is not None else []),
         check_memory(settings, read_limits()),
         *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
+        *([check_pages(_SHARED_PAGES)] if settings.disk_directories else []),
         check_sealing(),
         check_speed(time.perf_counter),
         *check_transfer(settings, default_file(), Path("/dev/nvidiactl").exists()),
@@ -161,6 +163,19 @@ def check_disk(directory: Path, config: Config) -> Check:
     room = total + shutil.disk_usage(there).free
     found = f"{size_text(share)} wanted, {size_text(room)} free or kvkeep's own"
     return Check(name, found, "" if wanted <= room else "set disk_size or disk_min_free lower, or free some space")
+
+
+def check_pages(file: Path) -> Check:
+    """Say in which pages the pool's memory comes by `file`, the kernel's; small ones cost speed and are no problem."""
+    name = "huge pages"
+    try:
+        chosen = file.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+    except OSError:
+        return Check(name, "none: this kernel has none for shared memory")
+    if chosen in ("never", "deny"):
+        slow = f"{chosen}: the pool is in pages of 4 KiB, and reading from disk is slower"
+        return Check(name, f"{slow}; `echo advise > {file}` (root; before the store starts) changes that")
+    return Check(name, f"lent to the pool ({chosen})")
 
 
 def check_sealing() -> Check:

@@ -311,9 +311,12 @@ class Planner:
         if self._states is not None:
             ops.append(self._states.load_op(request.name, match, span, tables))
             digests.append(digests[-1])
+        # of a chunk that is outside every window nothing is needed, and nothing can fail
+        needed = [(op, digest) for op, digest in zip(ops, digests, strict=True) if op.blocks]
         # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
         blocks = () if record.beside else tables[0][span[0] // self._shard.groups[0].block_tokens :]
         record.claimed_from = match.tokens_by_source(external)
+        ops, digests = [op for op, _ in needed], [digest for _, digest in needed]
         self._due.append(
             (record, Load(match.boot, match.leases, span, tuple(ops), tuple(digests), tuple(blocks), record.beside))
         )
