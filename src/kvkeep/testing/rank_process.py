@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import msgspec
@@ -120,16 +121,16 @@ def _served(worker: Worker, sock: socket.socket) -> int:
 def _plan_of(sent: Mapping[str, Any]) -> StepPlan:
     """The plan out of its MessagePack form, whose types msgspec cannot tell: block ids may be an array."""
     trips = [Trip(number, _loads_of(loads)) for number, loads in sent["trips"]]
-    stores = [StoreOp(offset, _blocks_of(blocks), seal) for offset, blocks, seal in sent["stores"]]
-    loads, offsets = _loads_of(sent["loads"]), tuple(sent["shard_offsets"])
-    return StepPlan(sent["step"], sent["boot"], offsets, loads, tuple(stores), tuple(trips), sent["idle"])
+    stores = [one._replace(blocks=_blocks_of(one.blocks)) for one in starmap(StoreOp, sent["stores"])]
+    offsets = {name: tuple(sent[name]) for name in ("shard_offsets", "state_offsets")}
+    return StepPlan(
+        **{**sent, **offsets, "loads": _loads_of(sent["loads"]), "stores": tuple(stores), "trips": tuple(trips)}
+    )
 
 
 def _loads_of(sent: Sequence[Sequence[Any]]) -> tuple[LoadOp, ...]:
-    return tuple(
-        LoadOp(boot, request, start, offset, _blocks_of(blocks), tuple(sums), written)
-        for boot, request, start, offset, blocks, sums, written in sent
-    )
+    ops = starmap(LoadOp, sent)
+    return tuple(one._replace(blocks=_blocks_of(one.blocks), sums=tuple(one.sums)) for one in ops)
 
 
 def _blocks_of(sent: Sequence[Sequence[Any]]) -> tuple[Blocks, ...]:
