@@ -136,6 +136,16 @@ class Soak:
             self.step()
 
 
+def settled(client: Any) -> Any:
+    """The store's account once it has written to disk what waits: a chunk is held while it is written. Or as it is."""
+    for _ in range(200):
+        stats = client.wait(client.stats(check=True), 20.0)
+        if not stats.figures["disk_flush_waiting"]:
+            break
+        time.sleep(0.1)
+    return stats
+
+
 def soak(options: argparse.Namespace, right: list[list[int]], disk: str) -> list[str]:
     """Works for the given minutes; what is not as it should be."""
     keep = {"pool_size": "3 MiB", "disk_path": disk, "disk_size": "6 MiB", "disk_min_free": "1 MiB", "deadline_s": 5.0}
@@ -154,8 +164,7 @@ def soak(options: argparse.Namespace, right: list[list[int]], disk: str) -> list
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
     preempted = connector.figures.count("claimed_after_preemption_tokens")
     say(f"figures: { {name: one for name, one in connector.figures.snapshot().items() if one} }")
-    client = connector.planner._link.client
-    stats = client.wait(client.stats(check=True), 20.0)
+    stats = settled(connector.planner._link.client)
     faults = work.wrong[:5]
     faults += [stats.problem] if stats.problem else []
     held = {name: stats.figures[name] for name in ("pinned_nbytes", "writing_nbytes", "dead_nbytes")}

@@ -43,6 +43,11 @@ class Facts:
         """Whether the engine was shut down; if not its process just ended."""
         return self.job.shutdown
 
+    @property
+    def killed(self) -> bool:
+        """Whether vLLM did not wait for the end of its engine: it gives it 5 s, which a busy machine may use up."""
+        return "force killing" in (self.folder / "log").read_text(errors="replace")
+
     def step(self, name: str) -> dict[str, Any]:
         return self.facts["steps"][name]
 
