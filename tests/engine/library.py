@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened, Transfer
+from kvkeep.transfer.turning import Keys, Turning
 
 NB, CHUNK = 80, 8
 MODEL = Model("test", weights="same weights")
@@ -120,20 +121,33 @@ def library(
     source: Source | None = None,
     wrap: Wrap = lambda one: one,
     layers: Sequence[str] = (),
+    keys: Mapping[str, Keys] | None = None,
     **settings: object,
 ) -> Iterator[Library]:
     """An engine over these caches; the store is a thread's, with room for 16 chunks, unless another one is given."""
     made: Transfer = ReferenceTransfer(groups, CHUNK)
     if settings.pop("staged", False):
         made = StagedTransfer(groups, CHUNK)
-    device = settings.pop("device", None)
+    device, locked = settings.pop("device", None), settings.pop("locked", True)
     if isinstance(device, HeldDevice):
         made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
-    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None))  # type: ignore[arg-type]
+    turning = None if keys is None else Turning(groups, made.shard, keys)
+    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None), turning)  # type: ignore[arg-type]
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
     with CacheEngine(
-        Opened(transfer, LOCKS if device else None), identity_of(MODEL, groups, CHUNK), source, config, layers, means
+        Opened(transfer, LOCKS if device and locked else None),
+        identity_of(MODEL, groups, CHUNK),
+        source,
+        config,
+        layers,
+        means,
     ) as engine:
+        if device:
+            engine.lookup(range(CHUNK))  # maps the pool
+            pool = engine._line._pool
+            assert pool is not None
+            pool._populating.join(10.0)
+            assert (pool.pin is not None and pool.pin.pinned_nbytes > 0) == locked
         yield Library(engine, groups, source)

@@ -79,10 +79,6 @@ def test_through_a_staging_copy_too():
 def test_by_a_device_of_its_own_accord_too(layout: str, kind: Callable[[list[int]], Any]):
     device = HeldDevice()
     with library(LAYOUTS[layout](), device=device) as lib:
-        assert lib.engine.store(range(100, 116), [kind(one) for one in lib.table(HERE, 16)]) == 16
-        pool = lib.engine._line._pool
-        assert pool is not None
-        pool._populating.join(10.0)
         lib.fill(2)
         here, there = lib.table(HERE, 32), lib.table(THERE, 32)
         assert lib.engine.store(range(32), [kind(one) for one in here]) == 32

@@ -11,11 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvkeep.transfer.kernels import TILE_NBYTES, copy_pages
-from kvkeep.transfer.rotary_kernel import turn_pages
 from kvkeep.transfer.turned_scatter import scatter_turned
 
 TARGETS = [80, 90]
-KERNELS = {"in place": (turn_pages, "keys", "PAIRS"), "in the scatter": (scatter_turned, "planes", "DIMS")}
 WIDE = {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16", 1: "b8"}
 
 
@@ -59,14 +57,10 @@ def test_copies_are_as_wide_as_asked_for(target: int, width: int):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("in place", tl.float32), ("in place", tl.bfloat16), ("in place", tl.float16), ("in the scatter", tl.bfloat16)],
-)
-def test_the_turn_compiles_and_rounds_to_the_caches_dtype(target: int, name: str, dtype: tl.dtype):
-    kernel, table, width = KERNELS[name]
-    pointers = {table: "*i64", "batch": "*i64", "turns": "*fp32"}
-    text = ptx(kernel, pointers, {"HEADS": 8, width: 64, "DTYPE": dtype}, target)
+@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16, tl.float16], ids=str)
+def test_the_turn_compiles_and_rounds_to_the_caches_dtype(target: int, dtype: tl.dtype):
+    pointers = {"planes": "*i64", "batch": "*i64", "turns": "*fp32"}
+    text = ptx(scatter_turned, pointers, {"HEADS": 8, "DIMS": 64, "DTYPE": dtype}, target)
     found = accesses(text)
     bits = dtype.primitive_bitwidth
     assert any(one.startswith("st ") and one.endswith(f"b{bits}") for one in found), found

@@ -11,6 +11,8 @@ import pytest
 import torch
 import xxhash
 
+from kvkeep.engine.by_layer import Chunk
+from kvkeep.engine.by_stream import StreamLoads, Streams
 from kvkeep.engine.copier import ThreadCopier
 from kvkeep.engine.device_copies import Rank
 from kvkeep.engine.device_worker import DeviceWorker, Mode
@@ -22,7 +24,7 @@ from kvkeep.memory.region import Region
 from kvkeep.testing.conformance import CHECKS, TransferCase
 from kvkeep.transfer.choice import Sample, Wish, decide, read_choice
 from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device import DeviceTransfer, Path
+from kvkeep.transfer.device import DeviceTransfer, Path, Turned
 from kvkeep.transfer.kernels import KernelMover
 from kvkeep.transfer.lanes import CudaLane
 from kvkeep.transfer.memcpy import CopyMover
@@ -31,18 +33,20 @@ from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, key_pages, rotate_blocks, turn_between
-from kvkeep.transfer.rotary_kernel import turn_blocks
-from kvkeep.transfer.transfer import Blocks
-from kvkeep.transfer.turned_scatter import Plane, TurnedScatter
+from kvkeep.transfer.rotary import Pairing, rotate_blocks, turn_between
+from kvkeep.transfer.transfer import Blocks, seal_ranges
+from kvkeep.transfer.turned_scatter import TurnedScatter
+from kvkeep.transfer.turning import Keys, Turning
 from kvkeep.wire.handoff import PoolDoor, send_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 NB = 9
 TURNS = 200  # of a race
+TEXT = 32, 8  # blocks of 16 tokens of a text, and of one of its four chunks
 BOOT = b"boot number one."
 WAYS = ("kernel", "engine")
+real = pytest.mark.real_device  # nothing that plays a device can pass it
 Groups = list[list[torch.Tensor]]
 
 
@@ -56,10 +60,13 @@ def mover(way: str, parts: tuple[Part, ...]) -> Mover:
     return CopyMover(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
 
 
-def transfer_of(groups: list[GroupCaches], chunk_tokens: int, way: str) -> DeviceTransfer:
+def transfer_of(groups: list[GroupCaches], chunk_tokens: int, way: str, turned: Turned | None = None) -> DeviceTransfer:
     lanes = CudaLane(device()), CudaLane(device())
     return DeviceTransfer(
-        groups, chunk_tokens, lambda parts: (Path(mover(way, parts), lanes[0]), Path(mover(way, parts), lanes[1]))
+        groups,
+        chunk_tokens,
+        lambda parts: (Path(mover(way, parts), lanes[0]), Path(mover(way, parts), lanes[1])),
+        turned,
     )
 
 
@@ -159,6 +166,7 @@ def test_a_batch_is_bit_equal_to_the_reference(way: str, only: int | None):
             assert np.array_equal(mine, theirs) if only in (None, number) else (mine == 0xEE).all()
 
 
+@real
 @pytest.mark.parametrize("way", WAYS)
 def test_a_layer_of_more_than_two_gib(way: str):
     cache = torch.zeros((5, 640 << 20), dtype=torch.uint8, device=device())
@@ -213,6 +221,7 @@ def test_a_pool_that_is_not_locked_is_staged():
     pool.close()
 
 
+@real
 def test_a_refusal_leaves_no_error_for_torch_to_find():
     calls = CudaMemory(load_driver(), 0).calls
     assert "CUDA error" in calls.lock(4096, 4096)
@@ -280,6 +289,7 @@ def test_a_load_overwrites_what_was_written_before_it_and_is_seen_by_what_comes_
         assert bool((seen[0] == 255).all())
 
 
+@real
 @pytest.mark.parametrize("way", WAYS)
 def test_nobody_waits_for_work_of_others(way: str):
     cache, transfer, _, lease = racing(way)
@@ -369,6 +379,7 @@ def test_attention_reads_what_was_loaded_and_the_pool_is_another_requests_once_t
     one.close()
 
 
+@real
 def test_a_step_waits_for_no_copy():
     one = OneRank("kernel", "bulk")
     plan = StepPlan(1, BOOT, (0,), stores=(StoreOp(0, (ALL,), True),))
@@ -390,52 +401,120 @@ def test_a_step_waits_for_no_copy():
 # ---- position, and what is chosen ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+class Text:
+    """Four chunks of a model's K and V, kept in page-locked memory, and empty blocks for them."""
+
+    def __init__(self, dtype: torch.dtype, keys: Keys, on_the_way: bool = True) -> None:
+        blocks, self.per_chunk = TEXT
+        self.tokens = 16 * blocks
+        shape = (2, 1 + 2 * blocks, 16, 8, 128)
+        self.caches = {f"l{n}": torch.randn(shape, device=device()).to(dtype) for n in range(3)}
+        group = GroupCaches(self.caches, shape[1], 16, 0)
+        turned = TurnedScatter if on_the_way else None
+        self.transfer = transfer_of([group], 16 * self.per_chunk, "kernel", turned)
+        shard = self.transfer.shard
+        self.turning = Turning([group], shard, dict.fromkeys(self.caches, keys))
+        ids = np.random.default_rng(3).permutation(np.arange(1, shape[1])).tolist()
+        self.here, self.there = ids[:blocks], ids[blocks:]
+        self.memory = locked(4 * shard.nbytes)
+        self.leases = [Lease(self.memory[n * shard.nbytes :][: shard.nbytes], shard, (0,)) for n in range(4)]
+        self.order = [range(n, n + 1) for n in range(3)]
+
+    def chunks(self, ids: list[int]) -> list[Chunk]:
+        size = self.per_chunk
+        return [Chunk(one, [Blocks(0, 0, ids[size * n :][:size])]) for n, one in enumerate(self.leases)]
+
+    def kept(self, mode: str) -> list[bytes]:
+        """Stores what is in the blocks `here`; its sums."""
+        stores = Streams(self.transfer, self.order, mode).stores(self.chunks(self.here))
+        for layer in range(3):
+            stores.step(layer)
+        sums = stores.over()
+        stores.end()
+        return sums
+
+    def loads(self, mode: str, by: int) -> StreamLoads:
+        chunks = self.chunks(self.there)
+        turns = self.turning.turns([one.blocks for one in chunks], 0, by) if by else None
+        return Streams(self.transfer, self.order, mode).loads(chunks, turns)
+
+    def there_by_torch(self, by: int) -> list[torch.Tensor]:
+        """The caches once the text has been copied, and its K turned, by torch alone."""
+        made, positions = [one.clone() for one in self.caches.values()], torch.arange(self.tokens, device=device())
+        for number, one in enumerate(made):
+            one[:, self.there] = one[:, self.here]
+            keys = next(alike.keys for alike in self.turning.alike if number in [p.range_ for p in alike.planes])
+            turn = turn_between((positions, keys.frequencies), (positions + by, keys.frequencies))
+            rotate_blocks(one[0], self.there, turn, keys.pairing)
+        return made
+
+
+def paces() -> torch.Tensor:
+    return frequencies({"rope_theta": 500_000.0}, 128, Span(8192))
+
+
+@pytest.mark.parametrize("mode", ["bulk", "layerwise"])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_the_kernel_turns_k_as_torch_does(dtype: torch.dtype, interleaved: bool):
-    pace = frequencies({"rope_theta": 500_000.0}, 128, Span(8192)).to(device())
-    mine = [torch.randn((2, NB, 16, 8, 128), device=device()).to(dtype) for _ in range(3)]
-    theirs = [one.clone() for one in mine]
-    ids, p = [3, 8, 1], torch.arange(48, device=device())
-    turn, pairing = turn_between((p, pace), (p + 70_000, pace)), Pairing(interleaved)
-    turn_blocks([key_pages("l", one, "2bthd") for one in mine], ids, turn, pairing)
-    for one, other in zip(mine, theirs, strict=True):
-        before = other.clone()
-        rotate_blocks(key_pages("l", other, "2bthd"), ids, turn, pairing)
-        assert torch.equal(one[1], before[1]), "V turned"
-        still = [n for n in range(NB) if n not in ids]
-        assert torch.equal(one[0][still], before[0][still])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_k_turns_on_its_way_as_it_does_by_torch(dtype: torch.dtype, interleaved: bool, mode: str):
+    text = Text(dtype, Keys("2bthd", paces(), Pairing(interleaved)))
+    text.kept(mode)
+    wanted = text.there_by_torch(70_000)
+    loads = text.loads(mode, 70_000)
+    for layer in range(3):
+        loads.step(layer)
+    loads.end()
+    assert loads.over() == 4
+    for one, other in zip(text.caches.values(), wanted, strict=True):
+        assert torch.equal(one[1].view(torch.uint8), other[1].view(torch.uint8)), "V turned"
+        still = [n for n in range(one.shape[1]) if n not in text.there]
+        assert torch.equal(one[:, still].view(torch.uint8), other[:, still].view(torch.uint8))
         # a fused multiply-add rounds once less
         torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_k_turns_within_the_scatter_as_behind_it(dtype: torch.dtype):
-    caches = {f"l{n}": torch.randn((2, NB, 16, 8, 128), device=device()).to(dtype) for n in range(3)}
-    transfer = transfer_of([GroupCaches(caches, NB, 16, 0)], 64, "kernel")
-    lease = Lease(locked(transfer.shard.nbytes), transfer.shard, (0,))
-    transfer.gather([Blocks(0, 0, (1, 2, 3, 4))], lease, False)
-    job, ids = Job([Blocks(0, 0, (5, 8, 6, 7))], lease), [5, 8, 6, 7]
-    pace = frequencies({"rope_theta": 500_000.0}, 128, Span(8192)).to(device())
-    p = torch.arange(64, device=device())
-    turn = turn_between((p, pace), (p + 70_000, pace))
-    keys = [key_pages(name, one, "2bthd") for name, one in caches.items()]
-    transfer.start_scatter([job]).order()
-    turn_blocks(keys, ids, turn, Pairing())
-    wanted = [one.clone() for one in caches.values()]
-    for one in caches.values():
-        one[:, ids] = 0
-    planes = []
-    for number, one in enumerate(caches.values()):
-        first, second = (part for part in transfer.parts if part.range_ == number)
-        planes += [Plane(one[0], first, True), Plane(one[1], second, False)]
-    for only in range(3):
-        transfer.start_scatter([job], only, TurnedScatter(planes, turn, Pairing())).order()
-    for one, other in zip(caches.values(), wanted, strict=True):
-        assert torch.equal(one[1], other[1]), "V turned"
-        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize("by", [0, 70_000])
+@pytest.mark.parametrize("on_the_way", [False, True])
+@pytest.mark.parametrize("mode", ["bulk", "layerwise"])
+def test_a_program_finds_each_layer_after_its_step_without_waiting(mode: str, on_the_way: bool, by: int):
+    text = Text(torch.float32, Keys("2bthd", paces()), on_the_way)
+    sums = text.kept(mode)
+    assert [seal_ranges(text.transfer.shard.ranges, one.views()) for one in text.leases] == sums
+    wanted = text.there_by_torch(by)
+    for turn in range(TURNS // 4):
+        busy()
+        for one in text.caches.values():
+            one[:, text.there] = float("nan")  # late: an earlier step still writes there
+        loads, seen = text.loads(mode, by), []
+        for layer, one in enumerate(text.caches.values()):
+            loads.step(layer)
+            seen.append(one.clone())  # as attention would
+        loads.end()
+        text.memory[:] = 0xFF  # lent to another: NaN
+        for one, other in zip(seen, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=f"turn {turn}")
+        assert text.kept(mode) == sums
 
 
+@real
+def test_a_program_that_goes_by_layer_waits_for_no_layer():
+    text = Text(torch.bfloat16, Keys("2bthd", paces()))
+    text.kept("layerwise")
+    first = text.loads("layerwise", 9)
+    for layer in range(3):
+        first.step(layer)  # compiled
+    first.end()
+    torch.cuda._sleep(2_000_000_000)  # the program's own work, for about a second
+    over = torch.cuda.Event()
+    over.record()
+    loads = text.loads("layerwise", 9)
+    for layer in range(3):
+        loads.step(layer)
+    assert not over.query(), "the caller waited"
+    loads.end()
+
+
+@real
 def test_opening_measures_once_and_keeps_it(tmp_path: File):
     caches = GroupCaches({"l": on_device(2, NB, 16, 64)}, NB, 16, 0)
     kept = tmp_path / "transfer.json"

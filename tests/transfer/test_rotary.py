@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import pytest
 import torch
@@ -11,12 +10,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gptj.modeling_gptj import rotate_every_two
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
-from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate, rotate_blocks, turn_between
-from kvkeep.transfer.rotary_kernel import turn_blocks, turn_pages
 
 HEAD = 64
 MODEL = 512
@@ -180,19 +177,6 @@ def test_nothing_moves_by_nothing_and_a_partial_rotary_leaves_the_rest_bit_for_b
     assert torch.equal(same.view(torch.int16), keys.view(torch.int16))
 
 
-def by_torch(pages: list[torch.Tensor], ids: list[int], turn: Turn, pairing: Pairing) -> None:
-    for one in pages:
-        rotate_blocks(one, ids, turn, pairing)
-
-
-WAYS = {"torch": by_torch, "kernel": partial(turn_blocks, kernel=InterpretedFunction(turn_pages.fn))}
-
-
-def cut_off(numbers: torch.Tensor) -> torch.Tensor:
-    """Float32 to bfloat16 as Triton's interpreter does it; a device rounds (see test_compiled)."""
-    return (numbers.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
-
-
 LAYOUTS = {
     "2bthd": lambda keys, values: torch.stack((keys, values)),
     "b2thd": lambda keys, values: torch.stack((keys, values), 1),
@@ -201,44 +185,39 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("axes", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_only_k_of_the_named_blocks_turns(way: str, axes: str, dtype: torch.dtype, interleaved: bool):
+def test_only_k_of_the_named_blocks_turns(axes: str, dtype: torch.dtype, interleaved: bool):
     keys, values = (some_keys(7 * 4, 3, seed, 24).to(dtype).unflatten(0, (7, 4)) for seed in (1, 2))
-    caches = [LAYOUTS[axes](keys, values), LAYOUTS[axes](keys + 1, values)]
-    pages = [key_pages("l", cache, axes) for cache in caches]
-    assert torch.equal(pages[0], keys)
-    assert pages[0].untyped_storage().data_ptr() == caches[0].untyped_storage().data_ptr()
+    cache = LAYOUTS[axes](keys, values)
+    pages = key_pages("l", cache, axes)
+    assert torch.equal(pages, keys)
+    assert "2" not in axes or torch.equal(key_pages("l", cache, axes, half=1), values)
+    assert pages.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
     pace = frequencies(PARAMETERS["partial"], 24, Span(MODEL))
     p, ids = torch.arange(12), [5, 1, 3]
     turn, pairing = turn_between((p, pace), (p + 100, pace)), Pairing(interleaved)
-    WAYS[way](pages, ids, turn, pairing)
-    for before, cache in zip((keys, keys + 1), caches, strict=True):
-        wanted = before.clone()
-        moved = rotate(before[ids].flatten(0, 1).float(), turn, pairing)
-        truncates = way == "kernel" and dtype == torch.bfloat16
-        wanted[ids] = (cut_off(moved) if truncates else moved.to(dtype)).unflatten(0, (3, 4))
-        assert torch.equal(cache, LAYOUTS[axes](wanted, values))
+    rotate_blocks(pages, ids, turn, pairing)
+    wanted = keys.clone()
+    wanted[ids] = rotate(keys[ids].flatten(0, 1).float(), turn, pairing).to(dtype).unflatten(0, (3, 4))
+    assert torch.equal(cache, LAYOUTS[axes](wanted, values))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_block_is_nothing_to_do(way: str):
+def test_no_block_is_nothing_to_do():
     pages = some_keys(8, 1).unflatten(0, (2, 4))
     before = pages.clone()
-    WAYS[way]([pages], [], Turn(torch.ones(0, 4), torch.zeros(0, 4)), Pairing())
+    rotate_blocks(pages, [], Turn(torch.ones(0, 4), torch.zeros(0, 4)), Pairing())
     assert torch.equal(pages, before)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_mla_turns_behind_its_latent(way: str):
+def test_mla_turns_behind_its_latent():
     cache = some_keys(6, 1, head_size=24).reshape(3, 2, 24)
     before = cache.clone()
     pace = frequencies(PARAMETERS["default"], 8, Span(MODEL))
     p = torch.arange(2)
     turn = turn_between((p, pace), (p + 3, pace))
-    WAYS[way]([key_pages("l", cache, "btd")], [2], turn, Pairing(interleaved=True, start=16))
+    rotate_blocks(key_pages("l", cache, "btd"), [2], turn, Pairing(interleaved=True, start=16))
     assert torch.equal(cache[:2], before[:2])
     assert torch.equal(cache[2, :, :16], before[2, :, :16])
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""A scatter that turns K on its way, in Triton's interpreter, beside the plain scatter and the turn in place."""
+"""A scatter that turns K on its way, in Triton's interpreter, beside the plain scatter and torch's turn in place."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from kvkeep.transfer.device import DeviceTransfer
 from kvkeep.transfer.moves import Job
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, Turn, key_pages, turn_between
-from kvkeep.transfer.rotary_kernel import turn_blocks, turn_pages
+from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate, turn_between
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.transfer.turned_scatter import Plane, TurnedScatter, scatter_turned
+from kvkeep.transfer.turned_scatter import TurnedScatter, scatter_turned
+from kvkeep.transfer.turning import Alike, Batch, Keys, Turning
 
 BLOCKS, TOKENS, PER_CHUNK = 9, 4, 3
 MOVED = partial(TurnedScatter, kernel=InterpretedFunction(scatter_turned.fn))
-IN_PLACE = InterpretedFunction(turn_pages.fn)
+HALVES = Pairing()
 AXES = ("2bthd", "b2thd", "b2htd", "bthd")
 
 
@@ -38,9 +38,9 @@ class Model:
         random = torch.Generator().manual_seed(1)
         self.axes = axes
         self.caches = {f"l{n}": torch.randn(shape, generator=random).to(dtype) for n in range(2)}
-        group = GroupCaches(self.caches, BLOCKS, TOKENS, 0)
-        self.device = HeldDevice()
-        self.transfer: DeviceTransfer = self.device.transfer([group], PER_CHUNK * TOKENS)
+        self.group = GroupCaches(self.caches, BLOCKS, TOKENS, 0)
+        self.device = HeldDevice(turned=MOVED)
+        self.transfer: DeviceTransfer = self.device.transfer([self.group], PER_CHUNK * TOKENS)
         shard = self.transfer.shard
         self.memory = [np.zeros(shard.nbytes, np.uint8) for _ in range(2)]
         for memory, ids in zip(self.memory, ((1, 2, 3), (4, 5, 6)), strict=True):
@@ -52,33 +52,31 @@ class Model:
         leases = [Lease(memory, self.transfer.shard, (0,)) for memory in self.memory]
         return [Job([one], lease) for one, lease in zip(blocks, leases, strict=False)]
 
-    def planes(self) -> list[Plane]:
-        found = []
-        for number, (name, cache) in enumerate(self.caches.items()):
-            parts = [part for part in self.transfer.parts if part.range_ == number]
-            found.append(Plane(key_pages(name, cache, self.axes), parts[0], True))
-            if "2" in self.axes:
-                values = key_pages(name, cache.flip(self.axes.index("2")), self.axes)  # its shape
-                values = cache.select(self.axes.index("2"), 1).as_strided(
-                    values.shape, found[-1].pages.stride(), self.v_offset(cache)
-                )
-                found.append(Plane(values, parts[-1], False))
-        return found
-
-    def v_offset(self, cache: torch.Tensor) -> int:
-        return cache.storage_offset() + cache.stride(self.axes.index("2"))
+    def alike(self, turn: Turn, pairing: Pairing = HALVES) -> Alike:
+        keys = dict.fromkeys(self.caches, Keys(self.axes, torch.zeros(turn.cos.shape[1]), pairing))
+        (alike,) = Turning([self.group], self.transfer.shard, keys).alike
+        assert len(alike.planes) == (4 if "2" in self.axes else 2)
+        return alike
 
     def in_two(
         self, jobs: list[Job], turn: Turn, pairing: Pairing, ids: list[int], only: int | None
     ) -> list[torch.Tensor]:
         """What a plain scatter and a turn in place make of it; the caches are empty again afterwards."""
         self.transfer.start_scatter(jobs, only).wait()
-        layers = [key_pages(name, one, self.axes) for name, one in self.caches.items()]
-        turn_blocks(layers if only is None else [layers[only]], ids, turn, pairing, IN_PLACE)
+        for number, (name, cache) in enumerate(self.caches.items()):
+            if only in (None, number):
+                pages = key_pages(name, cache, self.axes)
+                turned = rotate(pages[ids].flatten(0, 1).float(), turn, pairing).view_as(pages[ids])
+                pages[ids] = cut_off(turned) if pages.dtype == torch.bfloat16 else turned.to(pages.dtype)
         made = [one.clone() for one in self.caches.values()]
         for cache in self.caches.values():
             cache.zero_()
         return made
+
+
+def cut_off(numbers: torch.Tensor) -> torch.Tensor:
+    """Float32 to bfloat16 as Triton's interpreter does it; a device rounds (see test_compiled)."""
+    return (numbers.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def turn_of(tokens: int, pairs: int) -> Turn:
@@ -112,7 +110,7 @@ def test_it_is_a_scatter_and_a_turn_in_one(
     jobs = model.jobs(Blocks(0, 0, (7, 8, 2)), Blocks(0, 1, (4, 1)))
     turn, pairing = turn_of(5 * TOKENS, pairs), Pairing(interleaved, min(start, rest))
     wanted = model.in_two(jobs, turn, pairing, [7, 8, 2, 4, 1], only)
-    flight = model.transfer.start_scatter(jobs, only, MOVED(model.planes(), turn, pairing))
+    flight = model.transfer.start_turned(jobs, Batch(only, model.alike(turn, pairing), turn))
     assert not any(one.any() for one in model.caches.values()), "not on the loads' lane"
     flight.wait()
     assert same(list(model.caches.values()), wanted)
@@ -126,7 +124,8 @@ def test_what_does_not_turn_is_copied_bit_for_bit() -> None:
             view = memory[part.offset : part.offset + PER_CHUNK * part.pages.nbytes]
             view[:] = np.tile(odd.numpy().view(np.uint8), len(view) // 16)
     jobs = model.jobs(Blocks(0, 0, (3,)))
-    model.transfer.start_scatter(jobs, None, MOVED(model.planes(), turn_of(TOKENS, 4), Pairing())).wait()
+    turn = turn_of(TOKENS, 4)
+    model.transfer.start_turned(jobs, Batch(None, model.alike(turn), turn)).wait()
     for cache in model.caches.values():
         assert cache[1, 3].contiguous().view(torch.int16).flatten().tolist() == odd.view(torch.int16).tolist() * TOKENS
         assert cache[0, 3].isnan().any(), "K has turned infinities"
@@ -136,21 +135,22 @@ def test_what_does_not_turn_is_copied_bit_for_bit() -> None:
 def test_no_block_is_nothing_to_do(blocks: tuple[Blocks, ...]) -> None:
     model = Model("2bthd", torch.float32, 1, 8)
     jobs = model.jobs(*blocks)
-    model.transfer.start_scatter(jobs, None, MOVED(model.planes(), turn_of(0, 4), Pairing())).wait()
+    turn = turn_of(0, 4)
+    model.transfer.start_turned(jobs, Batch(None, model.alike(turn), turn)).wait()
     assert not any(one.any() for one in model.caches.values())
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     model = Model("2bthd", torch.float32, 1, 8)
     jobs = model.jobs(Blocks(0, 0, (3,)))
+    turn, parts = turn_of(TOKENS, 4), model.transfer.parts
     with pytest.raises(AssertionError, match="as they were computed"):
-        MOVED(model.planes(), turn_of(TOKENS, 4), Pairing()).start(jobs, True, None)
+        MOVED(parts, model.alike(turn), turn).start(jobs, True, None)
     with pytest.raises(AssertionError, match="not for these blocks"):
-        MOVED(model.planes(), turn_of(3, 4), Pairing()).start(jobs, False, None)
+        MOVED(parts, model.alike(turn), turn_of(3, 4)).start(jobs, False, None)
     with pytest.raises(AssertionError, match="do not fit"):
-        MOVED(model.planes(), turn_of(TOKENS, 4), Pairing(start=2))
-    plane = model.planes()[0]
+        MOVED(parts, model.alike(turn), turn_of(TOKENS, 5))
+    alike = model.alike(turn)
+    alike.planes[0] = alike.planes[0]._replace(pages=alike.planes[0].pages.to(torch.float8_e4m3fn))
     with pytest.raises(LayoutMismatch, match="float8"):
-        MOVED([plane._replace(pages=plane.pages.to(torch.float8_e4m3fn))], turn_of(TOKENS, 4), Pairing())
-    with pytest.raises(AssertionError, match="not in its part"):
-        MOVED([plane._replace(part=model.transfer.parts[-1])], turn_of(TOKENS, 4), Pairing()).start(jobs, False, None)
+        MOVED(parts, alike, turn)

@@ -1,4 +1,4 @@
-"""The copies of one request whose caller goes through the layers by itself: all at once, or each at its layer's step.
+"""The copies of one request by the CPU, for a caller that goes through the layers by itself: at once, or by layer.
 
 With a thread loads run ahead of the steps and stores behind them; without one each step makes its own copies. Knows
 nothing about keys or the store. A copy that raises raises in the caller if the caller makes it; one that dies on the
@@ -12,20 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, InlineCopier
 from kvkeep.engine.relay import finished
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
+from kvkeep.transfer.turning import Turning, Turns
 
 
 class Means(NamedTuple):
-    """What an engine works with: a clock in seconds, and the thread that copies layers (None: there is none)."""
+    """What an engine works with: a clock in seconds, the thread that copies layers, what moves K (None: nothing)."""
 
     clock: Callable[[], float] = time.monotonic
     copier: Copier | None = None
+    turning: Turning | None = None
 
 
 ALONE = Means()
@@ -39,10 +41,50 @@ class Chunk(NamedTuple):
     sums: bytes = b""
 
 
-class Ways:
-    """How the copies of a request are made: as `mode` says, or ("auto") in the way that has cost the caller less.
+class LoadSteps(Protocol):
+    """The scatters of a request."""
 
-    `order` has each layer's range in the order of the steps. Any thread may call.
+    @property
+    def arrived(self) -> int:
+        """How many chunks, from the first one on, have arrived in every layer so far."""
+
+    def step(self, number: int) -> None:
+        """The layer of this step has been written, for whatever the caller does next, when this returns."""
+
+    def over(self) -> int:
+        """After the last step: how many chunks have arrived."""
+
+    def end(self) -> None:
+        """Nothing is written any more when this returns."""
+
+
+class StoreSteps(Protocol):
+    """The gathers of a request."""
+
+    def step(self, number: int) -> None:
+        """The layer of this step has been computed."""
+
+    def over(self) -> list[bytes]:
+        """After the last layer's step: each chunk's sums when it has left; none at all if a copy died."""
+
+    def end(self) -> None:
+        """Nothing is read any more when this returns."""
+
+
+class Steps(Protocol):
+    """Makes the copies of requests; any thread may call. `at_once`: all of one is done at step 0, the only one."""
+
+    def loads(self, chunks: Sequence[Chunk], turns: Turns | None, at_once: bool) -> LoadSteps:
+        """The steps of a retrieve, whose K moves by `turns`."""
+
+    def stores(self, chunks: Sequence[Chunk], at_once: bool) -> StoreSteps:
+        """The steps of a store."""
+
+
+class Ways:
+    """`Steps` by the CPU: as `mode` says, or ("auto") in the way that has cost the caller less.
+
+    `order` has each layer's range in the order of the steps.
     """
 
     def __init__(self, transfer: Transfer, order: Sequence[range], mode: str, means: Means) -> None:
@@ -52,45 +94,49 @@ class Ways:
         self._choice = Choice(mode, possible=means.copier is not None)
         self._turn = threading.Lock()
 
-    def loads(self, chunks: Sequence[Chunk]) -> Loads:
-        """The steps of a retrieve."""
-        return Loads(self, chunks, self._layerwise())
+    def loads(self, chunks: Sequence[Chunk], turns: Turns | None = None, at_once: bool = False) -> Loads:
+        """As `Steps.loads`."""
+        return Loads(self, chunks, turns, self._by_layer(at_once))
 
-    def stores(self, chunks: Sequence[Chunk]) -> Stores:
-        """The steps of a store."""
-        return Stores(self, chunks, self._layerwise())
+    def stores(self, chunks: Sequence[Chunk], at_once: bool = False) -> Stores:
+        """As `Steps.stores`."""
+        return Stores(self, chunks, self._by_layer(at_once))
 
-    def took(self, layerwise: bool, seconds: float, chunks: int) -> None:
+    def took(self, layerwise: bool | None, seconds: float, chunks: int) -> None:
         """All steps of a request are over, and this is what they cost the caller."""
-        with self._turn:
-            self._choice.took(layerwise, seconds, chunks * self.transfer.shard.nbytes)
+        if layerwise is not None:
+            with self._turn:
+                self._choice.took(layerwise, seconds, chunks * self.transfer.shard.nbytes)
 
-    def copier(self, layerwise: bool) -> tuple[Copier, bool]:
+    def copier(self, layerwise: bool | None) -> tuple[Copier, bool]:
         """What makes the copies, and whether it is a thread."""
         copier = self.means.copier if layerwise else None
         return copier or InlineCopier(), copier is not None
 
-    def _layerwise(self) -> bool:
+    def _by_layer(self, at_once: bool) -> bool | None:
+        """Whether each layer has a copy of its own; None: nor has it a step."""
+        if at_once:
+            return None
         with self._turn:
             return self._choice.layerwise()
 
 
 class Loads:
-    """Scatters of `chunks`; a chunk that fails in any layer ends what has arrived, and later layers leave it alone."""
+    """`LoadSteps`; a chunk that fails in any layer ends what has arrived, and later layers leave it alone."""
 
-    def __init__(self, ways: Ways, chunks: Sequence[Chunk], layerwise: bool) -> None:
+    def __init__(self, ways: Ways, chunks: Sequence[Chunk], turns: Turns | None, layerwise: bool | None) -> None:
         self._ways = ways
         self._chunks = chunks
+        self._turns = turns
         self._layerwise = layerwise
         self._copier, self._ahead = ways.copier(layerwise)
         self._pieces: list[range | None] = list(ways.order) if layerwise else [None]
         self._jobs: list[Future[list[int]]] = []
         self._spent_s = 0.0
         self.arrived = len(chunks)
-        """How many chunks, from the first one on, have arrived in every layer so far."""
 
     def step(self, number: int) -> None:
-        """The layer of this step has been written when this returns."""
+        """As `LoadSteps.step`."""
         if not self._chunks:
             return
         start_s = self._ways.means.clock()
@@ -102,12 +148,12 @@ class Loads:
         self._spent_s += self._ways.means.clock() - start_s
 
     def over(self) -> int:
-        """After the last step: how many chunks have arrived."""
+        """As `LoadSteps.over`."""
         self._ways.took(self._layerwise, self._spent_s, len(self._chunks))
         return self.arrived
 
     def end(self) -> None:
-        """Nothing is written any more when this returns."""
+        """As `LoadSteps.end`."""
         for job in self._jobs:
             finished(job)
 
@@ -117,13 +163,15 @@ class Loads:
             if not self._ways.transfer.scatter(lease, blocks, sums[part], layer):
                 self.arrived = place
                 break
+            if self._turns is not None:
+                self._turns.in_place(place, layer)
         return []
 
 
 class Stores:
-    """Gathers of `chunks`, with their sums."""
+    """`StoreSteps`."""
 
-    def __init__(self, ways: Ways, chunks: Sequence[Chunk], layerwise: bool) -> None:
+    def __init__(self, ways: Ways, chunks: Sequence[Chunk], layerwise: bool | None) -> None:
         self._ways = ways
         self._chunks = chunks
         self._layerwise = layerwise
@@ -132,14 +180,14 @@ class Stores:
         self._spent_s = 0.0
 
     def step(self, number: int) -> None:
-        """The layer of this step has been computed."""
+        """As `StoreSteps.step`."""
         start_s = self._ways.means.clock()
         if self._layerwise and self._chunks:
             self._jobs.append(self._copier.submit(partial(self._gather, self._ways.order[number])))
         self._spent_s += self._ways.means.clock() - start_s
 
     def over(self) -> list[bytes]:
-        """After the last layer's step: each chunk's sums when it has left; none at all if a copy died."""
+        """As `StoreSteps.over`."""
         if not self._chunks:
             return []
         start_s = self._ways.means.clock()
@@ -154,7 +202,7 @@ class Stores:
         return [b"".join((parts[step] or [])[place] for step in order) for place in range(len(self._chunks))]
 
     def end(self) -> None:
-        """Nothing is read any more when this returns."""
+        """As `StoreSteps.end`."""
         for job in self._jobs:
             finished(job)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -16,13 +17,15 @@ from typing import Self
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
-from kvkeep.engine.by_layer import ALONE, Chunk, Means, Ways
+from kvkeep.engine.by_layer import ALONE, Chunk, LoadSteps, Means, Steps, StoreSteps, Ways
+from kvkeep.engine.by_stream import Streams
 from kvkeep.engine.cuts import Cut, Mask, Tables, cut
 from kvkeep.engine.line import Held, Line
 from kvkeep.engine.link import Link, Source
 from kvkeep.engine.prompts import Extra, Prompts
 from kvkeep.memory.pool import Lease
 from kvkeep.telemetry import Figures, Miss
+from kvkeep.transfer.device import DeviceTransfer
 from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened
 from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
 
@@ -77,7 +80,14 @@ class CacheEngine:
         transfer = opened.transfer
         self._transfer = transfer
         order = transfer.shard.in_order(layers)
-        self._ways = Ways(transfer, order, config.transfer_mode, means)
+        self.layers = len(order)
+        """How many layers the layerwise verbs go through."""
+        self._means = means
+        self._steps: Steps
+        if isinstance(transfer, DeviceTransfer):
+            self._steps = Streams(transfer, order, config.transfer_mode)
+        else:
+            self._steps = Ways(transfer, order, config.transfer_mode, means)
         self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
         self._counting = threading.Lock()
         self._frozen = False
@@ -100,39 +110,30 @@ class CacheEngine:
         link.start(START_LIMIT_S)
         self._line = Line(link, transfer.shard, config.deadline_s, opened.pin_calls)
 
-    @property
-    def layers(self) -> int:
-        """How many layers the layerwise verbs go through."""
-        return len(self._ways.order)
-
     # ---- bulk ------------------------------------------------------------------------------------------------------
 
     def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
         """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
         work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
-        try:
-            sums = [self._transfer.gather(*one, True) for one in zip(work.blocks, work.chunks, strict=True)]
-            return self._commit(work, sums)
-        finally:
-            self._give_back(work)
+        with self._gathers(work, at_once=True) as copies:
+            return self._commit(work, copies.over())
 
-    def retrieve(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> Mask:
+    def retrieve(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
+    ) -> Mask:
         """Fills the engine's blocks; the mask is true exactly for the tokens whose bytes have arrived in every layer.
 
         They follow the mask's false part without a gap, and end with a chunk. What the mask leaves false is not
-        written; where it does not end with a block of every group, that is a miss.
+        written; where it does not end with a block of every group, that is a miss. `at` is the position at which the
+        first of the tokens stands now: K moves there, as if the engine had computed these tokens there, and nothing
+        before them. ValueError for one that is negative, or not 0 where nothing says how K turns.
         """
         span = self._cut(tokens, blocks, mask)
+        self._check_position(at)
         work = self._found(span, tokens, extra)
-        try:
-            arrived = 0
-            for chunk, one, sums in zip(work.chunks, work.blocks, work.sums, strict=True):
-                if not self._transfer.scatter(chunk, one, sums):
-                    break
-                arrived += 1
-            return self._arrived(span, work, arrived)
-        finally:
-            self._give_back(work)
+        with self._scatters(work, at, at_once=True) as copies:
+            copies.step(0)
+            return self._arrived(span, work, copies.over())
 
     # ---- layerwise -------------------------------------------------------------------------------------------------
 
@@ -148,41 +149,35 @@ class CacheEngine:
         return self._storing(self._cut(tokens, blocks, mask), tokens, extra)
 
     def retrieve_layer(
-        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
     ) -> Generator[int | Mask | None]:
         """As `retrieve`, layer by layer: yields layers + 2 times, whatever happens.
 
-        First how many tokens are about to come; then, a layer a step, None once that layer has been written; last the
-        mask, which is the only word on what has arrived in every layer.
+        First how many tokens are about to come; then, a layer a step, None once that layer has been written (on a
+        device: for what is launched on the current stream from then on); last the mask, which is the only word on what
+        has arrived in every layer.
         """
-        return self._retrieving(self._cut(tokens, blocks, mask), tokens, extra)
+        self._check_position(at)
+        return self._retrieving(self._cut(tokens, blocks, mask), tokens, extra, at)
 
     def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
         work = self._room(span, tokens, extra)
-        copies = self._ways.stores(work.copies)
-        try:
+        with self._gathers(work, at_once=False) as copies:
             for number in range(self.layers):
                 copies.step(number)
                 yield
             self._commit(work, copies.over())
             yield
-        finally:
-            copies.end()
-            self._give_back(work)
 
-    def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[int | Mask | None]:
+    def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None, at: int) -> Generator[int | Mask | None]:
         work = self._found(span, tokens, extra)
-        copies = self._ways.loads(work.copies)
-        try:
+        with self._scatters(work, at, at_once=False) as copies:
             coming = len(work.chunks)
             yield self._reach(span, work, coming) - span.start if coming else 0
             for number in range(self.layers):
                 copies.step(number)
                 yield None
             yield self._arrived(span, work, copies.over())
-        finally:
-            copies.end()
-            self._give_back(work)
 
     # ---- control ---------------------------------------------------------------------------------------------------
 
@@ -222,8 +217,8 @@ class CacheEngine:
 
     def close(self) -> None:
         """Ends the session and a private store; every verb after it is a miss. Idempotent."""
-        if self._ways.means.copier is not None:
-            self._ways.means.copier.close()
+        if self._means.copier is not None:
+            self._means.copier.close()
         self._line.close()
 
     def __enter__(self) -> Self:
@@ -285,6 +280,38 @@ class CacheEngine:
         work.blocks = span.blocks(range(first, first + len(work.chunks)))
         self._check(work, unique=True)
         return work
+
+    @contextmanager
+    def _gathers(self, work: Work, at_once: bool) -> Iterator[StoreSteps]:
+        """The copies of a store; nothing of them is left at the end."""
+        try:
+            copies = self._steps.stores(work.copies, at_once)
+            try:
+                yield copies
+            finally:
+                copies.end()
+        finally:
+            self._give_back(work)
+
+    @contextmanager
+    def _scatters(self, work: Work, at: int, at_once: bool) -> Iterator[LoadSteps]:
+        """The copies of a retrieve, likewise."""
+        try:
+            turning = self._means.turning if at and work.chunks else None
+            turns = turning.turns(work.blocks, work.first, at) if turning is not None else None
+            copies = self._steps.loads(work.copies, turns, at_once)
+            try:
+                yield copies
+            finally:
+                copies.end()
+        finally:
+            self._give_back(work)
+
+    def _check_position(self, at: int) -> None:
+        if at < 0:
+            raise ValueError(f"at: there is no position {at}")
+        if at and self._means.turning is None:
+            raise ValueError(f"at: nothing says how K moves to position {at}: open the engine with `keys`")
 
     def _check(self, work: Work, unique: bool) -> None:
         """Every block of the request at once, before anything is copied; a lease does not survive its failure."""

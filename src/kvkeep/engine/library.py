@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -28,6 +28,7 @@ from kvkeep.engine.open_rank import wish_of
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.turning import Keys, Turning
 
 log = logging.getLogger("kvkeep")
 
@@ -54,18 +55,24 @@ class Model:
 
 
 def open_engine(
-    groups: Sequence[GroupCaches], model: Model, config: Config | None = None, layers: Sequence[str] = ()
+    groups: Sequence[GroupCaches],
+    model: Model,
+    config: Config | None = None,
+    layers: Sequence[str] = (),
+    keys: Mapping[str, Keys] | None = None,
 ) -> CacheEngine:
     """An engine over these caches, with a private store or the shared one that `config.store` names.
 
-    `layers`: see `CacheEngine`. A shared store that is not there is waited for (`config.store_wait_s`), then looked for
-    between calls. Raises ConfigError or StoreGone if one of our own cannot be started, LayoutMismatch for a cache that
-    cannot be copied.
+    `layers`: see `CacheEngine`. `keys` says how the K of layers carries its position, by their names, so that texts may
+    be retrieved at another one; where no layer's does, it is empty. A shared store that is not there is waited for
+    (`config.store_wait_s`), then looked for between calls. Raises ConfigError or StoreGone if one of our own cannot be
+    started, LayoutMismatch for a cache that cannot be copied, or whose K cannot be moved.
     """
     config = config or Config()
     tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])
     opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
+    turning = None if keys is None else Turning(groups, opened.transfer.shard, keys)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
     # copies on a thread need memory that the CPU reaches, and a core that nobody computes on
     by_cpu = isinstance(opened.transfer, ReferenceTransfer) and model.ranks == 1 and config.transfer_mode != "bulk"
@@ -74,7 +81,9 @@ def open_engine(
     with ExitStack() as failing:
         if copier is not None:
             failing.callback(copier.close)
-        engine = CacheEngine(opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier))
+        engine = CacheEngine(
+            opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier, turning=turning)
+        )
         failing.pop_all()
     return engine
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.memory.pin import PinCalls
-from kvkeep.transfer.device import DeviceTransfer, Path
+from kvkeep.transfer.device import DeviceTransfer, Path, Turned
 from kvkeep.transfer.memcpy import CopyMover
 from kvkeep.transfer.moves import Numbers, Part
 from kvkeep.transfer.pages import GroupCaches
@@ -74,15 +74,17 @@ class HeldFlight:
     def order(self) -> None:
         """As `Flight.order`: what comes next on the compute stream comes at once."""
         while not self.landed:
+            assert self.lane.held, "these copies, or some before them, have failed"
             self.lane.land(1)
 
 
 @dataclass
 class HeldDevice:
-    """One device: its lane to the pool and its lane from it."""
+    """One device: its lane to the pool and its lane from it; `turned` turns K on its way, where it can."""
 
     stores: HeldLane = field(default_factory=HeldLane)
     loads: HeldLane = field(default_factory=HeldLane)
+    turned: Turned | None = None
 
     def transfer(self, groups: Sequence[GroupCaches], chunk_tokens: int) -> DeviceTransfer:
         """Copies for caches that are in the CPU's memory."""
@@ -91,4 +93,4 @@ class HeldDevice:
             mover = CopyMover(parts, MemmoveDriver(), lambda: 0)
             return Path(mover, self.stores), Path(mover, self.loads)
 
-        return DeviceTransfer(groups, chunk_tokens, paths)
+        return DeviceTransfer(groups, chunk_tokens, paths, self.turned)

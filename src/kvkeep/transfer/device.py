@@ -14,8 +14,10 @@ from kvkeep.memory.pool import Lease
 from kvkeep.transfer.lanes import Flight, Lane
 from kvkeep.transfer.moves import Job, Mover, Pages, Part, parts_of
 from kvkeep.transfer.pages import GroupCaches, group_rows
+from kvkeep.transfer.rotary import Turn
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Blocks, ranges_hold, seal_ranges
+from kvkeep.transfer.turning import Alike, Batch
 
 
 class Path(NamedTuple):
@@ -25,10 +27,15 @@ class Path(NamedTuple):
     lane: Lane
 
 
+Turned = Callable[[Sequence[Part], Alike, Turn], Mover]
+"""What makes the mover of a batch that turns K on its way."""
+
+
 class DeviceTransfer:
     """Copies for one rank. `paths` makes the two paths, to the pool and from it, once the parts are known.
 
-    Raises LayoutMismatch, naming the layer, for a cache that has no dense pages.
+    Without `turned` K is turned in its blocks. Raises LayoutMismatch, naming the layer, for a cache that has no dense
+    pages.
     """
 
     def __init__(
@@ -36,11 +43,18 @@ class DeviceTransfer:
         groups: Sequence[GroupCaches],
         chunk_tokens: int,
         paths: Callable[[tuple[Part, ...]], tuple[Path, Path]],
+        turned: Turned | None = None,
     ) -> None:
         self._staged = StagedTransfer(groups, chunk_tokens)
         self._shard = self._staged.shard
         self.parts = parts_of(self._shard, [_pages(group) for group in groups])
         self._to_pool, self._from_pool = paths(self.parts)
+        self._turned = turned
+
+    @property
+    def turns_on_the_way(self) -> bool:
+        """Whether `start_turned` may be called."""
+        return self._turned is not None
 
     @property
     def shard(self) -> ShardLayout:
@@ -77,13 +91,19 @@ class DeviceTransfer:
         """
         return self._start(self._to_pool, jobs, True, only)
 
-    def start_scatter(self, jobs: Sequence[Job], only: int | None = None, mover: Mover | None = None) -> Flight:
-        """Starts to copy chunks into blocks, likewise; sums are the caller's business, and so is another `mover`.
+    def start_scatter(self, jobs: Sequence[Job], only: int | None = None) -> Flight:
+        """Starts to copy chunks into blocks, likewise; sums are the caller's business.
 
         What reads the blocks must come after the flight's `order`, and a layer's attention after that of its `only`.
         """
-        path = self._from_pool if mover is None else self._from_pool._replace(mover=mover)
-        return self._start(path, jobs, False, only)
+        return self._start(self._from_pool, jobs, False, only)
+
+    def start_turned(self, jobs: Sequence[Job], batch: Batch) -> Flight:
+        """As `start_scatter` for what the batch names; its turn, if it has one, must live until the flight is done."""
+        path = self._from_pool
+        if batch.alike is not None and batch.turn is not None and self._turned is not None:
+            path = path._replace(mover=self._turned(self.parts, batch.alike, batch.turn))
+        return self._start(path, jobs, False, batch.only)
 
     def _start(self, path: Path, jobs: Sequence[Job], to_pool: bool, only: int | None) -> Flight:
         assert all(job.lease.pieces for job in jobs), "memory that is not page-locked"

@@ -13,7 +13,7 @@ import torch
 
 from kvkeep.transfer.choice import Choice, Sample, Wish, choose
 from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device import DeviceTransfer, Path
+from kvkeep.transfer.device import DeviceTransfer, Path, Turned
 from kvkeep.transfer.lanes import CudaLane
 from kvkeep.transfer.memcpy import CopyMover
 from kvkeep.transfer.moves import Mover, Part
@@ -25,6 +25,7 @@ from kvkeep.transfer.transfer import Opened
 
 try:
     from kvkeep.transfer.kernels import KernelMover
+    from kvkeep.transfer.turned_scatter import TurnedScatter
 except ImportError as _error:  # Triton is an extra, and is not made for every machine
     _WITHOUT_TRITON = str(_error)
 else:
@@ -46,7 +47,8 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, wish: Wish) 
         )
     movers = _Movers(device, CudaDriver(library), wish.programs)
     choice = choose(str(torch.cuda.get_device_name(device)), wish, movers.measure, _WITHOUT_TRITON)
-    transfer = DeviceTransfer(groups, chunk_tokens, partial(movers.paths, choice))
+    turned: Turned | None = None if _WITHOUT_TRITON else TurnedScatter
+    transfer = DeviceTransfer(groups, chunk_tokens, partial(movers.paths, choice), turned)
     return Opened(transfer, CudaMemory(library, device.index or 0).calls, str(choice))
 
 

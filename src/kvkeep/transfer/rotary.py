@@ -1,8 +1,8 @@
 """Moves K to another position: R(q) R(p)^-1 K, pair by pair, so that a chunk can be used where it was not computed.
 
-The torch path for any device; `rotary_kernel` does the same in Triton. Only K turns: V carries no position. The result
-is K as the model would compute it at q from the same hidden states; what a token saw before it does not change. Knows
-nothing about chunks, leases or which chunks are moved.
+The torch path for any device; `turned_scatter` does the same in Triton, on the way into the blocks. Only K turns: V
+carries no position. The result is K as the model would compute it at q from the same hidden states; what a token saw
+before it does not change. Knows nothing about chunks, leases or which chunks are moved.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def rotate(keys: torch.Tensor, turn: Turn, pairing: Pairing) -> torch.Tensor:
     end = pairing.start + 2 * pairs
     assert end <= keys.shape[-1], f"{pairs} pairs from {pairing.start} on do not fit a head of {keys.shape[-1]}"
     out = keys.clone()
-    split = (pairs, 2) if pairing.interleaved else (2, pairs)
-    axis = -1 if pairing.interleaved else -2
-    first, second = keys[..., pairing.start : end].float().unflatten(-1, split).unbind(axis)
+    split, axis = ((pairs, 2), -1) if pairing.interleaved else ((2, pairs), -2)
+    first, second = out[..., pairing.start : end].unflatten(-1, split).unbind(axis)
     cos, sin = turn.cos[:, None, :], turn.sin[:, None, :]
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), axis)
-    out[..., pairing.start : end] = turned.flatten(-2).to(keys.dtype)
+    x, y = first.float(), second.float()
+    turned = x * cos - y * sin, y * cos + x * sin  # x and y may be the memory that is written next
+    first.copy_(turned[0])
+    second.copy_(turned[1])
     return out
 
 
@@ -71,8 +72,8 @@ def rotate_blocks(pages: torch.Tensor, block_ids: Sequence[int], turn: Turn, pai
     pages[ids] = rotate(keys.flatten(0, 1), turn, pairing).view_as(keys)
 
 
-def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "") -> torch.Tensor:
-    """K of a layer's cache as a view [blocks, tokens, heads, head_size].
+def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "", half: int = 0) -> torch.Tensor:
+    """K of a layer's cache as a view [blocks, tokens, heads, head_size]; with `half` 1 V, where `axes` have it.
 
     `axes` names the cache's dimensions: b(locks), t(okens), h(eads), d (of a head), 2 (K, then V), e.g. "2bthd" for
     flash-attention, "btd" for MLA (one head). `packed` says what packs an engine's K where something does (an
@@ -86,7 +87,7 @@ def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "") -> to
     if sorted(axes) not in (sorted("2bthd"), sorted("bthd"), sorted("btd")) or len(axes) != cache.dim():
         raise LayoutMismatch(f"{name}: K cannot be moved: axes {axes!r} do not describe shape {tuple(cache.shape)}")
     if "2" in axes:
-        cache, axes = cache.select(axes.index("2"), 0), axes.replace("2", "")
+        cache, axes = cache.select(axes.index("2"), half), axes.replace("2", "")
     if "h" not in axes:
         cache, axes = cache.unsqueeze(-1), axes + "h"
     return cache.permute([axes.index(letter) for letter in "bthd"])

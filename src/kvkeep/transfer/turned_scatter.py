@@ -8,7 +8,7 @@ owners or which chunks are moved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ import triton.language as tl
 
 from kvkeep.transfer.kernels import PROGRAMS, upload
 from kvkeep.transfer.moves import Job, Part, places
-from kvkeep.transfer.rotary import Pairing, Turn, check_keys
+from kvkeep.transfer.rotary import Turn, check_keys
+from kvkeep.transfer.turning import Alike, Plane
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -68,56 +69,51 @@ def scatter_turned(planes, batch, turns, HEADS: tl.constexpr, DIMS: tl.constexpr
         tl.store(out + rest_dim * step, other, mask=staying)
 
 
-class Plane(NamedTuple):
-    """K, or V, which does not turn, of a layer: a view [blocks, tokens, heads, head_size], and the part it lies in."""
-
-    pages: torch.Tensor
-    part: Part
-    turns: bool
-
-
 class TurnedScatter:
     """A `Mover` from the pool for one batch: `turn`, on the device, has the tokens of the jobs' blocks in their order.
 
-    The planes are those of one group, of one shape and dtype, and must cover every part that is to be copied; `kernel`
-    is `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for numbers that cannot be turned.
+    `parts` are those of the transfer. The planes of `alike` must cover every part that is to be copied; `kernel` is
+    `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for numbers that cannot be turned.
     """
 
-    def __init__(self, planes: Sequence[Plane], turn: Turn, pairing: Pairing, kernel: Any = scatter_turned) -> None:
-        pages, pairs = planes[0].pages, turn.cos.shape[1]
+    def __init__(self, parts: Sequence[Part], alike: Alike, turn: Turn, kernel: Any = scatter_turned) -> None:
+        pages, pairs, pairing = alike.planes[0].pages, turn.cos.shape[1], alike.keys.pairing
         check_keys(pages)
-        assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in planes)
+        assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in alike.planes)
         assert pairing.start + 2 * pairs <= pages.shape[3], f"{pairs} pairs do not fit a head of {pages.shape[3]}"
-        self._planes = tuple(planes)
+        self._parts = tuple(parts)
+        self._alike = alike
         self._turn = turn
-        self._pairing = pairing
         self._kernel = kernel
 
     def start(self, jobs: Sequence[Job], to_pool: bool, only: int | None) -> None:
         """As `Mover.start`, from the pool only."""
         assert not to_pool, "chunks are stored as they were computed"
-        planes = [one for one in self._planes if only in (None, one.part.range_)]
-        pages, pairs = self._planes[0].pages, self._turn.cos.shape[1]
+        planes = [one for one in self._alike.planes if only in (None, one.range_)]
+        pages, pairs, pairing = self._alike.planes[0].pages, self._turn.cos.shape[1], self._alike.keys.pairing
         _, block_tokens, heads, head_size = pages.shape
-        rows = places(jobs, self._planes[0].part.group)
+        rows = places(jobs, self._alike.group)
         moved = len(rows) * block_tokens
         assert len(self._turn.cos) == moved, "a turn is not for these blocks' tokens"
         if not moved or not planes:
             return
-        steps = (2, 1) if self._pairing.interleaved else (1, pairs)
-        sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, self._pairing.start, *steps]
+        steps = (2, 1) if pairing.interleaved else (1, pairs)
+        sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, pairing.start, *steps]
         batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
-        table = upload(np.array([_numbers(one) for one in planes], np.int64), pages.device)
+        table = upload(np.array([self._numbers(one) for one in planes], np.int64), pages.device)
         turns = torch.stack(self._turn)
         widths = (triton.next_power_of_2(n) for n in (heads, max(1, pairs, head_size - 2 * pairs)))
         self._kernel[(min(PROGRAMS, sizes[0]),)](table, batch, turns, *widths, _DTYPES[pages.dtype])
 
-
-def _numbers(plane: Plane) -> tuple[int, ...]:
-    pages, part = plane.pages, plane.part
-    nbytes, (block, token, head, dim) = pages.element_size(), pages.stride()
-    inside = pages.data_ptr() - part.pages.address
-    assert 0 <= inside < part.pages.nbytes, "the plane is not in its part"
-    assert block * nbytes == part.pages.stride, "a block is not a page"
-    offset = part.offset + inside
-    return int(plane.turns), pages.data_ptr(), block * nbytes, token * nbytes, head, dim, offset, part.pages.nbytes
+    def _numbers(self, plane: Plane) -> tuple[int, ...]:
+        pages, nbytes = plane.pages, plane.pages.element_size()
+        block, token, head, dim = pages.stride()
+        part, inside = next(
+            (part, inside)
+            for part in self._parts
+            if part.range_ == plane.range_
+            and 0 <= (inside := pages.data_ptr() - part.pages.address) < part.pages.nbytes
+        )
+        assert block * nbytes == part.pages.stride, "a block is not a page"
+        offset = part.offset + inside
+        return int(plane.turns), pages.data_ptr(), block * nbytes, token * nbytes, head, dim, offset, part.pages.nbytes
