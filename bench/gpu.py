@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path as File
 
 import numpy as np
 import torch
@@ -21,16 +21,23 @@ from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.choice import decide
 from kvkeep.transfer.cuda import CudaDriver, load_driver
+from kvkeep.transfer.device import DeviceTransfer, Path
 from kvkeep.transfer.kernels import PROGRAMS, KernelMover
 from kvkeep.transfer.lanes import CudaLane
 from kvkeep.transfer.memcpy import CopyMover
 from kvkeep.transfer.moves import Job, Mover, Pages, Part, parts_of
+from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.probe import probe, scattered
+from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.transfer import Blocks
+from kvkeep.transfer.turned_scatter import TurnedScatter
+from kvkeep.transfer.turning import Keys, Turning
 
 PAGE_SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 NBYTES = 256 << 20
 SMALL_NBYTES = 64 << 20  # of pages that take the host long to list
+CHUNKS, LAYERS, BLOCKS = 32, 32, 513  # of a model's cache: 8,192 tokens in blocks of 16
+SIDE = 8192  # of the matrices that are multiplied
 RUNS = 7
 HIDDEN_CYCLES = 60_000_000  # some 30 ms in which the host prepares
 WAYS = ("kernel", "engine")
@@ -55,7 +62,11 @@ class Memory:
     def whole(self, to_pool: bool) -> Copy:
         """One large copy."""
         target, source = (self.outside, self.inside) if to_pool else (self.inside, self.outside)
-        return lambda: target.copy_(source, non_blocking=True) and None
+
+        def copy() -> None:
+            target.copy_(source, non_blocking=True)
+
+        return copy
 
     def paged(self, way: str, page_nbytes: int, to_pool: bool) -> Copy:
         job, parts = scattered(self.inside, self.outside, page_nbytes)
@@ -98,7 +109,7 @@ def rate_of_both(copies: tuple[Copy, Copy], nbytes: int) -> float:
             end.record()
     for end in ends:
         end.synchronize()
-    return 2 * nbytes / max(start.elapsed_time(end) for end in ends) / 1e6
+    return float(2 * nbytes / max(start.elapsed_time(end) for end in ends) / 1e6)
 
 
 def bandwidth_rows() -> list[Row]:
@@ -132,7 +143,7 @@ def both_rows() -> list[Row]:
 
 def product_rows() -> list[Row]:
     """A matrix product beside a copy that lasts longer than it, and alone."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     memory, stream = Memory(NBYTES), torch.cuda.Stream()
 
     def products(copy: Copy | None) -> float:
@@ -159,18 +170,46 @@ def product_rows() -> list[Row]:
     return rows
 
 
+def turned_rows() -> list[Row]:
+    """A load whose K turns on its way to another position, and one whose K does not: 64 KiB a block and layer."""
+    shape, lane = (2, BLOCKS, 16, 8, 128), CudaLane(torch.device("cuda", 0))
+    caches = {f"l{n}": torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for n in range(LAYERS // 4)}
+    group = GroupCaches(caches, BLOCKS, 16, 0)
+    transfer = DeviceTransfer([group], 256, lambda parts: (Path(mover("kernel", parts), lane),) * 2)
+    keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
+    memory = Memory(CHUNKS * transfer.shard.nbytes)
+    ids = np.random.default_rng(0).permutation(np.arange(1, BLOCKS)).reshape(CHUNKS, -1).tolist()
+    leases = [
+        Lease(memory.outside.numpy()[n * transfer.shard.nbytes :][: transfer.shard.nbytes], transfer.shard, (0,))
+        for n in range(CHUNKS)
+    ]
+    jobs = [Job([Blocks(0, 0, tuple(one))], lease) for one, lease in zip(ids, leases, strict=True)]
+    turns = Turning([group], transfer.shard, dict.fromkeys(caches, keys)).turns([job.blocks for job in jobs], 0, 70_000)
+    (batch,) = turns.batches(None, CHUNKS)
+    assert batch.alike is not None
+    assert batch.turn is not None
+    turned = TurnedScatter(transfer.parts, batch.alike, batch.turn)
+    nbytes = memory.outside.numel()
+    rows = []
+    for name, copier in (("turned", turned), ("plain", mover("kernel", transfer.parts))):
+        load = partial(copier.start, jobs, False, None)
+        ours, theirs = alternate(RUNS, partial(rate, load, nbytes), partial(rate, memory.whole(False), nbytes))
+        rows.append(Case(f"load-64KiB-{name}", "GB/s", "one large page-locked copy", "higher").row(ours, theirs))
+    return rows
+
+
 def host_rows() -> list[Row]:
-    """What the host does for 8,192 tokens of a model of 32 layers: 32 chunks in one batch, until the call is back."""
-    layers, blocks, page_nbytes = 32, 513, 32 << 10
-    cache = torch.zeros((layers, 2, blocks, page_nbytes), dtype=torch.uint8, device="cuda")
+    """What the host does for 32 chunks of 32 layers in one batch, until the call is back."""
+    page_nbytes = 32 << 10
+    cache = torch.zeros((LAYERS, 2, BLOCKS, page_nbytes), dtype=torch.uint8, device="cuda")
     shard = ShardLayout(
-        256, (GroupLayout(16, 0, tuple(LayerLayout(f"l{n}", (page_nbytes,) * 2) for n in range(layers))),)
+        256, (GroupLayout(16, 0, tuple(LayerLayout(f"l{n}", (page_nbytes,) * 2) for n in range(LAYERS))),)
     )
     pages = [
-        [Pages(cache[layer, half].data_ptr(), page_nbytes, page_nbytes) for half in (0, 1)] for layer in range(layers)
+        [Pages(cache[layer, half].data_ptr(), page_nbytes, page_nbytes) for half in (0, 1)] for layer in range(LAYERS)
     ]
-    memory = torch.zeros(32 * shard.nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-    ids = np.random.default_rng(0).permutation(np.arange(1, blocks)).reshape(32, 16).tolist()
+    memory = torch.zeros(CHUNKS * shard.nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    ids = np.random.default_rng(0).permutation(np.arange(1, BLOCKS)).reshape(CHUNKS, -1).tolist()
     jobs = [
         Job([Blocks(0, 0, tuple(one))], Lease(memory[n * shard.nbytes : (n + 1) * shard.nbytes], shard, (0,)))
         for n, one in enumerate(ids)
@@ -197,12 +236,12 @@ def host_rows() -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=File)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: nothing to measure")
     device = torch.device("cuda", 0)
-    rows = [row for part in (bandwidth_rows, both_rows, product_rows, host_rows) for row in part()]
+    rows = [row for part in (bandwidth_rows, both_rows, product_rows, turned_rows, host_rows) for row in part()]
     show(rows, f"{torch.cuda.get_device_name(0)}, {PROGRAMS} programs a launch")
     write(rows, options.json)
     samples = probe(device, CudaLane(device), partial(mover, "kernel"), partial(mover, "engine"))
