@@ -19,6 +19,7 @@ import torch
 from kvkeep.cli.rows import Case, Row, alternate, seconds
 from kvkeep.config import Config
 from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.by_layer import Means
 from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.library import Model, identity_of
 from kvkeep.engine.link import source_of
@@ -26,11 +27,14 @@ from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.rope import Span, frequencies
 from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened, Transfer
+from kvkeep.transfer.turning import Keys, Turning
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
 COPIED_TOKENS = 2048
 PAGE_NBYTES = 32 << 10  # K, or V, of one block in one layer: 8 heads of 128, bf16
+ELSEWHERE = 70_000  # the position to which a text is moved
 Words = npt.NDArray[np.uint32]
 
 
@@ -40,7 +44,10 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
         pool_size=pool_chunks * transfer.shard.nbytes, deadline_s=30.0, transfer_mode="layerwise", log_level="error"
     )
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
-    return CacheEngine(Opened(transfer), identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
+    keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
+    means = Means(turning=Turning(groups, transfer.shard, dict.fromkeys(groups[0].caches, keys)))
+    identity = identity_of(Model("bench"), groups, CHUNK_TOKENS)
+    return CacheEngine(Opened(transfer), identity, source, config, means=means)
 
 
 def fresh(random_: np.random.Generator, count: int) -> Words:
@@ -106,15 +113,15 @@ class Bench:
 
         return self.rate(action)
 
-    def retrieve(self, which: str, layerwise: bool) -> float:
+    def retrieve(self, layerwise: bool, at: int = 0) -> float:
         """The prompt, into other blocks than it came from."""
-        one = self.engines[which]
+        one = self.engines[""]
         one.store(self.tokens, self.tables[0])  # stores of others may have displaced it
 
         def action() -> int:
             if not layerwise:
-                return int(one.retrieve(self.tokens, self.tables[1]).sum())
-            *_, mask = one.retrieve_layer(self.tokens, self.tables[1])
+                return int(one.retrieve(self.tokens, self.tables[1], at=at).sum())
+            *_, mask = one.retrieve_layer(self.tokens, self.tables[1], at=at)
             assert isinstance(mask, np.ndarray)
             return int(mask.sum())
 
@@ -139,7 +146,7 @@ def bench() -> Iterator[Bench]:
     per_prompt = COPIED_TOKENS // BLOCK_TOKENS
     num_blocks = 1 + 2 * per_prompt
     shape = (2, num_blocks, BLOCK_TOKENS, 8, 128)
-    layers = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) for _ in range(LAYERS)]
+    layers = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16) for _ in range(LAYERS)]
     groups = [GroupCaches({f"layer {n}": one for n, one in enumerate(layers)}, num_blocks, BLOCK_TOKENS, 0)]
     transfer = ReferenceTransfer(groups, CHUNK_TOKENS)
     ids = np.random.default_rng(2).permutation(np.arange(1, num_blocks))
@@ -184,7 +191,8 @@ def copy_rows(runs: int, layerwise: bool) -> list[Row]:
     with bench() as one:
         cases: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = [
             (f"{name}-store", goal, lambda: one.store("", layerwise), lambda: one.memmove(True)),
-            (f"{name}-retrieve", goal, lambda: one.retrieve("", layerwise), lambda: one.memmove(False)),
+            (f"{name}-retrieve", goal, lambda: one.retrieve(layerwise), lambda: one.memmove(False)),
+            (f"{name}-retrieve-moved", "", lambda: one.retrieve(layerwise, ELSEWHERE), lambda: one.memmove(False)),
             (f"{name}-store-no-sums", "", lambda: one.store("-no-sums", layerwise), lambda: one.memmove(True)),
         ]
         return [
