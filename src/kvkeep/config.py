@@ -82,6 +82,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     early_loads: Annotated[bool, Meta(description="true or false")] = False
     transfer: Annotated[Literal["auto", "kernel", "copy"], Meta(description='"auto", "kernel" or "copy"')] = "auto"
     transfer_programs: Annotated[int, Meta(gt=0, le=1024, description="a whole number > 0 and <= 1024")] = 16
+    cross_layer_blocks: Annotated[bool, Meta(description="true or false")] = False
     trace_path: Annotated[str, Meta(description='"" for no trace, or the path of a file')] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
@@ -102,6 +103,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     def outlived(self) -> bool:
         """Whether what is kept may be there after the engine that made it, or for another one."""
         return self.socket_path is not None or bool(self.disk_directories)
+
+    def may_go_by_layer(self, on_cpu: bool) -> bool:
+        """Whether loads may be made layer by layer: on a device only where that is set, not where it is measured."""
+        return self.transfer_mode == "layerwise" or (on_cpu and self.transfer_mode == "auto")
 
     @property
     def early_refusal(self) -> str:

@@ -133,6 +133,9 @@ TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 TWO_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
+ACROSS: dict[str, object] = {"cross_layer_blocks": True, "transfer_mode": "bulk"}
+OUTERMOST = {"BLOCKS_OUTERMOST": "1"}  # see engine.py
+
 JOBS = {
     "tiny-plain": Job("answers"),
     "tiny": Job("answers", keep={}),
@@ -148,6 +151,9 @@ JOBS = {
     "lora-plain": Job("adapters", options=LORA),
     "hybrid": Job("windows", "hybrid", keep={}),
     "hybrid-plain": Job("windows", "hybrid"),
+    "tiny-across": Job("answers", keep=ACROSS, env=OUTERMOST),
+    "hybrid-across": Job("windows", "hybrid", keep=ACROSS, env=OUTERMOST),
+    "asked-in-vain": Job("few", keep=ACROSS),
     "lfm2": Job("recurrent", "lfm2", keep={}, options=SMALL_STEPS, disk="states", shutdown=False),
     "lfm2-plain": Job("recurrent", "lfm2", options=SMALL_STEPS),
     "lfm2-restarted": Job("recurrent_again", "lfm2", keep={}, options=SMALL_STEPS, disk="states", after="lfm2"),

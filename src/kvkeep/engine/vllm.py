@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -49,6 +50,7 @@ from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepSta
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.open import open_transfer, open_with_states
+from kvkeep.transfer.pages import across_layers
 from kvkeep.transfer.transfer import Opened
 from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello
@@ -124,6 +126,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         return _config(extra_config).transfer_mode == "layerwise"
 
     @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Blocks outermost, with all layers side by side, where that is asked for; vLLM goes on where it cannot."""
+        config = _config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        return "BLHNC" if config.cross_layer_blocks and config.transfer_mode != "layerwise" else None
+
+    @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         """The figures that another process sent, as an object again."""
         return KVKeepStats(data or {})
@@ -144,7 +152,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Prepares the copies of this rank; LayoutMismatch (before serving) for a cache that cannot be copied."""
         if any(tensor.device.type == "cpu" for tensor in kv_caches.values()):
-            _init_amx()
+            facts.init_amx()
         rank = self._vllm_config.parallel_config.rank
         if self.refusal or not self.config.enabled:
             why = self.refusal or "enabled = false"
@@ -157,7 +165,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         alone = self._vllm_config.parallel_config.world_size == 1
         whole = not facts.splits_batches(self._vllm_config)
         self.worker = open_rank(rank, opened, door, self.config, alone, whole)
-        found = facts.worker_facts(self._vllm_config, kv_caches)
+        found = facts.worker_facts(self._vllm_config, kv_caches, opened.transfer.shard)
         states = opened.states.shard if opened.states is not None else None
         self._info = RankInfo(
             rank, os.getpid(), door.path, opened.transfer.shard, found, states=states, early=self.worker.early
@@ -166,6 +174,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def _reached(self, kv_caches: Mapping[str, torch.Tensor], tokens: int) -> Opened:
         """What copies from and to the registered caches."""
         chunks, states = (facts.group_caches(kv_caches, self._kv_cache_config, kind) for kind in self._groups)
+        if not self.config.may_go_by_layer(next(iter(kv_caches.values())).device.type == "cpu"):
+            chunks = [across_layers(group) for group in chunks]
         if not states:
             return open_transfer(chunks, tokens, wish_of(self.config))
         return open_with_states(chunks, states, tokens)
@@ -356,7 +366,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The engine's cache is void or its weights are new: a new epoch begins, under a name that nobody else has."""
         if self.planner is not None and self.identity is not None:
             epoch = secrets.randbits(62)
-            self.identity = Identity(**{**_fields(self.identity), "epoch": epoch})
+            self.identity = msgspec.structs.replace(self.identity, epoch=epoch)
             self.planner.reset(namespace(self.identity), described(self.identity))
         return True
 
@@ -385,14 +395,3 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
 def _config(extra: Mapping[str, object] | None) -> Config:
     return load_config(extra or {}, os.environ, lambda path: Path(path).read_text())
-
-
-def _fields(identity: Identity) -> dict[str, Any]:
-    return {name: getattr(identity, name) for name in identity.__struct_fields__}
-
-
-def _init_amx() -> None:
-    """Asks the kernel for AMX before the first forward: without it a one-token first forward dies with SIGILL."""
-    supported: Iterable[str] = ("_is_amx_tile_supported", "_init_amx")
-    if all(hasattr(torch.cpu, name) for name in supported) and torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()

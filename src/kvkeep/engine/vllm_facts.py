@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
-from kvkeep.core.layout import chunk_tokens_for
+from kvkeep.core.layout import ShardLayout, chunk_tokens_for
 from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
 from kvkeep.engine.plan import RankInfo
 from kvkeep.engine.vllm_chain import ChainKind
@@ -207,8 +207,8 @@ def group_caches(
     return groups
 
 
-def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The parts of the identity that exist only where the model is loaded."""
+def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor], shard: ShardLayout) -> dict[str, str]:
+    """The parts of the identity that exist only where the model is loaded; `shard` is how its chunks are arranged."""
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     backends, sets, scales = set(), set(), []
     for name, layer in sorted(layers.items()):
@@ -216,6 +216,7 @@ def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor]) ->
         sets.add(str(getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None) or ""))
         scales.append((name, getattr(layer, "_k_scale_float", None), getattr(layer, "_v_scale_float", None)))
     shapes = [(name, str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(caches.items())]
+    shapes += [(name, "across layers", []) for name in sorted(shard.numbers.keys() - caches.keys())]
     return {
         "attention_backend": ",".join(sorted(backends)),
         "instruction_set": ",".join(sorted(sets - {""})),
@@ -310,3 +311,10 @@ def _rope(config: object) -> str:
 
 def _depends_on_length(rope: str) -> bool:
     return any(kind in rope for kind in ("dynamic", "longrope", "su"))
+
+
+def init_amx() -> None:
+    """Asks the kernel for AMX before the first forward: without it a one-token first forward dies with SIGILL."""
+    supported: Iterable[str] = ("_is_amx_tile_supported", "_init_amx")
+    if all(hasattr(torch.cpu, name) for name in supported) and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

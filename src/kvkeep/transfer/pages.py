@@ -74,6 +74,37 @@ def _dense(page: torch.Tensor) -> bool:
     return True
 
 
+def across_layers(group: GroupCaches) -> GroupCaches:
+    """The group with one page a block where a block has the pages of all its layers side by side; else as it is.
+
+    So do vLLM's block-outermost layouts (BLHNC and its like). It is one piece to copy, but layers are no longer apart.
+    """
+    caches = list(group.caches.values())
+    first, size = caches[0], [one[0].numel() * one.element_size() for one in caches]
+    starts = [one.storage_offset() * one.element_size() for one in caches]
+    ends = [start + _extent(one) for start, one in zip(starts, caches, strict=True)]
+    start, nbytes, stride = min(starts), sum(size), first.stride(0) * first.element_size()
+    beside = max(ends) - start == nbytes <= stride and len({*starts}) == len(caches) > 1
+    alike = all(
+        one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and (one.shape[0], one.stride(0) * one.element_size()) == (group.num_blocks, stride)
+        for one in caches
+    )
+    if not beside or not alike:
+        return group
+    storage = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
+    blocks = storage.as_strided((group.num_blocks, nbytes), (stride, 1), start)
+    names = list(group.caches)
+    return group._replace(caches={f"{names[0]} to {names[-1]}": blocks})
+
+
+def _extent(cache: torch.Tensor) -> int:
+    """Bytes from the first element of a block to behind the last one of it."""
+    page = cache[0]
+    last: int = sum((size - 1) * step for size, step in zip(page.shape, page.stride(), strict=True))
+    return (last + 1) * int(page.element_size())
+
+
 def group_rows(group: GroupCaches) -> list[list[torch.Tensor]]:
     """The pages of every layer of a group, part by part."""
     return [page_rows(name, cache, group.num_blocks) for name, cache in group.caches.items()]

@@ -14,6 +14,13 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+if "BLOCKS_OUTERMOST" in os.environ:
+    # what GPU backends say of themselves, and the CPU's can: its kernel reads a block at whatever stride
+    CPUAttentionBackend.supported_kv_cache_layouts = classmethod(lambda _: (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC))
 
 PLENTY = "64 MiB"
 
@@ -86,12 +93,19 @@ class Engine:
             self.facts["figures"] = connector.figures.snapshot()
         self.facts["in one process"] = connector is not None
         self.facts["refusal"] = connector.refusal if connector is not None else ""
+        self.facts["layout"] = self.llm.llm_engine.vllm_config.cache_config.kv_cache_layout
+        self.facts["ranges"] = self._ranges()
         self.facts["chain"] = connector.identity.chain if connector is not None and connector.identity else ""
         self.facts["policy"] = self.llm.llm_engine.vllm_config.kv_transfer_config and (
             self.llm.llm_engine.vllm_config.kv_transfer_config.kv_load_failure_policy
         )
         if shutdown:
             self.core.shutdown()
+
+    def _ranges(self) -> list[str]:
+        """What the rank in this process copies apart from each other; none if there is no such rank."""
+        worker = get_kv_transfer_group().worker if has_kv_transfer_group() else None
+        return list(worker.transfer.shard.numbers) if worker is not None else []
 
     def _connector(self) -> Any:
         """The scheduler's connector where the engine runs in this process."""

@@ -37,6 +37,11 @@ def answers(engine: Engine) -> None:
     twice(engine, "after the reset", prompt)
 
 
+def few(engine: Engine) -> None:
+    """One prompt, twice."""
+    twice(engine, "whole", random_tokens(600, 1))
+
+
 def salts(engine: Engine) -> None:
     """One prompt under two salts and none."""
     prompt = random_tokens(600, 40)
