@@ -71,7 +71,7 @@ class StoreSteps(Protocol):
         """Nothing is read any more when this returns."""
 
 
-class Steps(Protocol):
+class Copies(Protocol):
     """Makes the copies of requests; any thread may call. `at_once`: all of one is done at step 0, the only one."""
 
     def loads(self, chunks: Sequence[Chunk], turns: Turns | None, at_once: bool) -> LoadSteps:
@@ -82,7 +82,7 @@ class Steps(Protocol):
 
 
 class Ways:
-    """`Steps` by the CPU: as `mode` says, or ("auto") in the way that has cost the caller less.
+    """`Copies` by the CPU: as `mode` says, or ("auto") in the way that has cost the caller less.
 
     `order` has each layer's range in the order of the steps.
     """
@@ -92,20 +92,20 @@ class Ways:
         self.order = order
         self.means = means
         self._choice = Choice(mode, possible=means.copier is not None)
-        self._turn = threading.Lock()
+        self._deciding = threading.Lock()
 
     def loads(self, chunks: Sequence[Chunk], turns: Turns | None = None, at_once: bool = False) -> Loads:
-        """As `Steps.loads`."""
+        """As `Copies.loads`."""
         return Loads(self, chunks, turns, self._by_layer(at_once))
 
     def stores(self, chunks: Sequence[Chunk], at_once: bool = False) -> Stores:
-        """As `Steps.stores`."""
+        """As `Copies.stores`."""
         return Stores(self, chunks, self._by_layer(at_once))
 
     def took(self, layerwise: bool | None, seconds: float, chunks: int) -> None:
         """All steps of a request are over, and this is what they cost the caller."""
         if layerwise is not None:
-            with self._turn:
+            with self._deciding:
                 self._choice.took(layerwise, seconds, chunks * self.transfer.shard.nbytes)
 
     def copier(self, layerwise: bool | None) -> tuple[Copier, bool]:
@@ -117,7 +117,7 @@ class Ways:
         """Whether each layer has a copy of its own; None: nor has it a step."""
         if at_once:
             return None
-        with self._turn:
+        with self._deciding:
             return self._choice.layerwise()
 
 

@@ -20,7 +20,7 @@ from kvkeep.transfer.turning import Batch, Turns
 
 
 class Streams:
-    """`Steps` on a device: as `mode` says; "auto" goes by layer where that is worth a launch a layer.
+    """`Copies` on a device: as `mode` says; "auto" goes by layer where that is worth a launch a layer.
 
     `order` has each layer's range in the order of the steps.
     """
@@ -31,11 +31,11 @@ class Streams:
         self._mode = mode
 
     def loads(self, chunks: Sequence[Chunk], turns: Turns | None = None, at_once: bool = False) -> StreamLoads:
-        """As `Steps.loads`."""
+        """As `Copies.loads`."""
         return StreamLoads(self._transfer, chunks, turns, self._steps(chunks, at_once))
 
     def stores(self, chunks: Sequence[Chunk], at_once: bool = False) -> StreamStores:
-        """As `Steps.stores`."""
+        """As `Copies.stores`."""
         return StreamStores(self._transfer, chunks, self._steps(chunks, at_once))
 
     def _steps(self, chunks: Sequence[Chunk], at_once: bool) -> Sequence[range]:

@@ -17,7 +17,7 @@ from typing import Self
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
-from kvkeep.engine.by_layer import ALONE, Chunk, LoadSteps, Means, Steps, StoreSteps, Ways
+from kvkeep.engine.by_layer import ALONE, Chunk, Copies, LoadSteps, Means, StoreSteps, Ways
 from kvkeep.engine.by_stream import Streams
 from kvkeep.engine.cuts import Cut, Mask, Tables, cut
 from kvkeep.engine.line import Held, Line
@@ -83,11 +83,11 @@ class CacheEngine:
         self.layers = len(order)
         """How many layers the layerwise verbs go through."""
         self._means = means
-        self._steps: Steps
+        self._ways: Copies
         if isinstance(transfer, DeviceTransfer):
-            self._steps = Streams(transfer, order, config.transfer_mode)
+            self._ways = Streams(transfer, order, config.transfer_mode)
         else:
-            self._steps = Ways(transfer, order, config.transfer_mode, means)
+            self._ways = Ways(transfer, order, config.transfer_mode, means)
         self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
         self._counting = threading.Lock()
         self._frozen = False
@@ -285,7 +285,7 @@ class CacheEngine:
     def _gathers(self, work: Work, at_once: bool) -> Iterator[StoreSteps]:
         """The copies of a store; nothing of them is left at the end."""
         try:
-            copies = self._steps.stores(work.copies, at_once)
+            copies = self._ways.stores(work.copies, at_once)
             try:
                 yield copies
             finally:
@@ -299,7 +299,7 @@ class CacheEngine:
         try:
             turning = self._means.turning if at and work.chunks else None
             turns = turning.turns(work.blocks, work.first, at) if turning is not None else None
-            copies = self._steps.loads(work.copies, turns, at_once)
+            copies = self._ways.loads(work.copies, turns, at_once)
             try:
                 yield copies
             finally:
