@@ -82,6 +82,16 @@ def test_a_refusal_is_told_once_with_what_it_costs(caplog: pytest.LogCaptureFixt
     assert not device.locked
 
 
+def test_the_log_says_now_and_then_how_far_it_has_come(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "kvkeep")
+    pin = Pin(BASE, 40 << 30, Device().calls, 4 << 30)
+    for populated in range(0, 44 << 30, 4 << 30):
+        pin.grow(populated)
+    told = [record.message.split(" MiB")[0].removeprefix("kvkeep: ") for record in caplog.records]
+    assert told == ["16384 of 40960", "32768 of 40960", "40960 of 40960"]
+    assert [record.message.endswith("so far") for record in caplog.records] == [True, True, False]
+
+
 def test_nothing_is_locked_after_the_end(caplog: pytest.LogCaptureFixture):
     device = Device()
     pin = Pin(BASE, 10, device.calls, 5)

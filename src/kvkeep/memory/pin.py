@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 log = logging.getLogger("kvkeep")
 
-PIECE_NBYTES = 256 << 20  # some 0.1 s each: progress can be seen, and an end need not wait for the whole pool
+PIECE_NBYTES = 256 << 20  # some 0.1 s each: an end need not wait for the whole pool
+TELLS_NBYTES = 16 << 30  # how often the log says how far it has come: some 6 s
 
 
 class PinCalls(NamedTuple):
@@ -44,7 +45,7 @@ class Pin:
         return min(self._pieces * self._piece_nbytes, self._nbytes)
 
     def grow(self, populated_nbytes: int) -> None:
-        """Locks the next pieces whose pages are all there; none after a refusal or the end.
+        """Locks the next pieces whose pages are all there; none after a refusal or the end. The log says how far it is.
 
         A refusal (usually `ulimit -l`) is logged once with what it costs, and is no error: the pool works without.
         """
@@ -62,6 +63,8 @@ class Pin:
             if self.refusal:
                 log.warning("kvkeep: %s", self)
                 return
+            if self.pinned_nbytes // TELLS_NBYTES > start // TELLS_NBYTES and self.pinned_nbytes < self._nbytes:
+                log.info("kvkeep: %s so far", self)
         log.info("kvkeep: %s", self)
 
     def pieces(self, offset: int, nbytes: int) -> tuple[int, ...]:
