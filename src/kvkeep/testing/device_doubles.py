@@ -50,8 +50,11 @@ class HeldLane:
         """Makes the copies of the next `count` batches."""
         for _ in range(min(count, len(self.held))):
             flight = self.held.popleft()
-            flight.start()
-            flight.landed = True
+            try:
+                flight.start()
+                flight.landed = True
+            finally:
+                flight.lost = not flight.landed
 
 
 @dataclass
@@ -61,6 +64,7 @@ class HeldFlight:
     lane: HeldLane
     start: Callable[[], None]
     landed: bool = False
+    lost: bool = False
 
     def done(self) -> bool:
         """As `Flight.done`."""
@@ -74,7 +78,7 @@ class HeldFlight:
     def order(self) -> None:
         """As `Flight.order`: what comes next on the compute stream comes at once."""
         while not self.landed:
-            assert self.lane.held, "these copies, or some before them, have failed"
+            assert not self.lost, "these copies have failed"
             self.lane.land(1)
 
 
