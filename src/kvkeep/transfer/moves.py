@@ -18,6 +18,7 @@ from kvkeep.transfer.transfer import Blocks
 
 Numbers = npt.NDArray[np.int64]
 WIDTHS = (16, 8, 4, 2, 1)
+_FIRST = range(1)
 
 
 class Pages(NamedTuple):
@@ -64,7 +65,7 @@ def parts_of(shard: ShardLayout, pages: Sequence[Sequence[Sequence[Pages]]]) -> 
 
 def address_of(lease: Lease) -> int:
     """Where the lease's shard begins in this process."""
-    return lease.views()[0].ctypes.data
+    return int(lease.views(_FIRST)[0].__array_interface__["data"][0])  # a layer's copies ask for every chunk's
 
 
 def width_of(numbers: Iterable[int]) -> int:
@@ -77,15 +78,15 @@ def width_of(numbers: Iterable[int]) -> int:
 
 def places(jobs: Sequence[Job], group: int) -> Numbers:
     """The blocks that the jobs name in a group: [n, 3] of block id, address of the chunk's shard, place in it."""
-    found = [np.empty((0, 3), np.int64)]
-    for job in jobs:
-        address = address_of(job.lease)
-        for blocks in job.blocks:
-            if blocks.group == group and len(blocks.block_ids):
-                ids = np.array(blocks.block_ids, np.int64)
-                where = np.arange(blocks.first, blocks.first + len(ids))
-                found.append(np.stack((ids, np.full(len(ids), address), where), axis=1))
-    return np.concatenate(found)
+    runs = [(address_of(job.lease), one) for job in jobs for one in job.blocks if one.group == group]
+    if not runs:
+        return np.empty((0, 3), np.int64)
+    ids = [np.asarray(blocks.block_ids, np.int64) for _, blocks in runs]
+    counts = np.array([len(one) for one in ids])
+    chunks = np.array([address for address, _ in runs]).repeat(counts)
+    firsts = np.array([blocks.first for _, blocks in runs]) - (counts.cumsum() - counts)
+    where = firsts.repeat(counts) + np.arange(len(chunks))
+    return np.stack((np.concatenate(ids), chunks, where), axis=1)
 
 
 def copies(parts: Sequence[Part], jobs: Sequence[Job]) -> Numbers:
