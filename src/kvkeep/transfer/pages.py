@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
@@ -80,17 +81,15 @@ def across_layers(group: GroupCaches) -> GroupCaches:
     So do vLLM's block-outermost layouts (BLHNC and its like). It is one piece to copy, but layers are no longer apart.
     """
     caches = list(group.caches.values())
-    first, size = caches[0], [one[0].numel() * one.element_size() for one in caches]
-    starts = [one.storage_offset() * one.element_size() for one in caches]
-    ends = [start + _extent(one) for start, one in zip(starts, caches, strict=True)]
-    start, nbytes, stride = min(starts), sum(size), first.stride(0) * first.element_size()
-    beside = max(ends) - start == nbytes <= stride and len({*starts}) == len(caches) > 1
+    first, nbytes = caches[0], sum(one[0].numel() * one.element_size() for one in caches)
+    start = min(one.storage_offset() * one.element_size() for one in caches)
+    stride = first.stride(0) * first.element_size()
     alike = all(
         one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and (one.shape[0], one.stride(0) * one.element_size()) == (group.num_blocks, stride)
         for one in caches
     )
-    if not beside or not alike:
+    if len(caches) < 2 or not alike or nbytes > stride or not _fill(caches, start, nbytes):
         return group
     storage = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
     blocks = storage.as_strided((group.num_blocks, nbytes), (stride, 1), start)
@@ -98,11 +97,17 @@ def across_layers(group: GroupCaches) -> GroupCaches:
     return group._replace(caches={f"{names[0]} to {names[-1]}": blocks})
 
 
-def _extent(cache: torch.Tensor) -> int:
-    """Bytes from the first element of a block to behind the last one of it."""
-    page = cache[0]
-    last: int = sum((size - 1) * step for size, step in zip(page.shape, page.stride(), strict=True))
-    return (last + 1) * int(page.element_size())
+def _fill(caches: Sequence[torch.Tensor], start: int, nbytes: int) -> bool:
+    """Whether the pages of one block hold each of these bytes of their storage once, and no other."""
+    used = np.zeros(nbytes, np.uint8)
+    for one in caches:
+        size, page = one.element_size(), one[0]
+        at = one.storage_offset() * size - start
+        if at + size * (1 + sum((n - 1) * step for n, step in zip(page.shape, page.stride(), strict=True))) > nbytes:
+            return False
+        shape, steps = (*page.shape, size), (*(step * size for step in page.stride()), 1)
+        np.lib.stride_tricks.as_strided(used[at:], shape, steps)[...] += 1
+    return bool((used == 1).all())
 
 
 def group_rows(group: GroupCaches) -> list[list[torch.Tensor]]:
