@@ -94,6 +94,7 @@ def play() -> None:
     cuda.load_driver, cuda.CudaDriver, cuda.CudaMemory = lambda: None, lambda _library: MemmoveDriver(), Memory
     copy = InterpretedFunction(kernels.copy_pages.fn)
     kernels.KernelMover = partial(kernels.KernelMover, kernel=copy)
+    kernels.refusal = lambda _device: ""
     turn = InterpretedFunction(turned_scatter.scatter_turned.fn)
     turned_scatter.TurnedScatter = partial(turned_scatter.TurnedScatter, kernel=turn)
     OnCpu().__enter__()

@@ -70,13 +70,27 @@ def of_two_allocations() -> list[torch.Tensor]:
     return [*outermost()[1][:2], outermost()[1][2]]
 
 
+def overlapping_with_a_gap() -> list[torch.Tensor]:
+    raw = torch.zeros(BLOCKS, 40)
+    return [raw[:, 0:10], raw[:, 5:15], raw[:, 20:30]]
+
+
 def halves_first() -> list[torch.Tensor]:
     return [torch.zeros(2, BLOCKS, TOKENS, 8) for _ in range(LAYERS)]
 
 
 @pytest.mark.parametrize(
     "make",
-    [apart, layers_outermost, with_a_gap, one_twice, of_two_allocations, halves_first, lambda: outermost()[1][:1]],
+    [
+        apart,
+        layers_outermost,
+        with_a_gap,
+        one_twice,
+        of_two_allocations,
+        overlapping_with_a_gap,
+        halves_first,
+        lambda: outermost()[1][:1],
+    ],
 )
 def test_what_is_not_side_by_side_stays_apart(make):
     group = of(make())

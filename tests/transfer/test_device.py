@@ -20,7 +20,7 @@ from kvkeep.errors import LeaseExpired
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.conformance import CHECKS, TransferCase
 from kvkeep.transfer.device import DeviceTransfer, Path
-from kvkeep.transfer.kernels import TILE_NBYTES, KernelMover, copy_pages
+from kvkeep.transfer.kernels import TILE_NBYTES, KernelMover, copy_pages, refusal
 from kvkeep.transfer.lanes import Flight, InlineLane
 from kvkeep.transfer.memcpy import CopyMover
 from kvkeep.transfer.moves import Job, Mover, Part
@@ -287,6 +287,20 @@ def test_preparing_launches_everything_once_and_copies_nothing():
     assert launches.grids == [1, 1]
     assert launches.widths == [16, 16]
     assert all(torch.equal(one, old) for one, old in zip(caches.memory, before, strict=True))
+
+
+def test_where_no_kernel_can_be_launched_it_is_said_why():
+    class NoCompiler:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*_given: object) -> None:
+                raise RuntimeError("Failed to find C compiler")
+
+            return launch
+
+    assert refusal(torch.device("cpu"), InterpretedFunction(copy_pages.fn)) == ""
+    assert refusal(torch.device("cpu"), NoCompiler()) == (
+        "Triton cannot launch a kernel here: Failed to find C compiler"
+    )
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def case_of(name: str, way: str) -> TransferCase:
     make, tokens, chunk = LAYOUTS[name]
     groups = make()
     caches = [
-        GroupCaches({f"l{n}": cache for n, cache in enumerate(layers)}, NB, size, 0)
-        for layers, size in zip(groups, tokens, strict=True)
+        GroupCaches({f"g{number}.l{n}": cache for n, cache in enumerate(layers)}, NB, size, 0)
+        for number, (layers, size) in enumerate(zip(groups, tokens, strict=True))
     ]
 
     def parts(group: int, layer: int) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from kvkeep.engine.cache_engine import CacheEngine
 from kvkeep.engine.copier import ThreadCopier, spare_cores
 from kvkeep.engine.link import Source, source_of
 from kvkeep.engine.open_rank import wish_of
+from kvkeep.transfer.device import DeviceTransfer
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
@@ -73,6 +74,8 @@ def open_engine(
     opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
     turning = None if keys is None else Turning(groups, opened.transfer.shard, keys)
+    if turning is not None and isinstance(opened.transfer, DeviceTransfer):
+        opened.transfer.prepare_turns(turning.alike)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
     # copies on a thread need memory that the CPU reaches, and a core that nobody computes on
     by_cpu = isinstance(opened.transfer, ReferenceTransfer) and model.ranks == 1 and config.transfer_mode != "bulk"

@@ -7,7 +7,7 @@ Memory that is not page-locked goes through `StagedTransfer`. Knows nothing abou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Lease
@@ -27,7 +27,17 @@ class Path(NamedTuple):
     lane: Lane
 
 
-Turned = Callable[[Sequence[Part], Alike, Turn], Mover]
+class TurnedMover(Protocol):
+    """A mover that turns K on its way."""
+
+    def start(self, jobs: Sequence[Job], to_pool: bool, only: int | None) -> None:
+        """As `Mover.start`."""
+
+    def prepare(self) -> None:
+        """Compiles what `start` will launch."""
+
+
+Turned = Callable[[Sequence[Part], Alike, Turn], TurnedMover]
 """What makes the mover of a batch that turns K on its way."""
 
 
@@ -60,6 +70,14 @@ class DeviceTransfer:
     def shard(self) -> ShardLayout:
         """As `Transfer.shard`."""
         return self._shard
+
+    def prepare_turns(self, kinds: Sequence[Alike]) -> None:
+        """Compiles what will turn these on the way, so that no request waits for it."""
+        turned = self._turned
+        for alike in kinds if turned is not None else ():
+            none = alike.keys.frequencies[None, :][:0]
+            if turned is not None:
+                turned(self.parts, alike, Turn(none, none)).prepare()
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`."""

@@ -6,15 +6,16 @@ other multiprocessors to the model. Knows nothing about streams, leases' owners 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
+from kvkeep.transfer.lanes import upload
 from kvkeep.transfer.moves import Job, Numbers, Part, address_of, places, width_of
 
 PROGRAMS = 16  # where nothing is set; of an H100's 132 multiprocessors
@@ -106,13 +107,14 @@ class KernelMover:
         ]
 
 
-def upload(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The numbers on the device, in the order of the current stream and without waiting for it.
-
-    Torch keeps the page-locked source until it was read.
-    """
-    tensor = torch.from_numpy(numbers)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def refusal(device: torch.device, kernel: Any = copy_pages) -> str:
+    """Why no kernel can be launched on this device, "" if one can: Triton needs a C compiler, among other things."""
+    nothing = torch.zeros(_HEAD, dtype=torch.int64, device=device)
+    try:
+        kernel[(1,)](nothing, nothing, True, 16, TILE_NBYTES)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"Triton cannot launch a kernel here: {error}"
+    return ""
 
 
 def _tile(parts: Sequence[Part]) -> int:

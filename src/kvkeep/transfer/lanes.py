@@ -6,8 +6,9 @@ Knows nothing about blocks, chunks or how bytes are copied.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 
 
@@ -90,8 +91,23 @@ class CudaLane:
         before = torch.cuda.Event()
         before.record(torch.cuda.current_stream(self._device))
         self._stream.wait_event(before)
+        complete = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
-            start()
-            complete = torch.cuda.Event(blocking=True)
+            started = False
+            try:
+                start()
+                started = True
+            finally:
+                if not started:  # nobody gets a flight to wait for, and what was launched may still use its memory
+                    self._stream.synchronize()
             complete.record(self._stream)
         return CudaFlight(complete, self._device)
+
+
+def upload(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The numbers on the device, in the order of the current stream and without waiting for it.
+
+    Torch keeps the page-locked source until it was read.
+    """
+    tensor = torch.from_numpy(numbers)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

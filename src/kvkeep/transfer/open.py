@@ -24,7 +24,7 @@ from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened
 
 try:
-    from kvkeep.transfer.kernels import KernelMover
+    from kvkeep.transfer.kernels import KernelMover, refusal
     from kvkeep.transfer.turned_scatter import TurnedScatter
 except ImportError as _error:  # Triton is an extra, and is not made for every machine
     _WITHOUT_TRITON = str(_error)
@@ -46,8 +46,9 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, wish: Wish) 
             StagedTransfer(groups, chunk_tokens), None, f"staging copies, slower: {device} has no CUDA driver"
         )
     movers = _Movers(device, CudaDriver(library), wish.programs)
-    choice = choose(str(torch.cuda.get_device_name(device)), wish, movers.measure, _WITHOUT_TRITON)
-    turned: Turned | None = None if _WITHOUT_TRITON else TurnedScatter
+    without_kernel = _WITHOUT_TRITON or refusal(device)
+    choice = choose(str(torch.cuda.get_device_name(device)), wish, movers.measure, without_kernel)
+    turned: Turned | None = None if without_kernel else partial(TurnedScatter, programs=wish.programs)
     transfer = DeviceTransfer(groups, chunk_tokens, partial(movers.paths, choice), turned)
     return Opened(transfer, CudaMemory(library, device.index or 0).calls, str(choice))
 

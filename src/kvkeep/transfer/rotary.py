@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvkeep.errors import LayoutMismatch
+from kvkeep.transfer.lanes import upload
 
+_TOKENS = 4096  # whose angles are computed at once: in double precision they are large
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,9 +40,14 @@ def turn_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor
     The two frequencies differ only for a scaling that depends on the length. Angles are rounded to float32 one by one,
     as models round them, and subtracted without a further loss.
     """
-    angles = [positions.to(torch.float32)[:, None] * pace[None, :] for positions, pace in (old, new)]
-    by = angles[1].double() - angles[0].double()
-    return Turn(by.cos().float(), by.sin().float())
+    shape = (len(old[0]), len(old[1]))
+    turn = Turn(*(torch.empty(shape, dtype=torch.float32, device=old[1].device) for _ in range(2)))
+    for at in range(0, shape[0], _TOKENS):
+        tokens = slice(at, at + _TOKENS)
+        angles = [positions[tokens].to(torch.float32)[:, None] * pace[None, :] for positions, pace in (old, new)]
+        by = angles[1].double() - angles[0].double()
+        turn.cos[tokens], turn.sin[tokens] = by.cos(), by.sin()
+    return turn
 
 
 def rotate(keys: torch.Tensor, turn: Turn, pairing: Pairing) -> torch.Tensor:
@@ -67,7 +75,7 @@ def rotate_blocks(pages: torch.Tensor, block_ids: Sequence[int], turn: Turn, pai
 
     The tokens of `turn` are those of the blocks, in their order; a block must be named once.
     """
-    ids = torch.tensor(block_ids, dtype=torch.int64, device=pages.device)
+    ids = upload(np.array(block_ids, np.int64), pages.device)
     keys = pages.index_select(0, ids)
     pages[ids] = rotate(keys.flatten(0, 1), turn, pairing).view_as(keys)
 
@@ -85,6 +93,8 @@ def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "", half:
         )
     check_keys(cache, name)
     if sorted(axes) not in (sorted("2bthd"), sorted("bthd"), sorted("btd")) or len(axes) != cache.dim():
+        raise LayoutMismatch(f"{name}: K cannot be moved: axes {axes!r} do not describe shape {tuple(cache.shape)}")
+    if "2" in axes and cache.shape[axes.index("2")] != 2:
         raise LayoutMismatch(f"{name}: K cannot be moved: axes {axes!r} do not describe shape {tuple(cache.shape)}")
     if "2" in axes:
         cache, axes = cache.select(axes.index("2"), half), axes.replace("2", "")

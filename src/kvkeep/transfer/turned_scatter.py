@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvkeep.transfer.kernels import PROGRAMS, upload
+from kvkeep.transfer.kernels import PROGRAMS
+from kvkeep.transfer.lanes import upload
 from kvkeep.transfer.moves import Job, Part, places
 from kvkeep.transfer.rotary import Turn, check_keys
 from kvkeep.transfer.turning import Alike, Plane
@@ -72,11 +73,19 @@ def scatter_turned(planes, batch, turns, HEADS: tl.constexpr, DIMS: tl.constexpr
 class TurnedScatter:
     """A `Mover` from the pool for one batch: `turn`, on the device, has the tokens of the jobs' blocks in their order.
 
-    `parts` are those of the transfer. The planes of `alike` must cover every part that is to be copied; `kernel` is
-    `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for numbers that cannot be turned.
+    `parts` are those of the transfer. The planes of `alike` must cover every part that is to be copied; at most
+    `programs` run at once; `kernel` is `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for
+    numbers that cannot be turned.
     """
 
-    def __init__(self, parts: Sequence[Part], alike: Alike, turn: Turn, kernel: Any = scatter_turned) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        alike: Alike,
+        turn: Turn,
+        programs: int = PROGRAMS,
+        kernel: Any = scatter_turned,
+    ) -> None:
         pages, pairs, pairing = alike.planes[0].pages, turn.cos.shape[1], alike.keys.pairing
         check_keys(pages)
         assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in alike.planes)
@@ -84,6 +93,7 @@ class TurnedScatter:
         self._parts = tuple(parts)
         self._alike = alike
         self._turn = turn
+        self._programs = programs
         self._kernel = kernel
 
     def start(self, jobs: Sequence[Job], to_pool: bool, only: int | None) -> None:
@@ -102,8 +112,19 @@ class TurnedScatter:
         batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
         table = upload(np.array([self._numbers(one) for one in planes], np.int64), pages.device)
         turns = torch.stack(self._turn)
+        self._launch(min(self._programs, sizes[0]), table, batch, turns)
+
+    def prepare(self) -> None:
+        """Compiles what `start` will launch: no request shall wait for it."""
+        device = self._alike.planes[0].pages.device
+        nothing = torch.zeros(16, dtype=torch.int64, device=device)
+        self._launch(1, nothing, nothing, torch.zeros(1, dtype=torch.float32, device=device))
+
+    def _launch(self, programs: int, table: torch.Tensor, batch: torch.Tensor, turns: torch.Tensor) -> None:
+        pages, pairs = self._alike.planes[0].pages, self._turn.cos.shape[1]
+        heads, head_size = pages.shape[2:]
         widths = (triton.next_power_of_2(n) for n in (heads, max(1, pairs, head_size - 2 * pairs)))
-        self._kernel[(min(PROGRAMS, sizes[0]),)](table, batch, turns, *widths, _DTYPES[pages.dtype])
+        self._kernel[(programs,)](table, batch, turns, *widths, _DTYPES[pages.dtype])
 
     def _numbers(self, plane: Plane) -> tuple[int, ...]:
         pages, nbytes = plane.pages, plane.pages.element_size()
