@@ -137,3 +137,6 @@ def test_layers_are_found_by_name_in_any_order():
     for names in (["a"], ["a", "b", "c", "c"], ["a", "b", "x"]):
         with pytest.raises(ValueError, match="every layer is named once"):
             shard.in_order(names)
+    twice = ShardLayout(16, (GroupLayout(16, 0, first), GroupLayout(8, 0, first)))
+    with pytest.raises(ValueError, match="two layers have one name"):
+        twice.in_order([])

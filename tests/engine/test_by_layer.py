@@ -105,6 +105,7 @@ def test_with_a_thread_that_died_nothing_arrives_and_nothing_is_kept(stored: boo
             lib.engine.store(TOKENS, HERE)
             *_, mask = lib.engine.retrieve_layer(TOKENS, THERE)
             assert not mask.any()
+            assert lib.engine.lookup(TOKENS) == 32, "what was kept is as good as ever"
         else:
             assert list(lib.engine.store_layer(TOKENS, HERE)) == [None] * (LAYERS + 1)
             assert lib.engine.lookup(TOKENS) == 0

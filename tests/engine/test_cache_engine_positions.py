@@ -261,6 +261,57 @@ def test_a_device_stores_by_layer_without_being_waited_for_before_the_end(mode: 
         lib.settled()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_caches_may_have_been_made_in_inference_mode(way: str):
+    with torch.inference_mode():
+        kind = KINDS["flash attention"]()
+    device = HeldDevice()
+    with opened(kind, way, device) as lib:
+        lib.engine.store(TOKENS, lib.table(HERE, 32))
+        with torch.inference_mode():
+            wanted = moved(kind, 0, AT)
+            *_, arrived = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
+            assert arrived.all()
+            assert bits(list(lib.caches())) == bits(wanted)
+
+
+def test_a_table_may_be_used_again_between_two_steps():
+    kind, device = KINDS["flash attention"](), HeldDevice()
+    with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
+        lib.engine.store(TOKENS, lib.table(HERE, 32))
+        wanted, table = moved(kind, 0, AT), np.array(THERE[:8], np.intp)
+        steps = lib.engine.retrieve_layer(TOKENS, [table], at=AT)
+        next(steps)
+        next(steps)
+        table[:] = 20
+        assert [*steps][-1].all()
+        assert bits(list(lib.caches())) == bits(wanted)
+
+
+def test_the_last_step_holds_nothing_whether_or_not_the_generator_is_exhausted():
+    kind, device = KINDS["flash attention"](), HeldDevice(turned=KERNEL)
+    with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
+        storing = lib.engine.store_layer(TOKENS, lib.table(HERE, 32))
+        for _ in range(4):
+            next(storing)
+        lib.settled()
+        retrieving = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
+        for _ in range(5):
+            mask = next(retrieving)
+        assert mask is not None
+        assert not device.loads.held
+        lib.settled()
+
+
+def test_what_turns_in_its_blocks_is_copied_once():
+    kind, device = KINDS["each layer its own pace"](), HeldDevice()
+    with library(kind.groups, keys=kind.keys, device=device, transfer_mode="bulk") as lib:
+        lib.engine.store(TOKENS, lib.table(HERE, 32))
+        *_, arrived = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
+        assert arrived.all()
+        assert device.loads.flights == 1
+
+
 def test_what_is_not_known_is_refused_by_name():
     kind = KINDS["flash attention"]()
     with library(kind.groups) as lib:
@@ -276,9 +327,17 @@ def test_what_is_not_known_is_refused_by_name():
         ({"l0": Keys("2tbhd", SLOW)}, "l0: .* not in blocks"),
         ({"l0": Keys("2bthd", torch.ones(7))}, "l0: .* 7 pairs do not fit"),
         ({"l0": Keys("2bthd", SLOW, packed="AMX")}, "l0: .* AMX"),
+        ({"l0": Keys("bthd2", SLOW)}, "l0: .* do not describe"),
     ):
         with pytest.raises(LayoutMismatch, match=says):
             open_engine(kind.groups, MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys=keys)
+
+
+def test_a_cache_of_two_layers_is_refused_where_it_would_turn_twice():
+    kind = KINDS["flash attention"]()
+    shared = kind.groups[0]._replace(caches={"l0": kind.groups[0].caches["l0"], "l1": kind.groups[0].caches["l0"]})
+    with pytest.raises(LayoutMismatch, match=r"l1: .* also that of l0"):
+        open_engine([shared], MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys={"l0": kind.keys["l0"]})
 
 
 # ---- a whole model -------------------------------------------------------------------------------------------

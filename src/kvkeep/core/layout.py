@@ -97,9 +97,11 @@ class ShardLayout:
     def in_order(self, names: Sequence[str]) -> list[range]:
         """Each layer's range, as a range of one number, in the order of `names` (none: as they are arranged).
 
-        Raises ValueError unless every layer is named once.
+        Raises ValueError unless every layer is named once, there and here.
         """
         known = self.numbers
+        if len(known) < len(self.ranges):
+            raise ValueError("two layers have one name: each is registered once, in one group")
         wrong = set(names) ^ set(known) or {name for name in names if names.count(name) > 1}
         if names and wrong:
             raise ValueError(f"every layer is named once: look at {min(wrong)!r}")

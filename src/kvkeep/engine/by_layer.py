@@ -48,6 +48,10 @@ class LoadSteps(Protocol):
     def arrived(self) -> int:
         """How many chunks, from the first one on, have arrived in every layer so far."""
 
+    @property
+    def differs(self) -> bool:
+        """Whether the chunk behind those is not what was written; else its copy was lost, and it is as good as ever."""
+
     def step(self, number: int) -> None:
         """The layer of this step has been written, for whatever the caller does next, when this returns."""
 
@@ -134,6 +138,7 @@ class Loads:
         self._jobs: list[Future[list[int]]] = []
         self._spent_s = 0.0
         self.arrived = len(chunks)
+        self.differs = False
 
     def step(self, number: int) -> None:
         """As `LoadSteps.step`."""
@@ -144,7 +149,7 @@ class Loads:
         while len(self._jobs) < wanted:
             self._jobs.append(self._copier.submit(partial(self._scatter, self._pieces[len(self._jobs)])))
         if finished(self._jobs[min(number, wanted - 1)]) is None:
-            self.arrived = 0
+            self.arrived, self.differs = 0, False
         self._spent_s += self._ways.means.clock() - start_s
 
     def over(self) -> int:
@@ -161,7 +166,7 @@ class Loads:
         part = slice(layer.start * SUM_NBYTES, layer.stop * SUM_NBYTES) if layer is not None else slice(None)
         for place, (lease, blocks, sums) in enumerate(self._chunks[: self.arrived]):
             if not self._ways.transfer.scatter(lease, blocks, sums[part], layer):
-                self.arrived = place
+                self.arrived, self.differs = place, True
                 break
             if self._turns is not None:
                 self._turns.in_place(place, layer)

@@ -59,6 +59,7 @@ class StreamLoads:
         self._behind: list[int] = []
         self._started = False
         self.arrived = len(chunks)
+        self.differs = False
 
     def step(self, number: int) -> None:
         """As `LoadSteps.step`."""
@@ -82,7 +83,7 @@ class StreamLoads:
     def _start(self) -> None:
         held = takewhile(lambda one: not one.sums or ranges_hold(one.lease.views(), one.sums), self._chunks)
         chunks = list(held)
-        self.arrived = len(chunks)
+        self.arrived, self.differs = len(chunks), len(chunks) < len(self._chunks)
         locked = [place for place, one in enumerate(chunks) if one.lease.pieces]
         if self._turns is not None and len(locked) < len(chunks):
             locked = []  # turns are those of a whole text; the pool is being locked still, or cannot be
@@ -98,9 +99,13 @@ class StreamLoads:
             flights: list[Flight] = []
             self._flights.append(flights)  # before anything may fail: what was started is waited for
             for number in (None,) if step is None else step:
-                plain = [Batch(number)]
-                for batch in plain if self._turns is None else self._turns.batches(number, len(jobs)):
+                for batch in self._batches(number, len(jobs)):
                     flights.append(self._transfer.start_turned(jobs, batch))
+
+    def _batches(self, number: int | None, chunks: int) -> list[Batch]:
+        """What is copied of a range, or (None) of all of them: K on its way where the transfer can turn it there."""
+        on_the_way = self._turns is not None and self._transfer.turns_on_the_way
+        return self._turns.batches(number, chunks) if on_the_way and self._turns is not None else [Batch(number)]
 
     def _in_place(self, place: int, layers: range | None) -> None:
         if self._turns is not None:

@@ -133,7 +133,7 @@ class CacheEngine:
         work = self._found(span, tokens, extra)
         with self._scatters(work, at, at_once=True) as copies:
             copies.step(0)
-            return self._arrived(span, work, copies.over())
+            return self._arrived(span, work, copies)
 
     # ---- layerwise -------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class CacheEngine:
                 copies.step(number)
                 yield
             self._commit(work, copies.over())
-            yield
+        yield
 
     def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None, at: int) -> Generator[int | Mask | None]:
         work = self._found(span, tokens, extra)
@@ -177,7 +177,8 @@ class CacheEngine:
             for number in range(self.layers):
                 copies.step(number)
                 yield None
-            yield self._arrived(span, work, copies.over())
+            mask = self._arrived(span, work, copies)
+        yield mask
 
     # ---- control ---------------------------------------------------------------------------------------------------
 
@@ -325,11 +326,12 @@ class CacheEngine:
         """The token behind the last chunk that has arrived."""
         return (work.first + arrived) * span.shard.chunk_tokens
 
-    def _arrived(self, span: Cut, work: Work, arrived: int) -> Mask:
+    def _arrived(self, span: Cut, work: Work, copies: LoadSteps) -> Mask:
         """The mask of a retrieve. The first chunk that was not what had been written is not given out again."""
+        arrived = copies.over()
         end = self._reach(span, work, arrived) if arrived else span.start
         failed = len(work.chunks) - arrived
-        if failed and work.held is not None:
+        if failed and copies.differs and work.held is not None:
             self._line.discard(work.held, work.digests[arrived])
         self._count(delivered_tokens=end - span.start, failed_tokens=failed * span.shard.chunk_tokens)
         return span.mask(end)

@@ -72,7 +72,7 @@ def cut(shard: ShardLayout, length: int, tables: Tables, mask: Mask | Sequence[b
             raise ValueError(f"the mask has a hole at token {hole}: it must be false, then true up to the end")
     if len(tables) != len(shard.groups):
         raise ValueError(f"{len(tables)} block tables for {len(shard.groups)} groups")
-    arrays = [np.asarray(table, np.intp) for table in tables]
+    arrays = [np.asarray(table, np.intp).copy() for table in tables]  # ours: a caller may use its own again
     for number, table in enumerate(arrays):
         need = length // shard.chunk_tokens * shard.blocks(number)
         if table.ndim != 1 or len(table) < need:

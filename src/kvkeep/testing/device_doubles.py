@@ -34,16 +34,18 @@ class MemmoveDriver:
 class HeldLane:
     """A `Lane` whose batches are copied in their order, each when it is landed, waited for or ordered before others.
 
-    `waits` counts how often somebody waited for a copy that had not landed.
+    `waits` counts how often somebody waited for a copy that had not landed, `flights` the batches.
     """
 
     held: deque[HeldFlight] = field(default_factory=deque)
     waits: int = 0
+    flights: int = 0
 
     def run(self, start: Callable[[], None]) -> HeldFlight:
         """As `Lane.run`."""
         flight = HeldFlight(self, start)
         self.held.append(flight)
+        self.flights += 1
         return flight
 
     def land(self, count: int = 1 << 30) -> None:

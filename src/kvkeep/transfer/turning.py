@@ -67,6 +67,8 @@ class Turning:
         self.alike: list[Alike] = []
         self.kinds: dict[int, int] = {}
         """Which of `alike` a range belongs to, by its number."""
+        for group in groups:
+            _check_apart(group.caches, keys)
         for name, number in shard.numbers.items():
             if name in keys:
                 self._add(groups[shard.ranges[number].group], name, number, keys[name])
@@ -79,7 +81,7 @@ class Turning:
         return Turns(self, blocks, first_chunk * self.shard.chunk_tokens, by)
 
     def _add(self, group: GroupCaches, name: str, number: int, keys: Keys) -> None:
-        cache, which = group.caches[name], self.shard.ranges[number].group
+        cache, which = _writable(group.caches[name]), self.shard.ranges[number].group
         pages = key_pages(name, cache, keys.axes, keys.packed)
         if pages.shape[:2] != (group.num_blocks, group.block_tokens):
             raise LayoutMismatch(f"{name}: K cannot be moved: shape {tuple(cache.shape)} is not in blocks of the group")
@@ -137,6 +139,21 @@ class Turns:
         """How many tokens the first `chunks` chunks have in their blocks of a group."""
         size = self._turning.shard.groups[group].block_tokens
         return size * sum(len(one[group].block_ids) for one in self._blocks[:chunks])
+
+
+def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -> None:
+    """LayoutMismatch if K of a layer is another layer's too: it would turn twice."""
+    seen: dict[int, str] = {}
+    for name, cache in caches.items():
+        other = seen.setdefault(cache.data_ptr(), name)
+        if other != name and (name in keys or other in keys):
+            raise LayoutMismatch(f"{name}: K cannot be moved: its cache is also that of {other}; register it once")
+
+
+def _writable(cache: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that may be written to in place wherever it was made, in inference mode too."""
+    plain = torch.empty(0, dtype=cache.dtype, device=cache.device)
+    return plain.set_(cache.untyped_storage(), cache.storage_offset(), cache.shape, cache.stride())
 
 
 def _turns_alike(one: Alike, keys: Keys, pages: torch.Tensor) -> bool:
