@@ -45,7 +45,8 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
     )
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
     keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
-    means = Means(turning=Turning(groups, transfer.shard, dict.fromkeys(groups[0].caches, keys)))
+    names = [name for group in groups for name in group.caches]
+    means = Means(turning=Turning(groups, transfer.shard, dict.fromkeys(names, keys)))
     identity = identity_of(Model("bench"), groups, CHUNK_TOKENS)
     return CacheEngine(Opened(transfer), identity, source, config, means=means)
 
