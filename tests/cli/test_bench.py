@@ -99,7 +99,8 @@ def test_the_disk_cases_that_have_a_goal():
 def test_the_engine_cases():
     rows = engine_rows(1)
     verbs = ["store-chunk", "retrieve-chunk", "engine-lookup-chunk", "engine-lookup-new-tokens"]
-    copies = [f"{way}-{verb}" for way in ("bulk", "layerwise") for verb in ("store", "retrieve", "store-no-sums")]
+    verbs_of_copies = ("store", "retrieve", "retrieve-moved", "store-no-sums")
+    copies = [f"{way}-{verb}" for way in ("bulk", "layerwise") for verb in verbs_of_copies]
     assert [row.case for row in rows] == [*verbs, *copies]
     assert all(row.min > 0 for row in rows)
 
