@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -261,15 +261,18 @@ def test_a_device_stores_by_layer_without_being_waited_for_before_the_end(mode: 
         lib.settled()
 
 
+@pytest.mark.parametrize("mode", [(True, False, True), (True, False, False), (True, True, False), (False, True, True)])
 @pytest.mark.parametrize("way", WAYS)
-def test_caches_may_have_been_made_in_inference_mode(way: str):
-    with torch.inference_mode():
+def test_caches_engine_and_request_may_be_in_inference_mode_or_not(way: str, mode: tuple[bool, bool, bool]):
+    with torch.inference_mode(mode[0]):
         kind = KINDS["flash attention"]()
-    device = HeldDevice()
-    with opened(kind, way, device) as lib:
+    with ExitStack() as stack:
+        with torch.inference_mode(mode[1]):
+            lib = stack.enter_context(opened(kind, way, HeldDevice()))
         lib.engine.store(TOKENS, lib.table(HERE, 32))
         with torch.inference_mode():
             wanted = moved(kind, 0, AT)
+        with torch.inference_mode(mode[2]):
             *_, arrived = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
             assert arrived.all()
             assert bits(list(lib.caches())) == bits(wanted)

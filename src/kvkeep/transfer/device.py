@@ -73,11 +73,11 @@ class DeviceTransfer:
 
     def prepare_turns(self, kinds: Sequence[Alike]) -> None:
         """Compiles what will turn these on the way, so that no request waits for it."""
-        turned = self._turned
-        for alike in kinds if turned is not None else ():
+        if self._turned is None:
+            return
+        for alike in kinds:
             none = alike.keys.frequencies[None, :][:0]
-            if turned is not None:
-                turned(self.parts, alike, Turn(none, none)).prepare()
+            self._turned(self.parts, alike, Turn(none, none)).prepare()
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`."""

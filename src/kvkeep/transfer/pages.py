@@ -58,11 +58,17 @@ def _rows(name: str, part: torch.Tensor, num_blocks: int) -> torch.Tensor:
     stride = part.stride(0) * part.element_size()
     if kernel_blocks > 1 and stride != nbytes:
         raise LayoutMismatch(f"{name}: {kernel_blocks} kernel blocks of a block are not neighbours")
-    storage = torch.empty(0, dtype=torch.uint8, device=part.device).set_(part.untyped_storage())
+    storage = storage_of(part, torch.uint8)
     start = part.storage_offset() * part.element_size()
     shape, strides = (num_blocks, nbytes * kernel_blocks), (stride * kernel_blocks, 1)
     rows: torch.Tensor = storage.as_strided(shape, strides, start)
     return rows
+
+
+def storage_of(cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A cache's whole storage, which may be written to in place, in inference mode or not, wherever it was made."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=cache.device).set_(cache.untyped_storage())
 
 
 def _dense(page: torch.Tensor) -> bool:
@@ -91,8 +97,7 @@ def across_layers(group: GroupCaches) -> GroupCaches:
     )
     if len(caches) < 2 or not alike or nbytes > stride or not _fill(caches, start, nbytes):
         return group
-    storage = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
-    blocks = storage.as_strided((group.num_blocks, nbytes), (stride, 1), start)
+    blocks = storage_of(first, torch.uint8).as_strided((group.num_blocks, nbytes), (stride, 1), start)
     names = list(group.caches)
     return group._replace(caches={f"{names[0]} to {names[-1]}": blocks})
 

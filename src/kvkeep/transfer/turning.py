@@ -13,7 +13,7 @@ import torch
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import LayoutMismatch
-from kvkeep.transfer.pages import GroupCaches
+from kvkeep.transfer.pages import GroupCaches, storage_of
 from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate_blocks, turn_between
 from kvkeep.transfer.transfer import Blocks
 
@@ -81,7 +81,8 @@ class Turning:
         return Turns(self, blocks, first_chunk * self.shard.chunk_tokens, by)
 
     def _add(self, group: GroupCaches, name: str, number: int, keys: Keys) -> None:
-        cache, which = _writable(group.caches[name]), self.shard.ranges[number].group
+        made, which = group.caches[name], self.shard.ranges[number].group
+        cache = storage_of(made, made.dtype).as_strided(made.shape, made.stride(), made.storage_offset())
         pages = key_pages(name, cache, keys.axes, keys.packed)
         if pages.shape[:2] != (group.num_blocks, group.block_tokens):
             raise LayoutMismatch(f"{name}: K cannot be moved: shape {tuple(cache.shape)} is not in blocks of the group")
@@ -148,12 +149,6 @@ def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -
         other = seen.setdefault(cache.data_ptr(), name)
         if other != name and (name in keys or other in keys):
             raise LayoutMismatch(f"{name}: K cannot be moved: its cache is also that of {other}; register it once")
-
-
-def _writable(cache: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that may be written to in place wherever it was made, in inference mode too."""
-    plain = torch.empty(0, dtype=cache.dtype, device=cache.device)
-    return plain.set_(cache.untyped_storage(), cache.storage_offset(), cache.shape, cache.stride())
 
 
 def _turns_alike(one: Alike, keys: Keys, pages: torch.Tensor) -> bool:
