@@ -45,6 +45,12 @@ def test_nothing_configured_works() -> None:
     assert config.socket_path is None
 
 
+def test_loads_go_by_layer_where_it_is_set_and_where_it_is_measured() -> None:
+    modes = ("bulk", "layerwise", "auto")
+    assert [Config(transfer_mode=mode).may_go_by_layer(on_cpu=True) for mode in modes] == [False, True, True]
+    assert [Config(transfer_mode=mode).may_go_by_layer(on_cpu=False) for mode in modes] == [False, True, False]
+
+
 def test_the_defaults_are_right_values_themselves() -> None:
     assert load(msgspec.structs.asdict(Config())) == Config()
 

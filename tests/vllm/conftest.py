@@ -154,6 +154,9 @@ JOBS = {
     "tiny-across": Job("answers", keep=ACROSS, env=OUTERMOST),
     "hybrid-across": Job("windows", "hybrid", keep=ACROSS, env=OUTERMOST),
     "asked-in-vain": Job("few", keep=ACROSS),
+    "outermost-by-layer": Job(
+        "few", keep={"transfer_mode": "layerwise"}, env={**OUTERMOST, "VLLM_KV_CACHE_LAYOUT": "BLHNC"}
+    ),
     "lfm2": Job("recurrent", "lfm2", keep={}, options=SMALL_STEPS, disk="states", shutdown=False),
     "lfm2-plain": Job("recurrent", "lfm2", options=SMALL_STEPS),
     "lfm2-restarted": Job("recurrent_again", "lfm2", keep={}, options=SMALL_STEPS, disk="states", after="lfm2"),

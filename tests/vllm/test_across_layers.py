@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,47 @@ def test_a_backend_without_them_goes_on_with_what_it_has(runs):
     assert keep.facts["layout"] == "LBHNC"
     assert len(keep.facts["ranges"]) == 2
     assert keep.external("whole warm") == 512
+
+
+def test_where_loads_go_by_layer_its_layers_stay_apart(runs):
+    keep = runs("outermost-by-layer")
+    assert keep.facts["layout"] == "BLHNC"
+    assert len(keep.facts["ranges"]) == 2
+    assert keep.external("whole warm") == 512
+    assert keep.answers("whole warm")[0]["tokens"] == runs("tiny-plain").answers("whole warm")[0]["tokens"]
+
+
+def test_chunks_of_joined_layers_never_meet_those_of_layers_apart():
+    import torch
+
+    from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
+    from kvkeep.engine.vllm_facts import worker_facts
+
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    caches = {name: torch.zeros(5, 2, 16, 16) for name in ("l0", "l1")}
+    apart = tuple(LayerLayout(name, (2048,)) for name in caches)
+    joined = (LayerLayout("l0 to l1", (4096,)),)
+    shapes = [
+        worker_facts(config, caches, ShardLayout(16, (GroupLayout(16, 0, layers),)))["page_shapes"]
+        for layers in (apart, joined)
+    ]
+    assert shapes[0] != shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({}, None),
+        ({"cross_layer_blocks": True}, "BLHNC"),
+        ({"cross_layer_blocks": True, "transfer_mode": "bulk"}, "BLHNC"),
+        ({"cross_layer_blocks": True, "transfer_mode": "layerwise"}, None),
+    ],
+)
+def test_vllm_is_asked_for_them_where_that_is_set_and_no_load_goes_by_layer(settings, layout):
+    from kvkeep.engine.vllm import KVKeepConnector
+
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector_extra_config=settings))
+    assert KVKeepConnector.get_required_kvcache_layout(config) == layout
 
 
 @pytest.mark.parametrize("name", ["BLHNC", "BLNHC", "BHLNC", "LBHNC", "LBNHC"])

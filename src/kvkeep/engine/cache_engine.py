@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
@@ -32,6 +32,7 @@ from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
 START_LIMIT_S = 30.0
 
 Flags = Mask | Sequence[bool] | None
+Started = TypeVar("Started", LoadSteps, StoreSteps)
 
 
 @dataclass
@@ -115,7 +116,7 @@ class CacheEngine:
     def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
         """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
         work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
-        with self._gathers(work, at_once=True) as copies:
+        with self._stores(work, at_once=True) as copies:
             return self._commit(work, copies.over())
 
     def retrieve(
@@ -131,7 +132,7 @@ class CacheEngine:
         span = self._cut(tokens, blocks, mask)
         self._check_position(at)
         work = self._found(span, tokens, extra)
-        with self._scatters(work, at, at_once=True) as copies:
+        with self._loads(work, at, at_once=True) as copies:
             copies.step(0)
             return self._arrived(span, work, copies)
 
@@ -162,7 +163,7 @@ class CacheEngine:
 
     def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
         work = self._room(span, tokens, extra)
-        with self._gathers(work, at_once=False) as copies:
+        with self._stores(work) as copies:
             for number in range(self.layers):
                 copies.step(number)
                 yield
@@ -171,7 +172,7 @@ class CacheEngine:
 
     def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None, at: int) -> Generator[int | Mask | None]:
         work = self._found(span, tokens, extra)
-        with self._scatters(work, at, at_once=False) as copies:
+        with self._loads(work, at) as copies:
             coming = len(work.chunks)
             yield self._reach(span, work, coming) - span.start if coming else 0
             for number in range(self.layers):
@@ -283,10 +284,10 @@ class CacheEngine:
         return work
 
     @contextmanager
-    def _gathers(self, work: Work, at_once: bool) -> Iterator[StoreSteps]:
-        """The copies of a store; nothing of them is left at the end."""
+    def _copying(self, work: Work, begin: Callable[[], Started]) -> Iterator[Started]:
+        """The copies of a request; at the end none is under way and nothing is held, whatever was raised."""
         try:
-            copies = self._ways.stores(work.copies, at_once)
+            copies = begin()
             try:
                 yield copies
             finally:
@@ -294,19 +295,17 @@ class CacheEngine:
         finally:
             self._give_back(work)
 
-    @contextmanager
-    def _scatters(self, work: Work, at: int, at_once: bool) -> Iterator[LoadSteps]:
-        """The copies of a retrieve, likewise."""
-        try:
-            turning = self._means.turning if at and work.chunks else None
+    def _stores(self, work: Work, at_once: bool = False) -> AbstractContextManager[StoreSteps]:
+        return self._copying(work, lambda: self._ways.stores(work.copies, at_once))
+
+    def _loads(self, work: Work, at: int, at_once: bool = False) -> AbstractContextManager[LoadSteps]:
+        turning = self._means.turning if at and work.chunks else None
+
+        def begin() -> LoadSteps:
             turns = turning.turns(work.blocks, work.first, at) if turning is not None else None
-            copies = self._ways.loads(work.copies, turns, at_once)
-            try:
-                yield copies
-            finally:
-                copies.end()
-        finally:
-            self._give_back(work)
+            return self._ways.loads(work.copies, turns, at_once)
+
+        return self._copying(work, begin)
 
     def _check_position(self, at: int) -> None:
         if at < 0:

@@ -63,7 +63,7 @@ class DeviceTransfer:
 
     @property
     def turns_on_the_way(self) -> bool:
-        """Whether `start_turned` may be called."""
+        """Whether `start_turned` turns; else it copies K as it is stored, to be turned in its blocks."""
         return self._turned is not None
 
     @property
