@@ -1,17 +1,20 @@
 """Every exception of kvkeep, the tree at the top, each with a stable code.
 
-A miss, a full pool and "ask again" are values, not exceptions; a broken invariant is an assertion and is never caught.
+A miss, a full pool and "ask again" are values, not exceptions. What a caller or another process hands in is checked
+with one of these, or with a ValueError where it is a plain argument; a broken invariant of our own is an AssertionError
+and is never caught.
 
     KVKeepError
       ConfigError       a setting is wrong: the message names its path and what would be right
       LayoutMismatch    an engine's cache is not arranged as kvkeep needs it, or not as it was registered
       LeaseExpired      memory was used after its lease had ended
+      BlockError        a block that does not exist, is the null block, or would be written twice (a ValueError)
+      CopyFailed        a copy between the engine's cache and the pool did not run to its end
       WireError         a peer broke the protocol, or is gone
         StoreGone       the store process ended, or does not answer within its limit
       TierError         a place below the pool does not do what it was asked
         TierUnavailable   it as a whole does not work: closed, gone, read-only
           TierOwned         its directory belongs to another process
-        TierFull          it has no room and can make none
         CorruptChunk      bytes that are no record, or not the record that they should be
 """
 
@@ -42,6 +45,12 @@ class LeaseExpired(KVKeepError):
     """Lent memory was touched after its lease had been closed."""
 
     code = "lease"
+
+
+class BlockError(KVKeepError, ValueError):
+    """A block of an engine's cache that does not exist, is the null block, or is named where it may not be."""
+
+    code = "block"
 
 
 class WireError(KVKeepError):
@@ -78,12 +87,6 @@ class TierOwned(TierUnavailable):
     """A tier's directory is locked by another process."""
 
     code = "tier-owned"
-
-
-class TierFull(TierError):
-    """A tier has no room, and can make none."""
-
-    code = "tier-full"
 
 
 class CorruptChunk(TierError):

@@ -49,7 +49,7 @@ def replayed(allocator: Allocator, pages: tuple[int, ...], requests: list[list[i
         hits, refused = hits + len(run), refused + got.count(NO_ROOM)
         if index.stats().evictions:
             used.append(allocator.used_nbytes / POOL_NBYTES)
-    index.check()
+    assert index.check() == ""
     return Outcome(hits, refused, index.stats().evictions, min(used))
 
 

@@ -47,7 +47,7 @@ def test_an_entry_is_readable_from_its_commit_on():
     assert (entry.sums, entry.owner, entry.pins) == (SUMS, 0, 0)
     assert index.contains(KEYS[:2]) == [True, False]
     assert index.pin_prefix(KEYS[:1]) == [entry]
-    index.check()
+    assert index.check() == ""
 
 
 def test_pins_the_longest_run_from_the_first_key_on():
@@ -81,7 +81,7 @@ def test_ending_a_write_twice_is_a_broken_invariant(end):
     for again in (index.abandon, index.revoke, lambda entry: index.commit(entry, SUMS)):
         with pytest.raises(AssertionError, match="not being written"):
             again(entry)
-    index.check()
+    assert index.check() == ""
 
 
 def test_reserve_answers_each_key():
@@ -115,7 +115,7 @@ def test_a_revoked_entry_gives_its_key_back_at_once_and_its_memory_at_the_end():
     assert revoked.sums is None
     assert index.stats().dead_entries == 0
     assert index.commit(again, SUMS)
-    index.check()
+    assert index.check() == ""
 
 
 def test_a_discarded_pinned_entry_keeps_its_memory_until_the_last_unpin():
@@ -131,7 +131,7 @@ def test_a_discarded_pinned_entry_keeps_its_memory_until_the_last_unpin():
         assert index.reserve(KEYS[:1], SIZE, owner=1) == [NO_ROOM]
         index.unpin([entry])
     write(index, KEYS[:1])
-    index.check()
+    assert index.check() == ""
 
 
 def test_discard_leaves_what_is_being_written():
@@ -152,7 +152,7 @@ def test_clear_takes_one_namespace_or_all():
     assert not index.commit(writing, SUMS)
     assert index.clear() == 1
     assert index.stats().committed_entries == 0
-    index.check()
+    assert index.check() == ""
 
 
 # ---- eviction
@@ -222,7 +222,7 @@ def test_keys_named_in_the_call_are_not_evicted_by_it():
     assert present(index) == [KEYS[0], KEYS[2]]
     assert index.reserve([KEYS[0], KEYS[2], KEYS[6]], SIZE, owner=1) == [PRESENT, PRESENT, NO_ROOM]
     assert index.reserve([KEYS[6]], SIZE, owner=1) != [NO_ROOM]
-    index.check()
+    assert index.check() == ""
 
 
 def test_pinned_entries_are_passed_over_until_none_is_left():
@@ -235,7 +235,7 @@ def test_pinned_entries_are_passed_over_until_none_is_left():
     write(index, KEYS[6:7])
     assert present(index) == [KEYS[0], KEYS[2], KEYS[5], KEYS[6]]
     index.unpin(held)
-    index.check()
+    assert index.check() == ""
 
 
 def test_goes_on_evicting_where_holes_are_too_small():
@@ -247,7 +247,7 @@ def test_goes_on_evicting_where_holes_are_too_small():
     assert present(index) == [KEYS[1], *KEYS[4:9]]
     assert index.stats().evictions == 3
     index.unpin(held)
-    index.check()
+    assert index.check() == ""
 
 
 @pytest.mark.parametrize("policy", [fifo, lru, lfu, mru])
@@ -264,7 +264,7 @@ def test_mixed_sizes_add_up_and_evict_nothing_for_what_cannot_fit(policy, data):
         room = index._allocator.free_nbytes + sum(evictable)
         cannot_fit = (len(set(keys)) - len(named)) * nbytes > room
         answer = index.reserve(keys, nbytes, owner=1)
-        index.check()
+        assert index.check() == ""
         if cannot_fit:
             assert index.stats().evictions == evictions
         assert named <= set(present(index))
@@ -273,7 +273,31 @@ def test_mixed_sizes_add_up_and_evict_nothing_for_what_cannot_fit(policy, data):
                 index.commit(entry, SUMS)
         if data.draw(st.booleans()):
             index.pin_prefix(keys[:1])
-        index.check()
+        assert index.check() == ""
+
+
+def owned_twice(index: Index, entry: Entry) -> None:
+    index._entries[KEYS[1]].offset = entry.offset
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda index, entry: setattr(entry, "key", KEYS[5]), "filed under a key that it has lost"),
+        (lambda index, entry: setattr(entry, "sums", None), "both written and readable, or neither"),
+        (lambda index, entry: setattr(entry, "owner", 7), "both written and readable, or neither"),
+        (lambda index, entry: index._dead.add(Entry(KEYS[6], entry.extent, 0)), "not held by one side"),
+        (lambda index, entry: setattr(index, "_pinned_nbytes", 8), "pinned: entries have 0 bytes, the counter says 8"),
+        (lambda index, entry: setattr(index, "_writing_entries", 1), "the count of entries being written is wrong"),
+        (owned_twice, "overlap"),
+    ],
+)
+def test_a_broken_index_says_what_is_wrong_with_it(spoil, says):
+    index = make(4)
+    entry, _ = write(index, KEYS[:2])
+    assert index.check() == ""
+    spoil(index, entry)
+    assert says in index.check()
 
 
 # ---- any sequence of calls, against the definition
@@ -406,8 +430,8 @@ class IndexMachine(RuleBasedStateMachine):
     def adds_up(self):
         if not hasattr(self, "index"):
             return
-        self.index.check()
-        self.index._allocator.check()
+        assert self.index.check() == ""
+        assert self.index._allocator.check() == ""
         committed = [held for held in self.live.values() if held.committed]
         assert self.index.contains(KEYS) == [k in self.live and self.live[k].committed for k in KEYS]
         assert self.index.stats() == (

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from kvkeep.core.policy import Queue, Ranked, fifo, lfu, lru, mru, policy_by_name
 
+needs_asserts = pytest.mark.skipif(not __debug__, reason="python -O makes no assertions")
+
 MAKERS = {"fifo": fifo, "lru": lru, "lfu": lfu, "mru": mru}
 KEYS = [bytes([letter]) * 48 for letter in b"abcdefgh"]
 A, B, C, D = KEYS[:4]
@@ -202,12 +204,14 @@ def test_clearing_up_what_evict_has_passed_keeps_what_was_shown():
     assert policy.evict() is None
 
 
+@needs_asserts
 @pytest.mark.parametrize("verb", ["touch", "remove", "hide", "show"])
 def test_an_unknown_key_is_a_broken_invariant(verb):
     with pytest.raises(AssertionError, match="never inserted"):
         getattr(lru(), verb)(A)
 
 
+@needs_asserts
 def test_doing_it_twice_is_a_broken_invariant():
     policy = filled("lru", [A])
     with pytest.raises(AssertionError, match="inserted twice"):

@@ -111,7 +111,7 @@ class Library:
         }
         assert not any(held.values()), f"still held: {held}"
         if isinstance(self.source, ThreadSource):
-            self.source.running.store.index.check()
+            assert self.source.running.store.index.check() == ""
         return figures
 
 

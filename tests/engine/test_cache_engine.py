@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvkeep.core.key import none_hash
 from kvkeep.engine import line
 from kvkeep.engine.prompts import Prompts
-from kvkeep.errors import StoreGone
+from kvkeep.errors import BlockError, StoreGone
 from kvkeep.testing.device_doubles import HeldDevice
 from kvkeep.testing.doubles import FaultyTransfer
 from kvkeep.testing.fake_model import FakeModel, GroupShape
@@ -184,7 +184,9 @@ def test_a_mask_with_a_hole_or_of_another_length_is_refused(small: Library, mask
     small.settled()
 
 
-@pytest.mark.parametrize("tables", [[], [HERE, HERE], [[1, 2, 3]], [[[1, 2, 3, 4]]]])
+@pytest.mark.parametrize(
+    "tables", [[], [HERE, HERE], [[1, 2, 3]], [[[1, 2, 3, 4]]], [[1, 2, 3.5, 4]], [[1, 2, 3, 1 << 70]]]
+)
 def test_tables_that_do_not_fit_are_refused(small: Library, tables: list[list[int]]):
     for verb in (small.engine.store, small.engine.retrieve, small.engine.store_layer, small.engine.retrieve_layer):
         with pytest.raises(ValueError, match="table"):
@@ -192,17 +194,17 @@ def test_tables_that_do_not_fit_are_refused(small: Library, tables: list[list[in
 
 
 @pytest.mark.parametrize("wrong", [[1, 2, 0, 4], [1, 2, NB, 4], [1, -1, 3, 4]])
-def test_a_block_that_is_none_is_an_assertion_and_holds_nothing(small: Library, wrong: list[int]):
+def test_a_block_that_is_none_is_refused_and_holds_nothing(small: Library, wrong: list[int]):
     engine = small.engine
     for verb in (engine.store, lambda *one: list(engine.store_layer(*one))):
-        with pytest.raises(AssertionError, match="block"):
+        with pytest.raises(BlockError, match="block"):
             verb(range(16), [wrong])
         small.settled()
     assert engine.store(range(16), [[1, 2, 3, 4]]) == 16
     before = small.pages()
     for verb in (engine.retrieve, lambda *one: list(engine.retrieve_layer(*one))):
         for tables in ([wrong], [[1, 2, 3, 1]]):
-            with pytest.raises(AssertionError, match="block"):
+            with pytest.raises(BlockError, match="block"):
                 verb(range(16), tables)
             small.settled()
     assert small.pages() == before

@@ -21,6 +21,7 @@ from kvkeep.engine.patience import LOOK_S, Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, RankInfo, StepPlan
 from kvkeep.engine.planner import PlannerOptions
 from kvkeep.engine.relay import COPY_LIMIT_S
+from kvkeep.errors import WireError
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.memory.words import FAILED, WORDS_NBYTES, arrival_at
@@ -182,7 +183,7 @@ def test_however_long_a_lookup_may_wait_a_step_s_copies_are_not_taken_for_dead(r
 @pytest.mark.parametrize("word", [WORD - 4, WORD + 2, POOL_NBYTES])
 def test_what_is_no_word_is_not_taken_for_one(rank: Rank, word: int) -> None:
     rank.hand(FIRST)
-    with pytest.raises(AssertionError, match="no progress word"):
+    with pytest.raises(WireError, match="no progress word"):
         rank.worker.start_loads(plan_of(early(0, 3, 4, word=word)))
 
 

@@ -31,7 +31,7 @@ from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
-from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.errors import BlockError, KVKeepError, StoreGone
 from kvkeep.memory.region import Region
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
@@ -289,7 +289,7 @@ def test_a_plan_with_wrong_blocks_is_refused_before_anything_is_copied(thread_li
     assert rank.stores(boot, 1, 1, 2)
     before = rank.cache.clone()
     ops = [LoadOp(boot, "r", 0, 0, (Blocks(0, 0, ids),)) for ids in ((3, 4), (5, 3))]
-    with pytest.raises(AssertionError, match="named twice"):
+    with pytest.raises(BlockError, match="named twice"):
         rank.worker.start_loads(StepPlan(2, boot, (0,), tuple(ops), ()))
     assert torch.equal(rank.cache, before)
 

@@ -16,6 +16,7 @@ from kvkeep.engine.choice import Choice
 from kvkeep.engine.copier import Copier, ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.worker import Worker
+from kvkeep.errors import BlockError
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
 from kvkeep.testing.doubles import FaultyTransfer
@@ -200,11 +201,11 @@ def test_a_chunk_that_changed_after_it_was_written_fails_and_is_not_copied(rank:
 def test_a_plan_is_checked_before_anything_is_copied(rank: Rank, block_id: int) -> None:
     pool = rank.hand(FIRST)
     pool.array[:] = 1
-    with pytest.raises(AssertionError):
+    with pytest.raises(BlockError):
         rank.load(scatter(0, 1, 2), scatter(0, block_id))
-    with pytest.raises(AssertionError):
+    with pytest.raises(BlockError):
         rank.load(scatter(0, 1), scatter(0, 1))
-    with pytest.raises(AssertionError):
+    with pytest.raises(BlockError):
         rank.store(gather(0, 1), gather(8192, block_id))
     assert not rank.cache.any()
     assert (pool.array == 1).all()

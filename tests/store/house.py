@@ -120,5 +120,5 @@ class House:
         assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
         assert (self.session.promised_nbytes, self.session.pinned_nbytes) == (0, 0)
         assert self.words.free == WORDS_NBYTES // 4
-        self.store.index.check()
+        assert self.store.index.check() == ""
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)

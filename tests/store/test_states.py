@@ -107,7 +107,7 @@ class House:
         self.loop.advance(LIMIT_S)
         figures = self.store.figures()
         assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
-        self.store.index.check()
+        assert self.store.index.check() == ""
 
 
 @pytest.fixture

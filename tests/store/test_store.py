@@ -38,7 +38,7 @@ def write(store: Store, session: Session, numbers: list[int]) -> list[int]:
 
 
 def at_rest(store: Store) -> bool:
-    store.index.check()
+    assert store.index.check() == ""
     stats = store.index.stats()
     return stats.pinned_nbytes == stats.writing_nbytes == stats.dead_nbytes == 0
 
@@ -446,7 +446,7 @@ class Sessions(RuleBasedStateMachine):
     def adds_up(self) -> None:
         if not hasattr(self, "store"):
             return
-        self.store.index.check()
+        assert self.store.index.check() == ""
         figures = self.store.figures()
         assert figures["used_nbytes"] <= self.store.pool_nbytes
         assert figures["quarantined_nbytes"] == sum(one.held_nbytes for one in self.away)

@@ -190,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self) -> None:
-        self.store.index.check()
+        assert self.store.index.check() == ""
         figures = self.store.figures()
         everyone = self.alive + self.lingering
         pinned = {offset for known in everyone for offsets in known.reads.values() for offset in offsets}
@@ -209,7 +209,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         for known in self.alive + self.lingering:
             self.store.close(known.session)
-        self.store.index.check()
+        assert self.store.index.check() == ""
         figures = self.store.figures()
         assert figures["pinned_nbytes"] == figures["writing_nbytes"] == figures["dead_nbytes"] == 0
         assert figures["quarantined_nbytes"] == 0

@@ -84,7 +84,7 @@ class WalkMachine(RuleBasedStateMachine):
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
         assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
         assert self.words.free == WORDS
-        self.store.index.check()
+        assert self.store.index.check() == ""
         self.loop.close()
 
     def in_loop(self, action) -> None:
@@ -195,7 +195,7 @@ class WalkMachine(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self) -> None:
-        self.store.index.check()
+        assert self.store.index.check() == ""
         for session in self.sessions:
             most = self.store.pool_nbytes * self.store.max_pinned_share
             assert 0 <= session.pinned_nbytes + session.promised_nbytes <= most

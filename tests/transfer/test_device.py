@@ -426,7 +426,7 @@ def test_memory_that_is_not_page_locked_is_staged():
     assert transfer.scatter(lease, [Blocks(0, 0, (3, 4))], sums)
     assert torch.equal(cache[3:5], cache[1:3])
     assert events == []
-    with pytest.raises(AssertionError, match="not page-locked"):
+    with pytest.raises(ValueError, match="not page-locked"):
         transfer.start_gather([Job([Blocks(0, 0, (1,))], lease)])
 
 

@@ -260,8 +260,8 @@ def test_a_cache_whose_k_cannot_be_turned_is_refused(
         key_pages("l", torch.zeros(shape, dtype=torch.float32).to(dtype), axes, packed)
 
 
-def test_more_pairs_than_a_head_has_is_an_assertion():
-    with pytest.raises(AssertionError, match="do not fit"):
+def test_more_pairs_than_a_head_has_are_refused():
+    with pytest.raises(LayoutMismatch, match="do not fit"):
         rotate(some_keys(1, 1), Turn(torch.ones(1, 30), torch.zeros(1, 30)), Pairing(start=8))
 
 

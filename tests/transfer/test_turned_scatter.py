@@ -144,11 +144,11 @@ def test_what_it_cannot_do_is_refused() -> None:
     model = Model("2bthd", torch.float32, 1, 8)
     jobs = model.jobs(Blocks(0, 0, (3,)))
     turn, parts = turn_of(TOKENS, 4), model.transfer.parts
-    with pytest.raises(AssertionError, match="as they were computed"):
+    with pytest.raises(ValueError, match="as they were computed"):
         MOVED(parts, model.alike(turn), turn).start(jobs, True, None)
-    with pytest.raises(AssertionError, match="not for these blocks"):
+    with pytest.raises(ValueError, match="not for these blocks"):
         MOVED(parts, model.alike(turn), turn_of(3, 4)).start(jobs, False, None)
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(LayoutMismatch, match="do not fit"):
         MOVED(parts, model.alike(turn), turn_of(TOKENS, 5))
     alike = model.alike(turn)
     alike.planes[0] = alike.planes[0]._replace(pages=alike.planes[0].pages.to(torch.float8_e4m3fn))

@@ -7,6 +7,7 @@ who asks. It is not thread-safe: one thread owns it.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
 
@@ -43,7 +44,7 @@ class Allocator(Protocol):
         ...
 
     def free(self, extent: Extent) -> None:
-        """Take a lent extent back; a double or foreign free is an assertion."""
+        """Take a lent extent back; a double or foreign free is an AssertionError, also where asserts are off."""
         ...
 
     def grow(self, nbytes: int) -> None:
@@ -62,7 +63,8 @@ class FreeList:
     """
 
     def __init__(self, nbytes: int = 0, alignment: int = ALIGNMENT) -> None:
-        assert alignment.bit_count() == 1, f"alignment {alignment} is no power of two"
+        if alignment.bit_count() != 1:
+            raise ValueError(f"alignment {alignment} is no power of two")
         self._alignment = alignment
         self._nbytes = 0
         self._used_nbytes = 0
@@ -87,7 +89,8 @@ class FreeList:
 
     def extent_nbytes(self, nbytes: int) -> int:
         """Round nbytes up to the alignment; the same object where that changes nothing (a million extents share it)."""
-        assert nbytes > 0, f"an extent holds at least one byte, not {nbytes}"
+        if nbytes <= 0:
+            raise ValueError(f"an extent holds at least one byte, not {nbytes}")
         rounded = (nbytes + self._alignment - 1) & -self._alignment
         return nbytes if rounded == nbytes else rounded
 
@@ -137,27 +140,36 @@ class FreeList:
 
     def grow(self, nbytes: int) -> None:
         """Append nbytes, a positive multiple of the alignment; a hole at the end grows with it."""
-        assert self.extent_nbytes(nbytes) == nbytes, f"cannot grow by {nbytes} bytes: not aligned"
+        if self.extent_nbytes(nbytes) != nbytes:
+            raise ValueError(f"cannot grow by {nbytes} bytes: not aligned")
         start = self._nbytes
         self._nbytes += nbytes
         self._lent[start] = nbytes
         self._used_nbytes += nbytes
         self.free(Extent(start, nbytes))
 
-    def check(self) -> None:
-        """Raise AssertionError unless holes and lent extents tile the space and every hole can be found."""
+    def check(self) -> str:
+        """Say why holes and lent extents do not tile the space, or a hole cannot be found; empty where all is well."""
+        return next(self._problems(), "")
+
+    def _problems(self) -> Iterator[str]:
         end, after_hole = 0, False
         for start, nbytes in sorted([*self._lent.items(), *self._holes.items()]):
             is_hole = start in self._holes
-            assert start == end, f"bytes {end} to {start} are lent twice or lost"
-            assert not (is_hole and after_hole), f"two holes meet at {start}"
+            if start != end:
+                yield f"bytes {end} to {start} are lent twice or lost"
+            if is_hole and after_hole:
+                yield f"two holes meet at {start}"
             end, after_hole = start + nbytes, is_hole
-        assert end == self._nbytes, f"the space ends at {self._nbytes}, its parts at {end}"
-        assert sum(self._lent.values()) == self._used_nbytes, "used bytes do not add up"
-        assert self._hole_starts == {start + size: start for start, size in self._holes.items()}, "hole ends differ"
-        assert all(start in self._starts[size] for start, size in self._holes.items()), "a hole cannot be found"
-        assert self._sizes == sorted(self._starts), "sizes differ from heaps"
-        assert self._listed == sum(map(len, self._starts.values())), "listed starts do not add up"
+        proofs = {
+            f"the space ends at {self._nbytes}, its parts at {end}": end == self._nbytes,
+            "used bytes do not add up": sum(self._lent.values()) == self._used_nbytes,
+            "hole ends differ": self._hole_starts == {start + size: start for start, size in self._holes.items()},
+            "a hole cannot be found": all(start in self._starts[size] for start, size in self._holes.items()),
+            "sizes differ from heaps": self._sizes == sorted(self._starts),
+            "listed starts do not add up": self._listed == sum(map(len, self._starts.values())),
+        }
+        yield from (problem for problem, holds in proofs.items() if not holds)
 
     def _add_hole(self, start: int, end: int) -> None:
         """Link the hole from start to end, which meets no other hole."""
@@ -189,7 +201,8 @@ class Slots:
     """Extents of one size: the slot freed last is lent first, then untouched ones from low to high; O(1)."""
 
     def __init__(self, slot_nbytes: int, count: int = 0) -> None:
-        assert slot_nbytes > 0, f"a slot of {slot_nbytes} bytes"
+        if slot_nbytes <= 0:
+            raise ValueError(f"a slot of {slot_nbytes} bytes")
         self._slot_nbytes = slot_nbytes
         self._lent = bytearray(count)  # one flag a slot
         self._tail_nbytes = 0  # grown, but not yet a whole slot
@@ -209,7 +222,8 @@ class Slots:
 
     def extent_nbytes(self, nbytes: int) -> int | None:
         """Bytes of a slot; None: nbytes is larger than that."""
-        assert nbytes > 0, f"an extent holds at least one byte, not {nbytes}"
+        if nbytes <= 0:
+            raise ValueError(f"an extent holds at least one byte, not {nbytes}")
         return self._slot_nbytes if nbytes <= self._slot_nbytes else None
 
     def allocate(self, nbytes: int) -> Extent | None:
@@ -233,23 +247,25 @@ class Slots:
         offset, nbytes = extent
         size = self._slot_nbytes
         slot, within = divmod(offset, size)
-        lent = nbytes == size and not within and 0 <= slot < len(self._lent) and self._lent[slot]
-        assert lent, f"free of {extent}, which is not lent"
+        if nbytes != size or within or not 0 <= slot < len(self._lent) or not self._lent[slot]:
+            raise AssertionError(f"free of {extent}, which is not lent")
         self._lent[slot] = 0
         self._used_nbytes -= size
         self._freed.append(offset)
 
     def grow(self, nbytes: int) -> None:
         """Append nbytes; what is less than a slot counts once a later call completes it."""
-        assert nbytes > 0, f"cannot grow by {nbytes} bytes"
+        if nbytes <= 0:
+            raise ValueError(f"cannot grow by {nbytes} bytes")
         count, self._tail_nbytes = divmod(self._tail_nbytes + nbytes, self._slot_nbytes)
         self._lent.extend(bytes(count))
 
-    def check(self) -> None:
-        """Raise AssertionError unless every slot is lent, freed or untouched, and only one of them."""
+    def check(self) -> str:
+        """Say which slot is not lent, freed or untouched, or more than one of them; empty where all is well."""
         size = self._slot_nbytes
         lent = [slot * size for slot, flag in enumerate(self._lent) if flag]
         untouched = range(self._untouched, len(self._lent) * size, size)
         slots = sorted([*lent, *self._freed, *untouched])
-        assert slots == list(range(0, len(self._lent) * size, size)), "a slot is lent twice or lost"
-        assert len(lent) * size == self._used_nbytes, "used bytes do not add up"
+        if slots != list(range(0, len(self._lent) * size, size)):
+            return "a slot is lent twice or lost"
+        return "" if len(lent) * size == self._used_nbytes else "used bytes do not add up"

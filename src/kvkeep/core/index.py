@@ -12,7 +12,7 @@ one thread owns it. A call for many keys is one step: nothing else sees it half 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -143,7 +143,8 @@ class Index:
     def unpin(self, entries: Iterable[Entry]) -> None:
         """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
         for entry in entries:
-            assert entry.pins > 0, f"{entry} is not pinned"
+            if entry.pins <= 0:
+                raise AssertionError(f"{entry} is not pinned")
             entry.pins -= 1
             if entry.pins:
                 continue
@@ -163,7 +164,8 @@ class Index:
         although the bytes would do: eviction then goes on while there are candidates, and only after the last
         one is the answer NO_ROOM.
         """
-        assert owner, "an owner is a lease's id, which is never 0"
+        if not owner:
+            raise ValueError("an owner is a lease's id, which is never 0")
         entries, policy = self._entries, self._policy
         unique = dict.fromkeys(keys)
         absent = [key for key in unique if key not in entries]
@@ -188,7 +190,8 @@ class Index:
 
     def commit(self, entry: Entry, sums: bytes) -> bool:
         """Make a written entry readable; False: it had lost its key, and its memory is free now."""
-        assert entry.owner, f"{entry} is not being written"
+        if not entry.owner:
+            raise AssertionError(f"{entry} is not being written")
         entry.owner = 0
         if entry in self._dead:
             self._bury(entry)
@@ -213,7 +216,8 @@ class Index:
 
     def revoke(self, entry: Entry) -> None:
         """Take the key from an uncommitted entry; its memory stays lent until commit or abandon."""
-        assert entry.owner, f"{entry} is not being written"
+        if not entry.owner:
+            raise AssertionError(f"{entry} is not being written")
         if entry in self._dead:
             return
         del self._entries[entry.key]
@@ -260,15 +264,25 @@ class Index:
             evictions=self._evictions,
         )
 
-    def check(self) -> None:
-        """Raise AssertionError unless states, counters and the allocator agree; O(entries log entries)."""
+    def check(self) -> str:
+        """Say where states, counters and the allocator disagree; empty where they agree. O(entries log entries)."""
+        return next((problem for side in (self._states, self._sums, self._overlaps) for problem in side()), "")
+
+    def _states(self) -> Iterator[str]:
+        """Yield what is wrong with single entries."""
         for key, entry in self._entries.items():
-            filed = entry.key == key and entry not in self._dead
-            assert filed, f"{entry} is filed under a key that it has lost"
-            assert (entry.sums is None) == bool(entry.owner), f"{entry} is both written and readable, or neither"
-            assert not (entry.owner and entry.pins), f"{entry} is pinned before it is readable"
+            if entry.key != key or entry in self._dead:
+                yield f"{entry} is filed under a key that it has lost"
+            if (entry.sums is None) != bool(entry.owner):
+                yield f"{entry} is both written and readable, or neither"
+            if entry.owner and entry.pins:
+                yield f"{entry} is pinned before it is readable"
         for entry in self._dead:
-            assert bool(entry.owner) != bool(entry.pins), f"{entry} is dead, but not held by one side"
+            if bool(entry.owner) == bool(entry.pins):
+                yield f"{entry} is dead, but not held by one side"
+
+    def _sums(self) -> Iterator[str]:
+        """Yield which counters are not what the entries add up to."""
         live = list(self._entries.values())
         committed = [entry for entry in live if entry.sums is not None]
         pinned = [entry for entry in [*committed, *self._dead] if entry.pins]
@@ -281,11 +295,17 @@ class Index:
             "used": (sum(entry.nbytes for entry in [*live, *self._dead]), self._allocator.used_nbytes),
         }
         for name, (counted, kept) in nbytes.items():
-            assert counted == kept, f"{name}: entries have {counted} bytes, the counter says {kept}"
-        assert self._writing_entries == len(live) - len(committed), "the count of entries being written is wrong"
-        extents = sorted(entry.extent for entry in [*live, *self._dead])
+            if counted != kept:
+                yield f"{name}: entries have {counted} bytes, the counter says {kept}"
+        if self._writing_entries != len(live) - len(committed):
+            yield "the count of entries being written is wrong"
+
+    def _overlaps(self) -> Iterator[str]:
+        """Yield which entries share bytes."""
+        extents = sorted(entry.extent for entry in [*self._entries.values(), *self._dead])
         for below, above in pairwise(extents):
-            assert below.offset + below.nbytes <= above.offset, f"{below} and {above} overlap"
+            if below.offset + below.nbytes > above.offset:
+                yield f"{below} and {above} overlap"
 
     def _lend(self, count: int, nbytes: int, keys: Iterable[bytes]) -> list[Extent]:
         """Allocate count extents, evicting what keys does not name; fewer if they cannot all fit."""

@@ -43,9 +43,9 @@ def mixed_root(root: bytes, fingerprint: bytes) -> bytes:
 
 
 def key_of(namespace: bytes, digest: bytes) -> bytes:
-    """Return the key of a chunk, 48 bytes: its namespace, then its digest."""
-    assert len(namespace) == NAMESPACE_NBYTES, f"a namespace of {len(namespace)} bytes"
-    assert len(digest) == DIGEST_NBYTES, f"a digest of {len(digest)} bytes"
+    """Return the key of a chunk, 48 bytes: its namespace, then its digest; ValueError for others' lengths."""
+    if len(namespace) != NAMESPACE_NBYTES or len(digest) != DIGEST_NBYTES:
+        raise ValueError(f"a namespace of {len(namespace)} bytes and a digest of {len(digest)} are no key")
     return namespace + digest
 
 
@@ -85,7 +85,8 @@ class Chain:
     digests: list[bytes]  # one per whole chunk so far
 
     def __init__(self, chunk_tokens: int, root: bytes, extra_keys: ExtraKeys | None = None) -> None:
-        assert chunk_tokens > 0, f"chunks of {chunk_tokens} tokens"
+        if chunk_tokens <= 0:
+            raise ValueError(f"chunks of {chunk_tokens} tokens")
         self.digests = []
         self._chunk_tokens = chunk_tokens
         self._extra_keys = extra_keys
@@ -95,11 +96,13 @@ class Chain:
     def extend(self, tokens: Tokens) -> list[bytes]:
         """Hash the chunks that have become whole and return their digests; `tokens` are all of the request's.
 
-        Raises ValueError as `token_array` does; the chunks before the faulty batch are kept.
+        Raises ValueError as `token_array` does (the chunks before the faulty batch are kept), and for fewer tokens than
+        have been hashed.
         """
         first = len(self.digests)
         start = first * self._chunk_tokens
-        assert len(tokens) >= start, f"{len(tokens)} tokens where {start} have been hashed"
+        if len(tokens) < start:
+            raise ValueError(f"{len(tokens)} tokens where {start} have been hashed")
         end = len(tokens) - len(tokens) % self._chunk_tokens
         batch_tokens = max(1, _BATCH_TOKENS // self._chunk_tokens) * self._chunk_tokens
         for at in range(start, end, batch_tokens):
@@ -135,19 +138,24 @@ class BlockChain:
 
     def __init__(self, chunk_tokens: int, blocks: BlockHashes) -> None:
         step, rest = divmod(chunk_tokens, blocks.block_tokens)
-        assert step > 0 == rest, f"chunks of {chunk_tokens} tokens over blocks of {blocks.block_tokens}"
+        if step <= 0 or rest:
+            raise ValueError(f"chunks of {chunk_tokens} tokens over blocks of {blocks.block_tokens}")
         self.digests = []
         self._chunk_tokens = chunk_tokens
         self._step = step
         self._blocks = blocks
 
     def extend(self, tokens: Tokens) -> list[bytes]:
-        """Return the digests of the chunks that have become whole; `tokens` are all of the request's, only counted."""
+        """Return the digests of the chunks that have become whole; `tokens` are all of the request's, only counted.
+
+        Raises ValueError for hashes that are not SHA-256.
+        """
         first, step = len(self.digests), self._step
         hashes, _, fingerprint = self._blocks
         chunks = min(len(tokens) // self._chunk_tokens, len(hashes) // step)  # hashes may come later than tokens
         lasts = [bytes(one) for one in hashes[(first + 1) * step - 1 : chunks * step : step]]
-        assert all(len(one) == DIGEST_NBYTES for one in lasts), "a block hash is not SHA-256"
+        if any(len(block_hash) != DIGEST_NBYTES for block_hash in lasts):
+            raise ValueError("a block hash is not SHA-256")
         self.digests += [mixed_root(one, fingerprint) for one in lasts] if fingerprint else lasts
         return self.digests[first:]
 

@@ -20,8 +20,9 @@ Mask = npt.NDArray[np.bool_]
 
 
 def store_mask(num_tokens: int, stored_tokens: int) -> Mask:
-    """The mask of a prompt whose first `stored_tokens` need not be stored again."""
-    assert 0 <= stored_tokens <= num_tokens, f"{stored_tokens} of {num_tokens} tokens are stored"
+    """The mask of a prompt whose first `stored_tokens` need not be stored again; ValueError for more than it has."""
+    if not 0 <= stored_tokens <= num_tokens:
+        raise ValueError(f"{stored_tokens} of {num_tokens} tokens are stored")
     mask = np.ones(num_tokens, np.bool_)
     mask[:stored_tokens] = False
     return mask
@@ -56,10 +57,11 @@ def masked_tokens(mask: Sequence[bool] | npt.NDArray[Any] | None, num_tokens: in
 
 
 def ret_mask(num_tokens: int, chunk_tokens: int, chunks: Iterable[int]) -> Mask:
-    """The mask of a prompt of whose chunks these, by number, have arrived; one that is not whole is an assertion."""
+    """The mask of a prompt of whose chunks these, by number, have arrived; ValueError for one that is not whole."""
     mask = np.zeros(num_tokens, np.bool_)
     for number in chunks:
         start, end = number * chunk_tokens, (number + 1) * chunk_tokens
-        assert 0 <= start < end <= num_tokens, f"chunk {number} is not one of {num_tokens} tokens"
+        if not 0 <= start < end <= num_tokens:
+            raise ValueError(f"chunk {number} is not one of {num_tokens} tokens")
         mask[start:end] = True
     return mask

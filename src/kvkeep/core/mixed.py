@@ -50,23 +50,25 @@ class Mixed:
 
     def free(self, extent: Extent) -> None:
         """Take a lent extent back; a double or foreign free is an assertion."""
-        assert extent.offset not in self._idle, f"free of {extent}, which is not lent"
+        if extent.offset in self._idle:
+            raise AssertionError(f"free of {extent}, which is not lent")
         if extent.nbytes != self._slot_nbytes:
             self._list.free(extent)
             return
-        assert self._list.lends(extent), f"free of {extent}, which is not lent"
+        if not self._list.lends(extent):
+            raise AssertionError(f"free of {extent}, which is not lent")
         self._idle[extent.offset] = extent
 
     def grow(self, nbytes: int) -> None:
         """Append nbytes, a positive multiple of the alignment."""
         self._list.grow(nbytes)
 
-    def check(self) -> None:
-        """Raise AssertionError unless the list adds up and every idle slot is one that it lends."""
-        self._list.check()
+    def check(self) -> str:
+        """Say why the list does not add up, or which idle slot is none that it lends; empty where all is well."""
         for offset, extent in self._idle.items():
-            assert extent == (offset, self._slot_nbytes), f"{extent} is idle, but no slot at {offset}"
-            assert self._list.lends(extent), f"{extent} is idle and a hole"
+            if extent != (offset, self._slot_nbytes) or not self._list.lends(extent):
+                return f"{extent} is idle, but no slot at {offset} that is lent"
+        return self._list.check()
 
 
 class Steps:
@@ -77,8 +79,10 @@ class Steps:
     """
 
     def __init__(self, inner: Allocator, step_nbytes: int, limit_nbytes: int) -> None:
-        assert not inner.free_nbytes + inner.used_nbytes, "the space below the first step is not empty"
-        assert 0 < step_nbytes <= limit_nbytes, f"steps of {step_nbytes} bytes up to {limit_nbytes}"
+        if inner.free_nbytes + inner.used_nbytes:
+            raise ValueError("the space below the first step is not empty")
+        if not 0 < step_nbytes <= limit_nbytes:
+            raise ValueError(f"steps of {step_nbytes} bytes up to {limit_nbytes}")
         self._inner = inner
         self._step_nbytes = step_nbytes
         self._limit_nbytes = limit_nbytes
@@ -115,5 +119,6 @@ class Steps:
 
     def grow(self, nbytes: int) -> None:
         """Move the limit up by nbytes."""
-        assert nbytes > 0, f"cannot grow by {nbytes} bytes"
+        if nbytes <= 0:
+            raise ValueError(f"cannot grow by {nbytes} bytes")
         self._limit_nbytes += nbytes

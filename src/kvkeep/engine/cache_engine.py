@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
@@ -59,8 +59,8 @@ class CacheEngine:
 
     `tokens` are all of a request's tokens, `blocks` one block table a group from the first token on, `mask` false for
     what the engine has already and true from there on (None: true), `extra` what the bytes depend on besides the tokens
-    (adapter, tenant's salt). ValueError for a mask with a hole and for tables that are too short; AssertionError for a
-    block that does not exist, is the null block 0, or is to be written twice.
+    (adapter, tenant's salt). ValueError for a mask with a hole and for tables that are too short; BlockError, a
+    ValueError too, for a block that does not exist, is the null block 0, or is to be written twice.
 
     Any number of threads may call at the same time: each call to the store has its turn, copies run side by side. No
     verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. `layers` are
@@ -315,11 +315,10 @@ class CacheEngine:
 
     def _check(self, work: Work, unique: bool) -> None:
         """Every block of the request at once, before anything is copied; a lease does not survive its failure."""
-        try:
+        with ExitStack() as failing:
+            failing.callback(self._give_back, work)
             self._transfer.check([one for blocks in work.blocks for one in blocks], unique)
-        except AssertionError:
-            self._give_back(work)
-            raise
+            failing.pop_all()
 
     def _reach(self, span: Cut, work: Work, arrived: int) -> int:
         """The token behind the last chunk that has arrived."""

@@ -59,7 +59,8 @@ def cut(shard: ShardLayout, length: int, tables: Tables, mask: Mask | Sequence[b
     """The cut of a request of `length` tokens; without a mask all of them are meant.
 
     Raises ValueError, saying what would be right, for a mask of another length or with a hole (a false after a true),
-    for another number of tables than there are groups, and for a table that does not reach over all whole chunks.
+    for another number of tables than there are groups, and for a table that does not reach over all whole chunks or is
+    not of whole numbers.
     """
     start = 0
     if mask is not None:
@@ -72,9 +73,13 @@ def cut(shard: ShardLayout, length: int, tables: Tables, mask: Mask | Sequence[b
             raise ValueError(f"the mask has a hole at token {hole}: it must be false, then true up to the end")
     if len(tables) != len(shard.groups):
         raise ValueError(f"{len(tables)} block tables for {len(shard.groups)} groups")
-    arrays = [np.asarray(table, np.intp).copy() for table in tables]  # ours: a caller may use its own again
-    for number, table in enumerate(arrays):
+    arrays = []
+    for number, given in enumerate(tables):
+        table = np.asarray(given)
+        if table.size and table.dtype.kind not in "iu":  # NumPy would cut block 1.5 down to block 1
+            raise ValueError(f"group {number}: a table of {table.dtype}, not of whole numbers")
         need = length // shard.chunk_tokens * shard.blocks(number)
         if table.ndim != 1 or len(table) < need:
             raise ValueError(f"group {number}: a table of shape {table.shape}, its whole chunks have {need} blocks")
+        arrays.append(table.astype(np.intp))  # a copy of ours: a caller may use its own again
     return Cut(shard, length, start, arrays)

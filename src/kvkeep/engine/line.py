@@ -211,7 +211,8 @@ class Line:
         while self._given_back:
             held = self._given_back.popleft()
             held.uses -= 1
-            assert held.uses >= 0, "a lease was given back twice"
+            if held.uses < 0:
+                raise AssertionError("a lease was given back twice")
             if not held.uses:
                 self._held -= 1
                 for chunk in held.chunks:
@@ -262,8 +263,9 @@ class Line:
 
     def _hold(self, client: Client, lease: int, offsets: Sequence[int]) -> Held:
         assert self._pool is not None, "no pool is mapped"
+        held = Held(client, lease, [self._pool.lease(offset, self._shard) for offset in offsets])
         self._held += 1
-        return Held(client, lease, [self._pool.lease(offset, self._shard) for offset in offsets])
+        return held
 
 
 def _mapped(client: Client, pin_calls: PinCalls | None) -> Pool | None:

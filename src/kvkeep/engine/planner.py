@@ -135,12 +135,16 @@ class Planner:
         return self._records[name].beside
 
     def admitted(self, request: Request, external: int, tables: Callable[[], Tables]) -> None:
-        """The engine has allocated the request's blocks, `external` tokens of them to be loaded (0: nothing)."""
+        """The engine has allocated the request's blocks, `external` tokens of them to be loaded (0: nothing).
+
+        ValueError for tokens that were never promised.
+        """
         record = self._record(request)
         client = self._link.client
         match = record.match
         if external > 0:
-            assert match is not None, f"request {request.name}: {external} tokens were never offered"
+            if match is None:
+                raise ValueError(f"request {request.name}: {external} tokens were never offered")
             record.match = None
             self._load(record, request, match, external, tables())
         else:

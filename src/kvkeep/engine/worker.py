@@ -22,6 +22,7 @@ from kvkeep.engine.patience import Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, StepPlan, StoreOp, StoresDone, Trip
 from kvkeep.engine.relay import COPY_LIMIT_S, Copy, LayerLoads, LayerStores, Tools, finished
 from kvkeep.engine.results import Results
+from kvkeep.errors import LayoutMismatch
 from kvkeep.memory.pool import Lease
 from kvkeep.trace import Trace
 from kvkeep.transfer.transfer import Transfer
@@ -220,7 +221,8 @@ class Worker:
     def _reach(self, op: LoadOp | StoreOp) -> Transfer:
         """What copies for this op: chunks and states are in caches of different shapes."""
         reach = self.states if op.state else self.transfer
-        assert reach is not None, "a plan with states for a rank that has none"
+        if reach is None:
+            raise LayoutMismatch("a plan with states for a rank that has none")
         return reach
 
     def _check(self, ops: Sequence[LoadOp | StoreOp], unique: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.errors import ConfigError, LeaseExpired
+from kvkeep.errors import ConfigError, LeaseExpired, WireError
 from kvkeep.memory.pin import Pin, PinCalls
 from kvkeep.memory.region import Region
 from kvkeep.memory.words import Arrival, arrival_at
@@ -98,10 +98,11 @@ class Pool:
     def lease(self, offset: int, shard: ShardLayout, word: int = 0) -> Lease:
         """The same for a use that outlives a block: whoever takes it closes it.
 
-        `word` is where its progress word is (0: it has none). An offset outside of the pool is an assertion. The
+        `word` is where its progress word is (0: it has none). WireError for an offset outside of the pool. The
         mapping lives as long as its last lease.
         """
-        assert 0 <= offset <= self._region.nbytes - shard.nbytes, f"offset {offset} is outside of the pool"
+        if not 0 <= offset <= self._region.nbytes - shard.nbytes:
+            raise WireError(f"offset {offset} is outside of the pool")
         memory = self._region.array[offset : offset + shard.nbytes]
         arrival = arrival_at(self._region, word) if word else None
         if self.pin is None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from kvkeep.errors import ConfigError, WireError
+from kvkeep.errors import ConfigError, LeaseExpired, WireError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -52,9 +52,10 @@ class Region:
     def create(cls, nbytes: int) -> Region:
         """Make a new zeroed region of `nbytes`; its pages are allocated by `populate`, or at the first touch.
 
-        Raises ConfigError where the kernel refuses.
+        Raises ConfigError where the kernel refuses, and for less than a byte.
         """
-        assert nbytes > 0, f"a region of {nbytes} bytes"
+        if nbytes <= 0:
+            raise ConfigError(f"pool_size: no shared memory has {nbytes} bytes")
         fd = -1
         try:
             fd = os.memfd_create("kvkeep-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -87,17 +88,20 @@ class Region:
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
-        """The whole mapping as uint8 [nbytes], writeable; an assertion fails after `close`."""
-        assert self._array is not None, "the region is closed"
+        """The whole mapping as uint8 [nbytes], writeable; LeaseExpired after `close`."""
+        if self._array is None:
+            raise LeaseExpired("the region is closed")
         return self._array
 
     def populate(self, start: int, nbytes: int) -> None:
         """Allocate and map the pages of [start, start + nbytes) for this process; the contents do not change.
 
         The GIL is free meanwhile, so a thread of its own may do this while others use the region; the region
-        must stay open until it returns. Raises ConfigError, with how far it came, where memory runs out.
+        must stay open until it returns. Raises ConfigError, with how far it came, where memory runs out, and ValueError
+        for bytes outside of the region.
         """
-        assert 0 <= start <= start + nbytes <= self.nbytes, f"{start} + {nbytes} is outside {self.nbytes} bytes"
+        if not 0 <= start <= start + nbytes <= self.nbytes:
+            raise ValueError(f"{start} + {nbytes} is outside {self.nbytes} bytes")
         view = self.array[start - start % mmap.PAGESIZE : start + nbytes]  # pages are whole
         for at in range(0, view.nbytes, _PIECE_NBYTES):
             piece = view[at : at + _PIECE_NBYTES]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.core.layout import padded_nbytes
+from kvkeep.errors import WireError
 from kvkeep.memory.region import Region
 
 WORDS_NBYTES = 4096
@@ -122,8 +123,8 @@ class Arrival:
 
 
 def arrival_at(region: Region, offset: int) -> Arrival:
-    """The word at `offset` of a store's region; an assertion if there is none."""
+    """The word at `offset` of a store's region; WireError if there is none."""
     start = region.nbytes - WORDS_NBYTES
-    assert start <= offset < region.nbytes, f"byte {offset} is no progress word"
-    assert offset % _WORD_NBYTES == 0, f"byte {offset} is no progress word"
+    if not start <= offset < region.nbytes or offset % _WORD_NBYTES:
+        raise WireError(f"byte {offset} is no progress word")
     return Arrival(region.array[offset : offset + _WORD_NBYTES].view(np.uint32))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from kvkeep.errors import BlockError
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks, Transfer
 
@@ -171,7 +172,7 @@ CHECKS: tuple[Check, ...] = (
 def _refuses(transfer: Transfer, blocks: Sequence[Blocks], unique: bool) -> bool:
     try:
         transfer.check(blocks, unique)
-    except AssertionError:
+    except BlockError:
         return True
     return False
 

@@ -17,7 +17,7 @@ import xxhash
 
 from kvkeep.core.key import DIGEST_NBYTES, NAMESPACE_NBYTES
 from kvkeep.core.layout import ALIGN_NBYTES, padded_nbytes
-from kvkeep.errors import CorruptChunk
+from kvkeep.errors import CorruptChunk, TierError
 from kvkeep.tiers.tier import Bytes
 
 VERSION = 1
@@ -58,14 +58,15 @@ def record_nbytes(sizes: Sequence[int]) -> int:
 
 
 def encode_header(header: Header, out: Bytes) -> None:
-    """Write the header into `out`, uint8 [header_nbytes(number of ranges)]."""
+    """Write the header into `out`, uint8 [header_nbytes(number of ranges)]; TierError for what no record can say."""
     count = len(header.sizes)
-    assert out.nbytes == header_nbytes(count), f"{out.nbytes} bytes for a header of {count} ranges"
-    assert len(header.key) == KEY_NBYTES, f"a key of {len(header.key)} bytes"
-    assert len(header.sums) == count * SUM_NBYTES, f"{len(header.sums)} bytes of sums for {count} ranges"
-    assert all(0 < size < _MAX_RANGE_NBYTES and not size % ALIGN_NBYTES for size in header.sizes), "a range is unpadded"
     pages = out.nbytes // ALIGN_NBYTES
-    assert pages <= _MAX_PAGES, f"a record cannot hold {count} ranges"
+    if pages > _MAX_PAGES or out.nbytes != header_nbytes(count):
+        raise TierError(f"a record cannot hold {count} ranges in a header of {out.nbytes} bytes")
+    if len(header.key) != KEY_NBYTES or len(header.sums) != count * SUM_NBYTES:
+        raise TierError(f"a key of {len(header.key)} bytes, {len(header.sums)} bytes of sums for {count} ranges")
+    if not all(0 < size < _MAX_RANGE_NBYTES and not size % ALIGN_NBYTES for size in header.sizes):
+        raise TierError("a range is not padded, or too long for a record")
     namespace, digest = header.key[:NAMESPACE_NBYTES], header.key[NAMESPACE_NBYTES:]
     fixed = (_MAGIC, VERSION, pages, count, header.codec, 0, header.epoch, namespace, digest)
     out[:] = 0

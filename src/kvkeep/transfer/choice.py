@@ -103,7 +103,8 @@ def choose(device: str, wish: Wish, measure: Callable[[], Sequence[Sample]], wit
 
 def decide(device: str, samples: Sequence[Sample], programs: int) -> Choice:
     """The choice that these samples make: in each direction the smallest page from which on the engine always pays."""
-    assert samples, "a decision needs samples"
+    if not samples:
+        raise ValueError("a decision needs samples")
     return Choice(
         device,
         _threshold(sample for sample in samples if sample.to_pool),

@@ -105,7 +105,8 @@ class DeviceTransfer:
     def start_gather(self, jobs: Sequence[Job], only: int | None = None) -> Flight:
         """Starts to copy blocks into chunks, all after what the current stream has now: every range, or number `only`.
 
-        Every lease must be page-locked and stay open until the flight is done; then `seal_ranges` may sum.
+        Every lease must be page-locked (else ValueError) and stay open until the flight is done; then `seal_ranges` may
+        sum.
         """
         return self._start(self._to_pool, jobs, True, only)
 
@@ -124,7 +125,8 @@ class DeviceTransfer:
         return self._start(path, jobs, False, batch.only)
 
     def _start(self, path: Path, jobs: Sequence[Job], to_pool: bool, only: int | None) -> Flight:
-        assert all(job.lease.pieces for job in jobs), "memory that is not page-locked"
+        if not all(job.lease.pieces for job in jobs):
+            raise ValueError("memory that is not page-locked cannot be copied by the device")
         return path.lane.run(lambda: path.mover.start(jobs, to_pool, only))
 
 

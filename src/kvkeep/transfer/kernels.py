@@ -70,7 +70,8 @@ class KernelMover:
     def __init__(
         self, parts: Sequence[Part], device: torch.device, programs: int = PROGRAMS, kernel: Any = copy_pages
     ) -> None:
-        assert programs > 0, f"{programs} programs"
+        if programs <= 0:
+            raise ValueError(f"{programs} programs")
         self._parts = tuple(parts)
         self._device = device
         self._programs = programs

@@ -53,12 +53,13 @@ def turn_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor
 def rotate(keys: torch.Tensor, turn: Turn, pairing: Pairing) -> torch.Tensor:
     """`keys` [tokens, heads, head_size], turned; float32 inside, rounded once to the dtype of `keys`.
 
-    What a partial rotary leaves alone is returned bit for bit.
+    What a partial rotary leaves alone is returned bit for bit. LayoutMismatch for more pairs than a head has.
     """
     check_keys(keys)
     pairs = turn.cos.shape[1]
     end = pairing.start + 2 * pairs
-    assert end <= keys.shape[-1], f"{pairs} pairs from {pairing.start} on do not fit a head of {keys.shape[-1]}"
+    if end > keys.shape[-1]:
+        raise LayoutMismatch(f"{pairs} pairs from {pairing.start} on do not fit a head of {keys.shape[-1]}")
     out = keys.clone()
     split, axis = ((pairs, 2), -1) if pairing.interleaved else ((2, pairs), -2)
     first, second = out[..., pairing.start : end].unflatten(-1, split).unbind(axis)

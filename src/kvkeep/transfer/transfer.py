@@ -13,6 +13,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.errors import BlockError
 from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Bytes, Lease
 
@@ -45,7 +46,7 @@ class Transfer(Protocol):
         """Copies a chunk's blocks out; with `sums` it verifies every range first and copies nothing if one differs."""
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
-        """An assertion if a block does not exist, is the null block, or (with `unique`) is named twice."""
+        """BlockError if a block does not exist, is the null block, or (with `unique`) is named twice."""
 
 
 class Opened(NamedTuple):
@@ -66,19 +67,19 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
     A plan is checked once, before anything is copied: NumPy's clipping take would silently read another block.
     """
     for group, first, block_ids in blocks:
-        assert first >= 0, f"place {first} is outside of a chunk"
-        assert first + len(block_ids) <= shard.blocks(group), f"place {first + len(block_ids)} is outside of a chunk"
+        end = first + len(block_ids)
+        if first < 0 or end > shard.blocks(group):
+            raise BlockError(f"place {first if first < 0 else end} is outside of a chunk's blocks of group {group}")
     for group, count in enumerate(num_blocks):
         runs = [np.asarray(one.block_ids, np.intp) for one in blocks if one.group == group]
         ids = np.concatenate(runs) if runs else np.zeros(0, np.intp)
         wrong = (ids <= 0) | (ids >= count)
         if wrong.any():
             block_id = int(ids[wrong][0])
-            assert block_id != NULL_BLOCK, f"the null block of group {group}"
-            raise AssertionError(f"block {block_id} of group {group} does not exist")
-        if unique and ids.size:
-            named = np.bincount(ids)
-            assert named.max() == 1, f"block {named.argmax()} of group {group} is named twice"
+            what = "is the null block" if block_id == NULL_BLOCK else "does not exist"
+            raise BlockError(f"block {block_id} of group {group} {what}")
+        if unique and ids.size and (named := np.bincount(ids)).max() > 1:
+            raise BlockError(f"block {named.argmax()} of group {group} is named twice")
 
 
 def seal_range(one: Range, view: Bytes) -> bytes:

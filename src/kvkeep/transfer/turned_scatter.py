@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.kernels import PROGRAMS
 from kvkeep.transfer.lanes import upload
 from kvkeep.transfer.moves import Job, Part, places
@@ -89,7 +90,8 @@ class TurnedScatter:
         pages, pairs, pairing = alike.planes[0].pages, turn.cos.shape[1], alike.keys.pairing
         check_keys(pages)
         assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in alike.planes)
-        assert pairing.start + 2 * pairs <= pages.shape[3], f"{pairs} pairs do not fit a head of {pages.shape[3]}"
+        if pairing.start + 2 * pairs > pages.shape[3]:
+            raise LayoutMismatch(f"{pairs} pairs do not fit a head of {pages.shape[3]}")
         self._parts = tuple(parts)
         self._alike = alike
         self._turn = turn
@@ -97,14 +99,16 @@ class TurnedScatter:
         self._kernel = kernel
 
     def start(self, jobs: Sequence[Job], to_pool: bool, only: int | None) -> None:
-        """As `Mover.start`, from the pool only."""
-        assert not to_pool, "chunks are stored as they were computed"
+        """As `Mover.start`, from the pool only, and only for the tokens of the turn: else ValueError."""
+        if to_pool:
+            raise ValueError("chunks are stored as they were computed")
         planes = [one for one in self._alike.planes if only in (None, one.range_)]
         pages, pairs, pairing = self._alike.planes[0].pages, self._turn.cos.shape[1], self._alike.keys.pairing
         _, block_tokens, heads, head_size = pages.shape
         rows = places(jobs, self._alike.group)
         moved = len(rows) * block_tokens
-        assert len(self._turn.cos) == moved, "a turn is not for these blocks' tokens"
+        if len(self._turn.cos) != moved:
+            raise ValueError("a turn is not for these blocks' tokens")
         if not moved or not planes:
             return
         steps = (2, 1) if pairing.interleaved else (1, pairs)
@@ -135,6 +139,7 @@ class TurnedScatter:
             if part.range_ == plane.range_
             and 0 <= (inside := pages.data_ptr() - part.pages.address) < part.pages.nbytes
         )
-        assert block * nbytes == part.pages.stride, "a block is not a page"
+        if block * nbytes != part.pages.stride:
+            raise LayoutMismatch("a block is not a page")
         offset = part.offset + inside
         return int(plane.turns), pages.data_ptr(), block * nbytes, token * nbytes, head, dim, offset, part.pages.nbytes
