@@ -12,10 +12,10 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import WireError
-from kvkeep.store.fetch import Limits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store, Why, states_of
+from kvkeep.store.waiting import Limits
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.gate_tier import GateTier, ManualLoop
 

@@ -18,9 +18,9 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.words import Arrival, Words
-from kvkeep.store.fetch import Found, Limits
 from kvkeep.store.sessions import Opening, Session, WriteLease
 from kvkeep.store.store import Store
+from kvkeep.store.waiting import Found, Limits
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.gate_tier import GateTier, ManualLoop
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Outcome
 from kvkeep.errors import TierError
@@ -24,71 +21,10 @@ from kvkeep.store.early import Early
 from kvkeep.store.loads import Coming, Loads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Fetched, Store, Why
+from kvkeep.store.waiting import Found, Limits, Waiting
 
 POOL = "pool"
 FIGURES = ("promoted", "not_loaded", "lent_early", "failed_early")
-
-
-class Found(NamedTuple):
-    """What a fetch is answered with: the pinned run, where each chunk of it came from, and why it is no longer.
-
-    `took_s` is how long the tiers were waited for. `words` are the places that are still being read, each with where
-    its progress word is in the region.
-    """
-
-    fetched: Fetched
-    sources: dict[str, int]
-    why: Why | None
-    took_s: float = 0.0
-    words: Mapping[int, int] = MappingProxyType({})
-
-
-class Limits(NamedTuple):
-    """How long a fetch waits, when a tier has failed (seconds), and whether it is answered before all is there."""
-
-    deadline_s: float
-    limit_s: float = 0.0
-    early: bool = False
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A fetch that is not answered yet: its pinned entries by place, the places to come, the first that will not come.
-
-    `asking` is the tier that was asked what it has and did not answer yet; it has failed if it takes `late_s` longer
-    than the request waits.
-    """
-
-    session: Session
-    keys: list[bytes]
-    answer: Callable[[Found], None]
-    promised_nbytes: int
-    began_s: float
-    late_s: float = 0.0
-    held: dict[int, Entry] = field(default_factory=dict)
-    sources: dict[int, str] = field(default_factory=dict)
-    pending: set[int] = field(default_factory=set)
-    reach: int = 0
-    why: Why | None = None
-    asking: Loads | None = None
-    early: bool = False
-    located: bool = False
-    over: bool = False
-    timer: asyncio.TimerHandle | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything up to its reach is here."""
-        return self.located and not any(place < self.reach for place in self.pending)
-
-    def counted(self, places: int) -> dict[str, int]:
-        """Its first places by where they were."""
-        return dict(Counter(self.sources[place] for place in range(places)))
-
-    def cut(self, place: int, why: Why) -> None:
-        """Nothing from `place` on will come."""
-        if place < self.reach:
-            self.reach, self.why = place, why
 
 
 @dataclass

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from kvkeep.errors import TierError
 from kvkeep.store.breaker import Gate
-from kvkeep.store.fetch import Found, Limits, Promotions
+from kvkeep.store.fetch import Promotions
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Fetched, Why
+from kvkeep.store.waiting import Found, Limits
 
 
 class FoundState(NamedTuple):

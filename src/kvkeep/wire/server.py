@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Outcome
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
-from kvkeep.store.fetch import Found, Limits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store
+from kvkeep.store.waiting import Found, Limits
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
