@@ -94,7 +94,7 @@ def test_what_a_bad_tier_lost_is_a_miss_and_what_was_before_it_a_hit(house: Hous
     house.on(house.fast, 1, 2, 3)
     house.fast.shut.add("load")
     waiting = house.ask(1, 2, 3)
-    del house.fast.chunks[house.session.namespace + digest(2)]  # it said that it had it
+    house.fast.keep(house.session.namespace + digest(2), b"torn", sums(2))  # it said that it had it
     house.fast.open("load")
     house.loop.turn()
     assert house.holds(waiting[0], 1)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_deleted_under_us(run: Any, opened: Any, root: Path) -> None:
             shutil.rmtree(os.path.dirname(path_of(root, SMALL[1].key)))
             assert [await holds(tier, one) for one in SMALL[:3]] == [False, False, True]
             await is_whole(tier)
+
+    run(test)
+
+
+def test_only_a_record_that_is_not_there_is_told_to_be_gone(run: Any, opened: Any, root: Path) -> None:
+    """Evicted or removed since somebody looked; not one that is bad, or that the device does not give."""
+
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files) as tier:
+            await tier.store(SMALL[:5])
+            gone: list[int] = []
+            reads = [
+                memory_for(one.key, (4096,))[0]._replace(gone=partial(gone.append, n)) for n, one in enumerate(SMALL)
+            ]
+            os.unlink(path_of(root, SMALL[1].key))
+            await tier.delete([SMALL[2].key])
+            flip_bit(path_of(root, SMALL[3].key), 40_000)
+            unreadable = path_of(root, SMALL[4].key)
+            disk.fault = lambda call, path: errno.EIO if call == "readv" and path == unreadable else 0
+            assert await tier.load(reads) == [SMALL[0].sums, *([None] * 5)]
+            assert sorted(gone) == [1, 2, 5]
 
     run(test)
 

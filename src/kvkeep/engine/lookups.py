@@ -25,6 +25,9 @@ EARLY_SHARE = 0.5  # a step waits only for what should take no more than this of
 REASONS = {
     "deadline": Miss.TIER_LATE,
     "not loaded": Miss.TIER_FAILED,
+    "opening": Miss.TIER_OPENING,
+    "left alone": Miss.TIER_LEFT_ALONE,
+    "evicted": Miss.TIER_EVICTED,
     "no room": Miss.POOL_FULL,
     "share": Miss.PINNED_SHARE,
     "busy": Miss.WRITING,

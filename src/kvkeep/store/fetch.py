@@ -31,13 +31,14 @@ FIGURES = ("promoted", "not_loaded", "lent_early", "failed_early")
 class Promotions:
     """Fetches of all sessions over `tiers`, the best first; `promoted` is told of each chunk that came from which.
 
-    `words` are for chunks that are lent while they are read; without any no chunk is.
+    `words` are for chunks that are lent while they are read; without any no chunk is. `opening`: more tiers will come.
     """
 
     store: Store
     tiers: Sequence[Loads] = ()
     promoted: Callable[[Entry, Sequence[int], int], None] = lambda entry, sizes, tier: None
     words: Words | None = None
+    opening: bool = False
     figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0))
     _coming: dict[bytes, Coming] = field(default_factory=dict)
     _waiting: set[Waiting] = field(default_factory=set)
@@ -64,7 +65,9 @@ class Promotions:
         fetched = self.store.fetch(session, digests)
         here = len(fetched.offsets)
         why = None if here == len(digests) else Why.SHARE if here == room else Why.ABSENT
-        if why is not Why.ABSENT or not self.tiers or not session.opening.sizes or deadline_s <= 0:
+        if why is Why.ABSENT and session.opening.sizes and deadline_s > 0:
+            why = self.absent()
+        if why in (None, Why.SHARE) or not self.tiers or not session.opening.sizes or deadline_s <= 0:
             answer(Found(fetched, {POOL: here} if here else {}, why))
             return
         waiting = self._wait_with(session, fetched, self.store.keys(session, digests), room, answer)
@@ -94,6 +97,12 @@ class Promotions:
         for waiting in [one for one in self._waiting if one.session is session]:
             self._end(waiting)
             self.store.index.unpin(waiting.held.values())
+
+    def absent(self) -> Why:
+        """Why a chunk that no tier says to have is missed: those that cannot be asked now may have it."""
+        if any(tier.gate() is not Gate.CLOSED for tier in self.tiers):
+            return Why.LEFT_ALONE
+        return Why.OPENING if self.opening else Why.ABSENT
 
     async def _promote(self, waiting: Waiting, first: int, limit_s: float) -> None:
         where = await self._located(waiting, first, limit_s)
@@ -172,7 +181,7 @@ class Promotions:
             elif key in self._coming:
                 self._await(waiting, place, self._coming[key])
             elif tier is None:
-                waiting.cut(place, Why.ABSENT)
+                waiting.cut(place, self.absent())
             else:
                 wanted.append(place)
             if waiting.reach <= place:
@@ -204,16 +213,16 @@ class Promotions:
     def _await(self, waiting: Waiting, place: int, coming: Coming) -> None:
         waiting.pending.add(place)
         waiting.sources[place] = self.tiers[coming.tier].name
-        coming.waiters.append(functools.partial(self._came, waiting, place))
+        coming.waiters.append(functools.partial(self._came, waiting, place, coming))
 
-    def _came(self, waiting: Waiting, place: int, entry: Entry | None) -> None:
+    def _came(self, waiting: Waiting, place: int, coming: Coming, entry: Entry | None) -> None:
         """A chunk that a fetch waits for is readable, or will not come."""
         if waiting.over:
             return
         waiting.pending.discard(place)
         held = self.store.index.hold(entry.key) if entry is not None else None
         if held is None:
-            waiting.cut(place, Why.NOT_LOADED)
+            waiting.cut(place, Why.EVICTED if coming.gone else Why.NOT_LOADED)
         else:
             waiting.held[place] = held
         if waiting.complete:

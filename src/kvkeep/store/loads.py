@@ -30,6 +30,7 @@ class Coming:
     """One chunk on its way into the pool: its entry in the making, its ranges, the number of its tier, who waits.
 
     `early`: it is lent already. `whole`: not by its ranges, since whoever it is lent to waits for all of it.
+    `gone`: the tier has no record of it any more.
     """
 
     entry: Entry
@@ -38,18 +39,22 @@ class Coming:
     waiters: list[Callable[[Entry | None], None]] = field(default_factory=list)
     early: Early | None = None
     whole: bool = False
+    gone: bool = False
 
     def read(self, memory: Bytes) -> Read:
         """What the tier is asked for."""
         into = memory[self.entry.offset : self.entry.offset + self.entry.nbytes]
         arrived = self.early.word.advance if self.early is not None and not self.whole else None
-        return Read(self.entry.key, self.sizes, into, arrived)
+        return Read(self.entry.key, self.sizes, into, arrived, self._vanished)
 
     def tell(self, entry: Entry | None) -> None:
         """Tells everyone who waits, once: the readable entry, or None if it does not come (in time)."""
         waiters, self.waiters = self.waiters, []
         for waiter in waiters:
             waiter(entry)
+
+    def _vanished(self) -> None:
+        self.gone = True
 
 
 @dataclass(eq=False)

@@ -88,11 +88,16 @@ class StateFetches:
         if state is None or not state.fetched.lease:
             store.release(session, run.fetched.lease)
             kept = store.index.contains(store.keys(session, digests[:1]))
-            run = Found(Fetched(0, [], {}), {}, missed or (Why.NO_STATE if any(kept) or places else Why.ABSENT))
+            run = Found(Fetched(0, [], {}), {}, missed or self._absent(any(kept) or bool(places)))
             state = None
         elif have < len(digests):
             run = _cut(run, have)._replace(why=missed or Why.NO_STATE)
         answer(FoundState(run._replace(took_s=loop.time() - began_s), state))
+
+    def _absent(self, kept: bool) -> Why:
+        """Why there is no state, where chunks are `kept` or not: a tier that cannot be asked now may have one."""
+        why = self.promotions.absent()
+        return Why.NO_STATE if kept and why is Why.ABSENT else why
 
     async def _places(self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float]) -> list[int]:
         """The places of all chunks at whose ends the pool or a tier has a state, in order."""

@@ -30,10 +30,13 @@ class Why(Enum):
     """Why a fetched run is not longer."""
 
     ABSENT = "absent"  # no tier has the next chunk
+    OPENING = "opening"  # no tier that is open has the next chunk, and one is still being opened
+    LEFT_ALONE = "left alone"  # no tier that works has the next chunk, and one has failed: it is not asked now
     SHARE = "share"  # waiting requests of this session have pinned what they may
     NO_ROOM = "no room"  # a tier has it, the pool has no room for it
     BUSY = "busy"  # it is being written
     NOT_LOADED = "not loaded"  # a tier had it, and it did not come or was bad
+    EVICTED = "evicted"  # a tier had it, and had it no more when it was to be read
     DEADLINE = "deadline"  # it was still on its way
     NO_STATE = "no state"  # the next chunks are of no use, for no state is at the end of any of them
 

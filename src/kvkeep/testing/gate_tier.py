@@ -140,6 +140,8 @@ class GateTier:
 
     def _filled(self, read: Read) -> bytes | None:
         payload, sums = self.chunks.get(read.key, (b"", b""))
+        if not payload and read.gone is not None:
+            read.gone()
         if len(payload) != sum(read.sizes):
             return None
         if read.arrived is None:

@@ -63,6 +63,8 @@ class MemoryTier:
     def _load(self, read: Read) -> bytes | None:
         kept = self.chunks.get(read.key)
         if kept is None:
+            if read.gone is not None:
+                read.gone()
             return None
         if kept.sizes != tuple(read.sizes) or first_bad_range(kept.payload, kept.sizes, kept.sums) is not None:
             del self.chunks[read.key]

@@ -89,6 +89,16 @@ async def check_batches(tier: Tier) -> None:
     assert (await tier.load([]), await tier.store([]), await tier.contains([])) == ([], [], [])
 
 
+async def check_gone(tier: Tier) -> None:
+    """Only of a chunk that is not there is it told that no record of it is, and not of one that is bad."""
+    writes = [write_of(key(number)) for number in range(2)]
+    await tier.store([writes[0], writes[1]._replace(sums=bytes(len(writes[1].sums)))])
+    told: set[int] = set()
+    reads = [memory_for(key(number))[0]._replace(gone=partial(told.add, number)) for number in range(3)]
+    assert await tier.load(reads) == [writes[0].sums, None, None]
+    assert told <= {2}, "a chunk that is there is told to be gone"
+
+
 async def check_progress(tier: Tier) -> None:
     """A load that is to tell what has arrived tells only of verified bytes in their place, and never goes back."""
     sizes = (ALIGN_NBYTES, 40 * ALIGN_NBYTES, 2 * ALIGN_NBYTES, 33 * ALIGN_NBYTES)
@@ -231,6 +241,7 @@ async def _ignored(call: Awaitable[object]) -> None:
 CHECKS: tuple[Check, ...] = (
     check_round_trip,
     check_batches,
+    check_gone,
     check_progress,
     check_present,
     check_wrong_bytes,

@@ -53,8 +53,12 @@ class Loads:
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """Fill the memory of each read; its sums, or None."""
         answers: list[bytes | None] = [None] * len(reads)
-        wanted = [(place, read) for place, read in enumerate(reads) if self._is_wanted(read.key)]
-        self.holding.counts.misses += len(reads) - len(wanted)
+        wanted: list[tuple[int, Read]] = []
+        for place, read in enumerate(reads):
+            if read.key in self.holding.ledger.live or self._may_be_there(read.key):
+                wanted.append((place, read))
+            else:
+                self._missed(read)
         whole = [one for one in wanted if one[1].arrived is None]
         runs = batches(whole, lambda one: record_nbytes(one[1].sizes), self.holding.options.batch_nbytes)
         runs += _dealt([one for one in wanted if one[1].arrived is not None], self.holding.options.threads)
@@ -66,8 +70,10 @@ class Loads:
         while self._guesses:
             await asyncio.wait(self._guesses)
 
-    def _is_wanted(self, key: bytes) -> bool:
-        return key in self.holding.ledger.live or self._may_be_there(key)
+    def _missed(self, read: Read) -> None:
+        self.holding.counts.misses += 1
+        if read.gone is not None:
+            read.gone()
 
     def _may_be_there(self, key: bytes) -> bool:
         """Whether a key without an entry may have a record from an earlier boot."""
@@ -79,8 +85,12 @@ class Loads:
     async def _load(self, run: Sequence[tuple[int, Read]], answers: list[bytes | None], errand: Errand) -> None:
         holding = self.holding
         found = [Asked(place, read, holding.epoch(read.key), holding.ledger.live.get(read.key)) for place, read in run]
-        asked = [one for one in found if one.entry is not None or self._may_be_there(one.read.key)]
-        holding.counts.misses += len(run) - len(asked)
+        asked: list[Asked] = []
+        for one in found:
+            if one.entry is not None or self._may_be_there(one.read.key):
+                asked.append(one)
+            else:
+                self._missed(one.read)
         self._begin(asked, errand)
         reads = [(one.read, one.epoch) for one in asked]
         load = partial(load_by_range, holding.shelf) if run[0][1].arrived is not None else holding.shelf.load
@@ -116,7 +126,10 @@ class Loads:
             self._used(one, got)
             holding.counts.hits += 1
             return got.sums
-        holding.counts.misses += 1
+        if got.verdict in (Verdict.ABSENT, Verdict.GOOD):  # a good one has been cleared meanwhile
+            self._missed(one.read)
+        else:
+            holding.counts.misses += 1
         if got.verdict is Verdict.FAILED:
             holding.failed("a record cannot be read")
         elif got.verdict is Verdict.BAD:

@@ -25,13 +25,14 @@ class Read(NamedTuple):
 
     With `arrived` the first ranges of all such chunks of a batch are wanted before their later ones, and it is told,
     from any thread, how many of this chunk's are there: verified, of the right record, and not written to again. It may
-    be told late, or never.
+    be told late, or never. `gone` is told where no record of this chunk is there any more; it may never be told.
     """
 
     key: bytes
     sizes: Sequence[int]
     into: Bytes
     arrived: Callable[[int], None] | None = None
+    gone: Callable[[], None] | None = None
 
 
 class Write(NamedTuple):

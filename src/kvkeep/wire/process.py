@@ -189,7 +189,11 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
 
 async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
     """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
-    await open_tiers(disk, walk.admit)
+    walk.promotions.opening = disk is not None
+    try:
+        await open_tiers(disk, walk.admit)
+    finally:
+        walk.promotions.opening = False
     if disk is not None and walk.loads:
         directory = Path(disk.directories[0])
         Identities(directory, walk.store.namespaces).start(asyncio.get_running_loop())
