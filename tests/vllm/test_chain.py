@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,53 @@ def test_what_is_in_doubt_is_not_kept_and_says_why(hasher, requests):
     assert requests.translated(request(wider, "wider")).root is Miss.HASHES
     assert requests.translated(request(hasher, "session", resumable=True)).root is Miss.SESSION
     assert isinstance(requests.translated(request(hasher, "fine")).root, bytes)
+
+
+class Counted(list):
+    """A list that counts how often one of its items is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, place):
+        self.looks += 1
+        return super().__getitem__(place)
+
+
+def with_images(count: int, every: int, length: int):
+    """What vLLM's extra keys need of a request with images of `length` tokens, one at the end of each `every`."""
+    images = Counted(
+        SimpleNamespace(
+            identifier=f"image {i}", mm_position=SimpleNamespace(offset=(i + 1) * every - length, length=length)
+        )
+        for i in range(count)
+    )
+    return SimpleNamespace(mm_features=images, lora_request=None, cache_salt=None, prompt_embeds=None)
+
+
+def test_each_image_is_looked_at_a_few_times_however_many_there_are():
+    from kvkeep.engine.vllm_chain import extra_keys
+
+    images, every = 500, 80
+    asked = with_images(images, every, 70)
+    of_range = extra_keys(asked)
+    chunks = range(0, images * every, CHUNK)
+    found = [of_range(start, start + CHUNK) for start in chunks]
+    assert {key[1] for keys in found for key in keys or ()} == {f"image {number}" for number in range(images)}
+    assert asked.mm_features.looks <= 3 * (len(chunks) + images)  # with a start from 0 it is 85 times as much
+
+
+def test_the_images_of_a_range_are_the_same_in_whatever_order_ranges_are_asked_for():
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    from kvkeep.engine.vllm_chain import extra_keys
+
+    asked = with_images(40, 100, 90)
+    of_range = extra_keys(asked)
+    starts = list(range(0, 4200, CHUNK))
+    for order in (starts, starts[::-1], random.Random(1).sample(starts, len(starts)), starts[::2], starts):
+        for start in order:
+            right = generate_block_hash_extra_keys(asked, start, start + CHUNK, 0)[0]
+            assert of_range(start, start + CHUNK) == right
 
 
 @pytest.mark.parametrize(

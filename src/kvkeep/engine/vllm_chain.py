@@ -116,9 +116,25 @@ def extra_keys(request: VllmRequest) -> ExtraKeys | None:
     plain = not (request.lora_request or request.mm_features or request.cache_salt)
     if plain and request.prompt_embeds is None:
         return None
+    return RangeKeys(request)
 
-    def of_range(start: int, end: int) -> tuple[Any, ...] | None:
-        keys: tuple[Any, ...] | None = generate_block_hash_extra_keys(request, start, end, 0)[0]
+
+class RangeKeys:
+    """What vLLM mixes into the hash of a token range.
+
+    Ranges may be asked for in any order. Where each begins at or after the end of the one before it, as a request's
+    chunks do, the images that have passed are not looked at again.
+    """
+
+    def __init__(self, request: VllmRequest) -> None:
+        self._request = request
+        self._end = 0  # of the range that was asked for last
+        self._image = 0  # the first image that may reach beyond it
+
+    def __call__(self, start: int, end: int) -> tuple[Any, ...] | None:
+        """The keys of tokens [start, end)."""
+        image = self._image if start >= self._end else 0
+        keys: tuple[Any, ...] | None
+        keys, self._image = generate_block_hash_extra_keys(self._request, start, end, image)
+        self._end = end
         return keys
-
-    return of_range
