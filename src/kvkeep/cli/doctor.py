@@ -208,7 +208,7 @@ def check_speed(clock: Callable[[], float]) -> Check:
     return Check(name, f"populate {_rate(populated - began)}, copy {_rate(copied - populated)}")
 
 
-def check_transfer(config: Config, file: Path, has_device: bool) -> list[Check]:
+def check_transfer(config: Config, file: Path | None, has_device: bool) -> list[Check]:
     """Say how a CUDA device copies: what is set, or what was measured by page size and direction; none, no row."""
     choice = kept_choice(file)
     if choice is None and not has_device:

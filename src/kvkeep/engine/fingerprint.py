@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from kvkeep.home import cache_file
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ADAPTER_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,9 +72,9 @@ def fingerprint(folder: Path, suffixes: Iterable[str], memory: Path | None) -> s
     return digest.hexdigest()
 
 
-def default_memory() -> Path:
-    """Where digests are remembered for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkeep" / "fingerprints.json"
+def default_memory() -> Path | None:
+    """Where digests are remembered for this user; None for one without a home directory."""
+    return cache_file("fingerprints.json")
 
 
 def _content(path: Path) -> str:

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from kvkeep.home import cache_file
+
 log = logging.getLogger("kvkeep")
 
 Way = Literal["kernel", "engine"]
@@ -23,9 +25,9 @@ NEVER = 1 << 62
 
 
 class Wish(NamedTuple):
-    """What is set: the file in which this host keeps what it measured, the way to copy, the kernel's programs."""
+    """What is set: the file in which this host keeps what it measured (None: none), the way to copy, the programs."""
 
-    kept: Path
+    kept: Path | None
     way: Literal["auto", "kernel", "copy"] = "auto"
     programs: int = 16
 
@@ -96,8 +98,9 @@ def choose(device: str, wish: Wish, measure: Callable[[], Sequence[Sample]], wit
     choice = read_choice(wish.kept, device, wish.programs)
     if choice is None:
         choice = decide(device, measure(), wish.programs)
-        if not write_choice(wish.kept, choice):
-            log.info("kvkeep: %s cannot be written: the device is measured again at the next start", wish.kept)
+        if wish.kept is None or not write_choice(wish.kept, choice):
+            why = f"{wish.kept} cannot be written" if wish.kept is not None else "there is no home directory"
+            log.info("kvkeep: %s: the device is measured again at the next start", why)
     return choice
 
 
@@ -123,13 +126,15 @@ def _threshold(samples: Iterable[Sample]) -> int:
     return threshold
 
 
-def default_file() -> Path:
-    """Where this user's hosts keep what they measured."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvkeep" / "transfer.json"
+def default_file() -> Path | None:
+    """Where this user's hosts keep what they measured; None for one without a home directory."""
+    return cache_file("transfer.json")
 
 
-def kept_choice(file: Path) -> Choice | None:
+def kept_choice(file: Path | None) -> Choice | None:
     """What was kept, for whatever device; None where there is nothing that can be used, whatever the file holds."""
+    if file is None:
+        return None
     try:
         choice = msgspec.json.decode(file.read_bytes(), type=Choice)
     except (OSError, msgspec.DecodeError):
@@ -137,7 +142,7 @@ def kept_choice(file: Path) -> Choice | None:
     return choice if choice.version == _VERSION else None
 
 
-def read_choice(file: Path, device: str, programs: int) -> Choice | None:
+def read_choice(file: Path | None, device: str, programs: int) -> Choice | None:
     """What was kept for this device and a kernel of so many programs."""
     choice = kept_choice(file)
     return choice if choice is not None and (choice.device, choice.programs) == (device, programs) else None

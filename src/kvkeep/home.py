@@ -1,0 +1,17 @@
+"""Where kvkeep keeps what it found out for this user and could find out again: digests of files, measured rates.
+
+Knows nothing about what is kept there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_file(name: str) -> Path | None:
+    """The file of this name in the user's cache folder; None for a user without a home directory: keep nothing."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(folder):  # as its specification wants it
+        folder = os.path.expanduser("~/.cache")  # unlike Path.home() it does not raise
+    return Path(folder, "kvkeep", name) if os.path.isabs(folder) else None
