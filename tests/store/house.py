@@ -43,6 +43,7 @@ class House:
     fast: GateTier = field(default_factory=GateTier)
     slow: GateTier = field(default_factory=GateTier)
     tiers: int = 2
+    reads: int = 1  # that a tier does at once
 
     def __post_init__(self) -> None:
         self.memory = np.zeros(region_nbytes(self.room * CHUNK), dtype=np.uint8)
@@ -50,7 +51,7 @@ class House:
         self.store = Store(Index(FreeList(self.room * CHUNK), policy_by_name("lru")), self.room * CHUNK, self.share)
         self.walk = TierWalk(self.store, self.memory, self.words)
         for name, tier in [("fast", self.fast), ("slow", self.slow)][: self.tiers]:
-            self.walk.add(name, tier)
+            self.walk.add(name, tier, reads=self.reads)
         self.session = self.join()
 
     def join(self, name: str = "n") -> Session:

@@ -203,6 +203,34 @@ def test_a_tier_that_cannot_say_is_done_without(house: House) -> None:
     house.check(house.ask(1, 2)[0], 1)
 
 
+@pytest.mark.parametrize("how", ["hangs", "fails"])
+def test_a_tier_that_does_not_say_costs_one_deadline_in_all(house: House, how: str) -> None:
+    house.keep(house.session, 1)
+    house.keep(house.states, 1)
+    (house.tier.shut if how == "hangs" else house.tier.broken).add("contains")
+    house.ask(1)
+    house.loop.advance(DEADLINE_S)
+    assert house.walk.loads[0].breaker.failures == (how == "fails"), "a request that waits less says nothing"
+    house.loop.advance(LIMIT_S - DEADLINE_S)
+    assert house.walk.loads[0].breaker.failures == 1
+    asked = len(house.tier.calls)
+    (found,) = house.ask(1) if how == "fails" else [*house.ask(1), *house.ask(1)][:1]
+    assert (found.state, found.run.why, found.run.took_s) == (None, Why.LEFT_ALONE, 0.0)
+    assert len(house.tier.calls) <= asked + 1, "a probe at most"
+    house.tier.open("contains")
+
+
+def test_a_tier_that_failed_is_tried_again_for_those_who_ask_for_states(house: House) -> None:
+    house.keep(house.session, 1)
+    house.keep(house.states, 1)
+    house.tier.broken.add("load")
+    house.ask(1)
+    house.tier.broken.clear()
+    house.loop.advance(1.1)
+    assert house.ask(1)[0].state is None, "the probe is not waited for"
+    house.check(house.ask(1)[0], 1)
+
+
 @pytest.mark.parametrize("verb", ["contains", "load"])
 def test_a_session_that_ends_meanwhile_is_not_answered_and_holds_nothing(house: House, verb: str) -> None:
     house.put(house.session, 1)

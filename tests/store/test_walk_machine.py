@@ -61,7 +61,7 @@ class WalkMachine(RuleBasedStateMachine):
         self.early: list[Promised] = []
         self.tiers = [GateTier(), GateTier()]
         for number, tier in enumerate(self.tiers):
-            self.walk.add(f"tier {number}", tier)
+            self.walk.add(f"tier {number}", tier, reads=1 + number)
         self.epoch = 0
         self.sessions = [self.open(), self.open()]
 
@@ -84,6 +84,8 @@ class WalkMachine(RuleBasedStateMachine):
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
         assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
         assert self.words.free == WORDS
+        assert all(line.hung == line.probes == 0 for line in self.walk.loads)
+        assert not self.store.late
         assert self.store.index.check() == ""
         self.loop.close()
 
@@ -151,6 +153,11 @@ class WalkMachine(RuleBasedStateMachine):
         self.in_loop(lambda: self.tiers[tier].open(verb))
 
     @rule(tier=TIER, verb=VERBS)
+    def hang_on(self, tier: int, verb: str) -> None:
+        """What hangs goes on hanging, what comes from now on does not."""
+        self.tiers[tier].shut.discard(verb)
+
+    @rule(tier=TIER, verb=VERBS)
     def break_(self, tier: int, verb: str) -> None:
         self.tiers[tier].broken.add(verb)
 
@@ -195,6 +202,7 @@ class WalkMachine(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self) -> None:
+        assert all(0 <= line.probes <= line.reads for line in self.walk.loads)
         assert self.store.index.check() == ""
         for session in self.sessions:
             most = self.store.pool_nbytes * self.store.max_pinned_share

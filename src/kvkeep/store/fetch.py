@@ -127,7 +127,7 @@ class Promotions:
             asked = [keys[place] for place in open_places]
             gate = tier.gate()
             if gate is Gate.HALF_OPEN:
-                self._go(self._probe(number, asked, waiting.session, limit_s))
+                self.probe(tier, asked, waiting.session, limit_s)
             if gate is not Gate.CLOSED or not asked:
                 continue
             waiting.asking = tier
@@ -142,28 +142,38 @@ class Promotions:
                 where[place] = number if one else None
         return where
 
-    async def _probe(self, number: int, keys: Sequence[bytes], session: Session, limit_s: float) -> None:
+    def probe(self, tier: Loads, keys: Sequence[bytes], session: Session, limit_s: float) -> None:
         """Tries a tier that had failed with the first chunk that it has of these; nobody waits for it."""
-        tier = self.tiers[number]
-        if tier.probed or tier.quarantined_nbytes:
-            return  # what hangs tells by coming back; no more is sent after it
-        tier.probed = True
-        tier.breaker.probing(asyncio.get_running_loop().time())
+        if tier.may_probe:  # else what hangs tells by coming back
+            tier.probes += 1
+            tier.breaker.probing(asyncio.get_running_loop().time())
+            self._go(self._probe(tier, keys, session, limit_s))
+
+    async def _probe(self, tier: Loads, keys: Sequence[bytes], session: Session, limit_s: float) -> None:
+        coming = None
         try:
-            has = await tier.tier.contains(keys)
+            coming = self._reserved_one(tier, await tier.tier.contains(keys), keys, session)
         except TierError as error:
             tier.overdue((), str(error))
-            return
         finally:
-            tier.probed = False
-        key = next((key for key, one in zip(keys, has, strict=True) if one), None)
-        if key is None or key in self._coming:
-            return
-        sizes = session.opening.sizes
-        (entry,) = self.store.index.reserve([key], sum(sizes), self.store.next_lease())
-        if isinstance(entry, Entry):
-            coming = self._coming[key] = Coming(entry, sizes, number, [lambda _: None])
+            tier.probes -= coming is None
+        if coming is not None:
             tier.add([coming], limit_s)
+
+    def _reserved_one(self, tier: Loads, has: Sequence[bool], keys: Sequence[bytes], session: Session) -> Coming | None:
+        """Room for the first chunk that a tier has and that is not on its way, which is to be its probe."""
+        number, sizes = self.tiers.index(tier), session.opening.sizes
+
+        def over(_: Entry | None) -> None:
+            tier.probes -= 1
+
+        wanted = [key for key, one in zip(keys, has, strict=True) if one and key not in self._coming][:1]
+        got = self.store.index.reserve(wanted, sum(sizes), self.store.next_lease())
+        for entry in got:
+            if isinstance(entry, Entry):
+                coming = self._coming[entry.key] = Coming(entry, sizes, number, [over])
+                return coming
+        return None
 
     def _plan(self, waiting: Waiting, first: int, where: Sequence[int | None]) -> list[int]:
         """Holds what the pool has by now and joins what is coming; the places that have to be loaded, in order."""
@@ -178,6 +188,8 @@ class Promotions:
             if entry is not None:  # of another shape: not what was asked for
                 index.unpin([entry])
                 waiting.cut(place, Why.ABSENT)
+            elif key in self._coming and self._hopeless(self._coming[key]):
+                waiting.cut(place, Why.NOT_LOADED)
             elif key in self._coming:
                 self._await(waiting, place, self._coming[key])
             elif tier is None:
@@ -231,6 +243,7 @@ class Promotions:
     def settle(self, coming: Coming, sums: bytes | None) -> None:
         """A tier is done with a chunk's memory: it becomes readable, or its room comes back."""
         self._coming.pop(coming.entry.key, None)
+        self.store.late.discard(coming.entry)
         self.figures["not_loaded"] += sums is None
         if self._readable(coming, sums):
             self.figures["promoted"] += 1
@@ -301,7 +314,11 @@ class Promotions:
     def _doubtful(self, coming: Coming) -> bool:
         """Whether a chunk that is being read may well not come."""
         failed = coming.early is not None and coming.early.word.failed
-        return failed or self.tiers[coming.tier].gate() is not Gate.CLOSED
+        return failed or self._hopeless(coming)
+
+    def _hopeless(self, coming: Coming) -> bool:
+        """Whether a chunk is late, or its tier left alone: nobody waits for it any more."""
+        return coming.entry in self.store.late or self.tiers[coming.tier].gate() is not Gate.CLOSED
 
     def _took_s(self, waiting: Waiting) -> float:
         return asyncio.get_running_loop().time() - waiting.began_s

@@ -61,26 +61,36 @@ class Coming:
 class Loads:
     """`done(coming, sums)` is called once a chunk when nothing touches its memory any more; sums None: it did not come.
 
-    `quarantined_nbytes` are under way although they are overdue; `probed`: a probe has not come back yet.
+    Before that `late(coming)` is, where it takes longer than its limit. `reads` are how many the tier does at once;
+    `hung` are slices under way although they are overdue, of `quarantined_nbytes`; `probes` those that are neither back
+    nor overdue. A tier all of whose reads may hang gets no more of them until one is back.
     """
 
     name: str
     tier: Tier
     memory: Bytes
     done: Callable[[Coming, bytes | None], None]
+    late: Callable[[Coming], None] = lambda coming: None
+    reads: int = 1
     breaker: Breaker = field(default_factory=Breaker)
     slice_nbytes: int = SLICE_NBYTES
     most_nbytes: int = UNDER_WAY_NBYTES
     under_way_nbytes: int = 0
     quarantined_nbytes: int = 0
-    probed: bool = False
+    hung: int = 0
+    probes: int = 0
     _turns: deque[tuple[deque[list[Coming]], float]] = field(default_factory=deque)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def busy(self) -> bool:
-        """Whether anything is under way or waiting."""
-        return bool(self.under_way_nbytes or self._turns)
+        """Whether anything is under way or waiting; what hangs is neither."""
+        return bool(self.under_way_nbytes > self.quarantined_nbytes or self._turns)
+
+    @property
+    def may_probe(self) -> bool:
+        """Whether a read more may be sent after those that hang."""
+        return self.hung + self.probes < self.reads
 
     def gate(self) -> Gate:
         """What the tier may be asked now."""
@@ -110,7 +120,7 @@ class Loads:
             self.done(chunk, None)
 
     def _start(self) -> None:
-        while self._turns and self.under_way_nbytes < self.most_nbytes:
+        while self._turns and self.under_way_nbytes - self.quarantined_nbytes < self.most_nbytes:
             slices, limit_s = self._turns.popleft()
             piece = slices.popleft()
             if slices:
@@ -127,8 +137,8 @@ class Loads:
                 self.under_way_nbytes += sum(chunk.entry.nbytes for chunk in wanted)
 
     async def _load(self, chunks: list[Coming], limit_s: float) -> None:
-        late = Lateness(self, chunks)
-        timer = asyncio.get_running_loop().call_later(limit_s, late.fall_due)
+        slice_ = Slice(self, chunks)
+        timer = asyncio.get_running_loop().call_later(limit_s, slice_.fall_due)
         reads = [one.read(self.memory) for one in chunks]
         sums: Sequence[bytes | None] = [None] * len(chunks)
         try:
@@ -139,9 +149,7 @@ class Loads:
             self.breaker.succeeded()
         finally:
             timer.cancel()
-            nbytes = sum(chunk.entry.nbytes for chunk in chunks)
-            self.under_way_nbytes -= nbytes
-            self.quarantined_nbytes -= nbytes if late.due else 0
+            slice_.end()
         for chunk, got in zip(chunks, sums, strict=True):
             self.done(chunk, got)
         self._start()
@@ -161,15 +169,29 @@ def _sliced(chunks: Sequence[Coming], most_nbytes: int) -> list[list[Coming]]:
 
 
 @dataclass
-class Lateness:
-    """Whether a slice has outlived its limit."""
+class Slice:
+    """Chunks that are read together, and whether they have outlived their limit."""
 
     loads: Loads
     chunks: list[Coming]
     due: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pool, until they are back."""
+        return sum(chunk.entry.nbytes for chunk in self.chunks)
+
     def fall_due(self) -> None:
         """The limit is over and the tier has not answered."""
         self.due = True
-        self.loads.quarantined_nbytes += sum(chunk.entry.nbytes for chunk in self.chunks)
+        self.loads.hung += 1
+        self.loads.quarantined_nbytes += self.nbytes
+        for chunk in self.chunks:
+            self.loads.late(chunk)
         self.loads.overdue(self.chunks, "no answer within its limit")
+
+    def end(self) -> None:
+        """The tier is done with their memory."""
+        self.loads.under_way_nbytes -= self.nbytes
+        self.loads.hung -= self.due
+        self.loads.quarantined_nbytes -= self.nbytes if self.due else 0

@@ -8,7 +8,7 @@ what it has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from kvkeep.errors import TierError
 from kvkeep.store.breaker import Gate
 from kvkeep.store.fetch import Promotions
+from kvkeep.store.loads import Loads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Fetched, Why
 from kvkeep.store.waiting import Found, Limits
@@ -74,7 +75,7 @@ class StateFetches:
             return max(0.0, began_s + deadline_s - loop.time())
 
         assert session.states is not None
-        places = await self._places(session.states, digests, left_s)
+        places = await self._places(session.states, digests, left_s, max(deadline_s, limits.limit_s))
         reach = places[-1] + 1 if places else 0
         run = await self._promoted(session, digests[:reach], left_s(), limits.limit_s)
         have = len(run.fetched.offsets)
@@ -99,17 +100,26 @@ class StateFetches:
         why = self.promotions.absent()
         return Why.NO_STATE if kept and why is Why.ABSENT else why
 
-    async def _places(self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float]) -> list[int]:
+    async def _places(
+        self, states: Session, digests: Sequence[bytes], left_s: Callable[[], float], limit_s: float
+    ) -> list[int]:
         """The places of all chunks at whose ends the pool or a tier has a state, in order."""
         keys = self.promotions.store.keys(states, digests)
         known = self.promotions.store.index.contains(keys)
+        loop = asyncio.get_running_loop()
         for tier in self.promotions.tiers:
-            if not left_s() or tier.gate() is not Gate.CLOSED:
+            gate = tier.gate()
+            if gate is Gate.HALF_OPEN:
+                self.promotions.probe(tier, keys, states, limit_s)
+            if not left_s() or gate is not Gate.CLOSED:
                 continue
-            task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(_listed(tier.tier.contains(keys)))
+            late_s = loop.time() + limit_s
+            task: asyncio.Task[Any] = loop.create_task(_listed(tier, keys))
             self._asked.add(task)
             task.add_done_callback(self._asked.discard)
             await asyncio.wait({task}, timeout=left_s())  # not wait_for, which waits for what it cancels
+            if not task.done():
+                loop.call_at(late_s, _silent, tier, task)
             has = task.result() if task.done() else None
             known = [one or here for one, here in zip(known, has or known, strict=True)]
         return [place for place, one in enumerate(known) if one]
@@ -121,12 +131,18 @@ class StateFetches:
         return await found
 
 
-async def _listed(verb: Coroutine[Any, Any, Sequence[bool]]) -> list[bool] | None:
+async def _listed(tier: Loads, keys: Sequence[bytes]) -> list[bool] | None:
     """What a tier says it has; None if it cannot say."""
     try:
-        return list(await verb)
-    except TierError:
+        return await tier.tier.contains(keys)
+    except TierError as error:
+        tier.overdue((), str(error))
         return None
+
+
+def _silent(tier: Loads, asked: asyncio.Task[Any]) -> None:
+    if not asked.done():
+        tier.overdue((), "it does not say what it has")
 
 
 def _settle(found: asyncio.Future[Found], answer: Found) -> None:

@@ -61,7 +61,8 @@ class Store:
     """`pool_nbytes` of memory under `index`; waiting requests of one session may pin `max_pinned_share` of it.
 
     A chunk that is asked for while another lease has been writing it for more than `lease_time_s` changes its writer;
-    the memory of the first one stays where it is until that lease ends.
+    the memory of the first one stays where it is until that lease ends. Those in `late` change theirs at once: a tier
+    that hangs reads them.
     """
 
     index: Index
@@ -73,6 +74,7 @@ class Store:
     lingering: dict[int, Session] = field(default_factory=dict)
     lending: bool = True
     revoked: int = 0
+    late: set[Entry] = field(default_factory=set)
     namespaces: Namespaces = field(default_factory=Namespaces)
     _last: int = 0
     _writing: dict[int, WriteLease] = field(default_factory=dict)
@@ -142,13 +144,13 @@ class Store:
         return Reservation(lease if entries else 0, places)
 
     def revoke_overdue(self, keys: Sequence[bytes]) -> None:
-        """Takes those of `keys` from their writers that have shown no sign of life for `lease_time_s`."""
-        if not self._writing:
+        """Takes those of `keys` from their writers that are late, or showed no sign of life for `lease_time_s`."""
+        if not self._writing and not self.late:
             return
         since_s = self.clock() - self.lease_time_s
         for entry in self.index.writing(keys):
             lease = self._writing.get(entry.owner)
-            if lease is not None and lease.alive_s <= since_s:
+            if entry in self.late or (lease is not None and lease.alive_s <= since_s):
                 self.index.revoke(entry)
                 self.revoked += 1
 

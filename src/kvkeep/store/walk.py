@@ -49,7 +49,9 @@ class TierWalk:
     def __post_init__(self) -> None:
         self.promotions = Promotions(self.store, self.loads, self._promoted, self.words)
 
-    async def admit(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
+    async def admit(
+        self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1
+    ) -> None:
         """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""
         forgotten: set[bytes | None] = set()
         while missing := list(self._cleared - forgotten):
@@ -59,13 +61,18 @@ class TierWalk:
                 await self._within(CLOSE_LIMIT_S, tier.aclose())
                 return
             forgotten.add(missing[0])
-        self.add(name, tier, figures)
+        self.add(name, tier, figures, reads)
 
-    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict) -> None:
-        """Takes in a tier below all others, and writes to it what the pool has; `figures` tells its own numbers."""
+    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1) -> None:
+        """Takes in a tier below all others, and writes to it what the pool has.
+
+        `figures` tells its own numbers, `reads` are how many it does at once.
+        """
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
         options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes)
-        one = Loads(name, tier, self.memory, self.promotions.settle)
+        one = Loads(
+            name, tier, self.memory, self.promotions.settle, lambda coming: self.store.late.add(coming.entry), reads
+        )
         self.loads.append(one)
         self._told.append(figures)
         self.flushes.append(Flush(self.store.index, one, options))

@@ -22,8 +22,8 @@ log = logging.getLogger("kvkeep.store")
 SOON_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
 SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
-# a tier's name, itself, what tells its figures
-Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]]], Awaitable[None]]
+# a tier's name, itself, what tells its figures, how many reads it does at once
+Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]], int], Awaitable[None]]
 
 
 def disk_options(config: Config) -> DiskOptions | None:
@@ -48,7 +48,7 @@ async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
     except TierError as error:
         log.error("there is no disk tier: %s", error)
         return
-    await take("disk", tier, lambda: disk_figures(tier))
+    await take("disk", tier, lambda: disk_figures(tier), disk.threads * len(disk.directories))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
     log.info("disk tier of %s in %s, %s", size_text(disk.limit_nbytes), ", ".join(disk.directories), how)
 

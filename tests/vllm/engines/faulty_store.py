@@ -81,7 +81,7 @@ async def opened(faults: Faults, options: DiskOptions) -> None:
         print(f"not ready: {error}", flush=True)
         return
     await tier.looked_through()
-    await faults.walk.admit("disk", tier, lambda: disk_figures(tier))
+    await faults.walk.admit("disk", tier, lambda: disk_figures(tier), options.threads)
 
     def command() -> None:
         line = sys.stdin.readline()
