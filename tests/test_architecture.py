@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.core.allocator import Extent, FreeList
+from kvkeep.testing.allocators import AllocatorCase, check_fill
+
 SRC = Path(__file__).parents[1] / "src"
 MODULE_LINES, FUNCTION_LINES, ARGUMENTS, PROTOCOL_METHODS = 400, 50, 6, 6
 BAD_NAME = re.compile(r".+(Manager|Handler|Helper|Util|Utils|Base|Impl)")
@@ -303,3 +306,12 @@ def test_where_an_import_is_right(name: str, source: str, right: bool) -> None:
 
 def test_a_module_without_a_docstring_is_seen() -> None:
     assert faults("kvkeep.x", "x = 1") == ["kvkeep.x: has no docstring"]
+
+
+def test_asserts_of_tests_and_of_what_they_stand_on_hold_without_pythons_own() -> None:
+    """`make fast-optimized` would prove nothing otherwise."""
+    extent, allocator = Extent(0, 1), FreeList(4096)
+    with pytest.raises(AssertionError):
+        assert extent.nbytes == 2
+    with pytest.raises(AssertionError):
+        check_fill(AllocatorCase(lambda _: allocator, 4096, (1,), 4096))
