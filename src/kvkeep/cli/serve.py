@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from kvkeep.errors import StoreGone
 from kvkeep.memory.room import read_limits
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Known, Stats
-from kvkeep.wire.process import join_shared, run, store_options
+from kvkeep.wire.process import join_shared, run, store_options, write_log
 
 ANSWER_LIMIT_S = 5.0
 Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket; its folder must be 0700.")]
@@ -39,7 +38,7 @@ def serve(
     if config is not None:
         overrides["config_file"] = str(config)
     settings = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"), _option)
-    logging.basicConfig(level=settings.log_level.upper(), format="kvkeep store %(process)d %(levelname)s %(message)s")
+    write_log(settings.log_level)
     run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
 
 

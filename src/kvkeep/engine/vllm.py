@@ -46,6 +46,7 @@ from kvkeep.engine.open_rank import early_loads, open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.vllm_chain import Requests, chain_kind
+from kvkeep.engine.vllm_log import join_log, leave_log
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
@@ -94,9 +95,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer_config = vllm_config.kv_transfer_config
         self.config = _config(transfer_config.kv_connector_extra_config)
-        log.setLevel(self.config.log_level.upper())
-        for handler in logging.getLogger("vllm").handlers:  # where vLLM writes, we do
-            log.addHandler(handler)
+        join_log(self.config.log_level)
+        self._open = True
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
         self.worker: Worker | DeviceWorker | None = None
         self.planner: Planner | None = None
@@ -377,6 +377,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self.planner is not None:
             self.planner.close()
             self.planner = None
+        if self._open:
+            leave_log()
+            self._open = False
 
     def _built_on(self, blocks: set[int]) -> set[int]:
         """The blocks of other requests that were computed from any of `blocks`."""

@@ -11,7 +11,7 @@ import msgspec
 
 from kvkeep.errors import KVKeepError
 from kvkeep.tiers.holding import DiskOptions
-from kvkeep.wire.process import StoreOptions, run
+from kvkeep.wire.process import StoreOptions, run, write_log
 
 
 def main(arguments: list[str]) -> int:
@@ -27,11 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--disk", type=_disk, help="the disk tier's options as JSON")
     asked = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=asked.log_level.upper(),
-        format="kvkeep store %(process)d %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    write_log(asked.log_level)
     options = StoreOptions(
         pool_nbytes=asked.pool_nbytes,
         policy=asked.policy,

@@ -163,6 +163,12 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
+def write_log(level: str) -> None:
+    """Writes the store process's lines of this level and above to stderr, with the time as vLLM writes it."""
+    form = "kvkeep store %(process)d %(levelname)s %(asctime)s %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, datefmt="%m-%d %H:%M:%S")
+
+
 def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
     check_room(options.pool_nbytes)
