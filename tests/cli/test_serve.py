@@ -112,3 +112,19 @@ def test_an_abstract_address_is_understood() -> None:
     with manager("\0" + name) as heard:
         notify("READY=1", {"NOTIFY_SOCKET": "@" + name})
         assert heard.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope/run", "/" + "x" * 120])
+def test_a_socket_that_cannot_be_is_one_line_with_a_cure(folder: str) -> None:
+    result = CliRunner().invoke(app, ["serve", f"--socket={folder}/store", "--pool-size=1 MiB", "--disk-path="])
+    assert result.exit_code == 2
+    assert "XDG_RUNTIME_DIR" in result.stderr
+    assert result.stderr.startswith("kvkeep: ")
+
+
+def test_a_file_is_not_deleted(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    (tmp_path / "notes").write_text("mine")
+    result = CliRunner().invoke(app, ["serve", f"--socket={tmp_path / 'notes'}", "--pool-size=1 MiB", "--disk-path="])
+    assert result.exit_code == 2
+    assert (tmp_path / "notes").read_text() == "mine"

@@ -41,8 +41,9 @@ from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.client import Client
 from kvkeep.wire.handoff import PoolDoor
+from kvkeep.wire.listening import listen
 from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.process import Child, StoreOptions, join_shared, listen
+from kvkeep.wire.process import Child, StoreOptions, join_shared
 
 CHUNK, ROOM = 4096, 8
 OPTIONS = StoreOptions(ROOM * CHUNK, log_level="error")

@@ -24,7 +24,8 @@ from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
 from kvkeep.testing.gate_tier import GateTier
-from kvkeep.wire.process import listen, serve_to_the_end
+from kvkeep.wire.listening import listen
+from kvkeep.wire.process import serve_to_the_end
 from kvkeep.wire.server import Server
 from pathlib import Path
 

@@ -29,7 +29,8 @@ from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import framed
 from kvkeep.wire.handoff import BOOT_NBYTES, PoolDoor, send_pool
-from kvkeep.wire.process import Child, StoreOptions, join_shared, listen, start_private
+from kvkeep.wire.listening import listen
+from kvkeep.wire.process import Child, StoreOptions, join_shared, start_private
 from kvkeep.wire.server import Server
 
 CHUNK, ROOM = 4096, 8
@@ -161,7 +162,7 @@ def test_only_the_owner_gets_to_the_socket(path: Path):
 def test_a_folder_that_others_may_enter_is_refused(path: Path):
     path.parent.mkdir()
     path.parent.chmod(0o755)
-    with pytest.raises(ConfigError, match="chmod 700"):
+    with pytest.raises(ConfigError, match="can be entered by others"):
         listen(path)
     assert not path.exists()
 

@@ -21,7 +21,8 @@ from kvkeep.memory.region import Region
 from kvkeep.memory.words import region_nbytes, words_behind
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
-from kvkeep.wire.process import StoreOptions, listen
+from kvkeep.wire.listening import listen
+from kvkeep.wire.process import StoreOptions
 from kvkeep.wire.server import Server
 
 END_LIMIT_S = 10.0

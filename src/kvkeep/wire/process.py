@@ -13,7 +13,6 @@ import resource
 import secrets
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -37,6 +36,7 @@ from kvkeep.store.walk import TierWalk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_options, open_tiers
 from kvkeep.wire.identities import Identities
+from kvkeep.wire.listening import listen, unlink_own
 from kvkeep.wire.server import Server
 from kvkeep.wire.systemd import notify
 
@@ -138,31 +138,6 @@ def join_shared(path: str, limit_s: float) -> socket.socket:
     return sock
 
 
-def listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, 0600 in a folder that is 0700; ConfigError if the folder lets others in.
-
-    The socket file of a store that is gone is removed; one that still answers is an error.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if stat.S_IMODE(path.parent.stat().st_mode) & 0o077:
-        raise ConfigError(f"{path.parent} can be entered by others: chmod 700 {path.parent}, or choose another folder")
-    if path.exists():
-        try:
-            join_shared(str(path), 1.0).close()
-        except StoreGone:
-            path.unlink()
-        else:
-            raise ConfigError(f"a store answers at {path} already")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-    finally:
-        os.umask(mask)
-    sock.listen(64)
-    return sock
-
-
 def write_log(level: str) -> None:
     """Writes the store process's lines of this level and above to stderr, with the time as vLLM writes it."""
     form = "kvkeep store %(process)d %(levelname)s %(asctime)s %(message)s"
@@ -178,6 +153,7 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
+        own = path.lstat() if path is not None else None
         walk = TierWalk(store, region.array, words_behind(region))
         server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
@@ -188,8 +164,8 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
             serve_to_the_end(server, _opened(options.disk, server.walk), DRAIN_S)
         finally:
             closing.set()
-            if path is not None:
-                path.unlink(missing_ok=True)
+            if path is not None and own is not None:
+                unlink_own(path, own)
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 

@@ -33,7 +33,8 @@ from kvkeep.testing.faulty_files import FaultyDisk
 from kvkeep.tiers.disk import open_disk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_figures
-from kvkeep.wire.process import listen, serve_to_the_end
+from kvkeep.wire.listening import listen
+from kvkeep.wire.process import serve_to_the_end
 from kvkeep.wire.server import Server
 
 DISK_NBYTES, FREE_NBYTES = 64 << 20, 1 << 20
