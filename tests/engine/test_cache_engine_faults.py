@@ -134,6 +134,7 @@ class Impostor:
     """A store whose pool is no sealed memory."""
 
     theirs: socket.socket | None = None
+    outlived = False
 
     def connect(self) -> socket.socket:
         ours, self.theirs = socket.socketpair()

@@ -75,6 +75,10 @@ class Watched:
     def end(self, wait: bool) -> None:
         self.inner.end(wait)
 
+    @property
+    def outlived(self) -> bool:
+        return self.inner.outlived
+
     def patience_s(self) -> float | None:
         return self.inner.patience_s()
 
@@ -170,6 +174,7 @@ def test_a_reset_between_our_hello_and_its_welcome_counts(thread_line: Line) -> 
     thread_line.clock.advance(FIRST_PAUSE_S + 0.1)
     assert thread_line.link.live(idle=True) is None, "the hello is out"
     fresh = b"r" * 16
+    thread_line.link.begin_anew(fresh, "")
     thread_line.link.hello = lambda resumes: msgspec.structs.replace(hello(resumes), namespace=fresh)
     thread_line.source.until_it_speaks()
     client = thread_line.link.live(idle=True)
@@ -178,6 +183,7 @@ def test_a_reset_between_our_hello_and_its_welcome_counts(thread_line: Line) -> 
     assert isinstance(thread_line.source.inner, ThreadSource)
     (session,) = thread_line.source.inner.running.store.sessions.values()
     assert session.namespace == fresh, "the weights of before the reset would be found"
+    assert not session.lasting
 
 
 def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success(thread_line: Line) -> None:
@@ -447,6 +453,8 @@ def quiet_end(make: Callable[[Link], None]) -> tuple[Link, socket.socket]:
 
     @dataclass
     class Silent:
+        outlived = True
+
         def connect(self) -> socket.socket:
             return ours
 

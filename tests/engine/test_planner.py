@@ -657,6 +657,22 @@ def test_after_a_reset_nothing_of_before_is_given_or_kept(bench: Bench) -> None:
     assert bench.count("resets") == 1
 
 
+def test_a_reset_leaves_others_what_it_had_stored_if_anybody_may_find_it(bench: Bench) -> None:
+    bench.source.outlived = True
+    bench.keep(range(512))
+    bench.planner.reset(NEW, "new")
+    assert bench.match(asking("r", range(600))) == 0
+    assert bench.figures()["chunks"] == 2
+    bench.keep(range(1000, 1512), name="new")
+    (session,) = bench.source.running.store.sessions.values()
+    assert (session.namespace, session.lasting) == (NEW, False)
+    assert bench.figures()["chunks"] == 4
+    assert bench.link.client is not None
+    bench.link.client.rename(OLD, "", lasting=True)
+    assert bench.figures()["chunks"] == 2, "nobody can find what it kept after the reset"
+    assert bench.match(asking("again", range(600))) == 512
+
+
 def test_a_question_from_before_a_reset_is_not_answered_by_old_weights(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):

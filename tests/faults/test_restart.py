@@ -155,7 +155,7 @@ def test_a_reset_drops_what_was_under_the_old_name(tmp_path: Path) -> None:
         keep(client, region, 1, 2)
         until(client, "disk_stored", 2)
         cleared = client.clear()
-        client.rename(b"e" * 16, "")  # as a planner does it: both on their way at once
+        client.rename(b"e" * 16, "")  # both on their way at once
         assert isinstance(client.wait(cleared, LIMIT_S), m.Cleared)
     with started(tmp_path) as (_, client, region):
         owned(client)

@@ -309,6 +309,39 @@ def test_a_renamed_session_works_in_its_new_namespace_only():
     assert len(store.fetch(opened(store), DIGESTS).offsets) == 2
 
 
+@pytest.mark.parametrize("leaves", ["renamed", "ended"])
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_nobody_can_find_again_goes_with_the_last_session_of_its_namespace(leaves: str, lasting: bool) -> None:
+    store = make()
+    session, other, beside = opened(store), opened(store), opened(store, NAMESPACES[1])
+    own = b"o" * 16
+    write(store, beside, [0])
+    store.rename(session, own, lasting)
+    store.rename(other, own, lasting)
+    store.namespaces.name(own, "engine", "")
+    write(store, session, [0, 1])
+    making = store.reserve(session, DIGESTS[2:3])
+    held = store.fetch(session, DIGESTS[:1]).lease
+
+    def leave(one: Session) -> None:
+        if leaves == "renamed":
+            store.rename(one, NAMESPACES[0], lasting)
+        else:
+            store.close(one)
+
+    leave(other)
+    assert store.figures()["chunks"] == 3, "the first session is still there"
+    leave(session)
+    assert store.figures()["chunks"] == (3 if lasting else 1)
+    assert (own in store.namespaces.known) == lasting
+    if leaves == "renamed":
+        assert store.commit(session, making.lease, [0], SUMS[2:3]) == [lasting]
+        store.release(session, held)
+        store.close(session)
+    assert at_rest(store)
+    assert len(store.fetch(beside, DIGESTS[:1]).offsets) == 1
+
+
 def test_the_end_of_a_session_gives_everything_back():
     store = make()
     session = opened(store)

@@ -61,6 +61,26 @@ def test_a_hole_ends_the_run_and_nothing_behind_it_is_read(house: House) -> None
     assert house.store.index.contains([house.session.namespace + digest(3)]) == [False]
 
 
+def test_what_nobody_can_find_after_its_session_goes_to_no_tier(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.put(1)
+    house.store.rename(house.session, b"o" * 16, lasting=False)
+    house.put(2)
+
+    async def comes_late() -> None:
+        house.walk.add("late", house.slow)
+
+    house.loop.run_until_complete(comes_late())
+    house.loop.turn()
+    for tier in (house.fast, house.slow):
+        assert [key[16:] for verb, keys in tier.calls if verb == "store" for key in keys] == [digest(1)]
+    (found,) = house.ask(1, 2)
+    assert found.why is Why.ABSENT
+    (found,) = house.ask(2)
+    assert house.holds(found, 2)
+    house.settle()
+
+
 def test_without_sizes_or_a_deadline_only_the_pool_is_looked_at(house: House) -> None:
     house.on(house.fast, 1)
     (found,) = house.ask(1, deadline_s=0.0)

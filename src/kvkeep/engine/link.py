@@ -41,6 +41,10 @@ class Source(Protocol):
     def end(self, wait: bool) -> None:
         """The connection is over; with `wait` what was started has ended when this returns."""
 
+    @property
+    def outlived(self) -> bool:
+        """Whether what its store keeps may be found by others, or after us."""
+
     def patience_s(self) -> float | None:
         """How long a start waits for a store that is not there before it goes on without; None: it does not go on."""
 
@@ -66,6 +70,11 @@ class PrivateSource:
         elif child is not None:
             child.kill()
 
+    @property
+    def outlived(self) -> bool:
+        """Whether it has a disk."""
+        return self.options.disk is not None
+
     def patience_s(self) -> float | None:
         """A store of our own that does not start is a fault that is best known at once."""
         return None
@@ -84,6 +93,11 @@ class SharedSource:
 
     def end(self, wait: bool) -> None:
         """The shared store outlives us."""
+
+    @property
+    def outlived(self) -> bool:
+        """It is for others too."""
+        return True
 
     def patience_s(self) -> float | None:
         """It may come later than we do, and come back."""
@@ -118,6 +132,7 @@ class Link:
     _retry_at_s: float = 0.0
     _pause_s: float = FIRST_PAUSE_S
     _last_session: int = field(default=0)
+    _anew: bool = False
 
     def start(self, limit_s: float) -> None:
         """Starts or joins the store and waits at most `limit_s` for its welcome; raises KVKeepError if that fails.
@@ -160,6 +175,23 @@ class Link:
         if self._silent_since_s is None:
             self._silent_since_s = self.clock()
             log.warning("kvkeep: the store is slow; the engine goes on without it until it answers")
+
+    def begin_anew(self, namespace: bytes, identity: str) -> None:
+        """From here on all keys are in a namespace that nobody else has, or will have.
+
+        What is in the one before is dropped only where nobody can find it any more.
+        """
+        outlived = self.source.outlived
+        log.info(
+            "kvkeep: the cache was reset: nothing kept so far is given to this engine (%s); what it keeps from here on "
+            "goes to no disk and ends with it",
+            "it stays for other engines and for the next start" if outlived else "it is dropped",
+        )
+        self._anew = True
+        if self.client is not None:
+            if not outlived:
+                self.client.clear()
+            self.client.rename(namespace, identity, lasting=False)
 
     def _answers(self, client: Client) -> bool:
         """Whether a store that was slow has caught up; one that stays silent is given up."""
@@ -208,7 +240,8 @@ class Link:
         self._pause_s = FIRST_PAUSE_S
         self._last_session = client.welcome.session
         now = self.hello(0)
-        client.rename(now.namespace, now.identity)  # a reset may have come between our hello and its welcome
+        # a reset may have come between our hello and its welcome
+        client.rename(now.namespace, now.identity, lasting=not self._anew)
         try:
             for door in self.doors:
                 send_pool(door, client.pool_fd, client.welcome.boot, CONNECT_LIMIT_S)

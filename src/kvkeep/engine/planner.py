@@ -237,7 +237,10 @@ class Planner:
         self._settle(record)
 
     def reset(self, namespace: bytes, identity: str) -> None:
-        """The engine's weights or cache are new: nothing stored so far is given again, nothing under way is kept."""
+        """The engine's weights or cache are new: nothing stored so far is given again, nothing under way is kept.
+
+        `namespace` is one that nobody else has, or will have.
+        """
         self.figures.add("resets")
         client = self._link.client
         for record in self._records.values():
@@ -246,9 +249,7 @@ class Planner:
             record.stores = False
         self._steps.taint()
         self._lookups.forget_failures()
-        if client is not None:
-            client.clear()
-            client.rename(namespace, identity)
+        self._link.begin_anew(namespace, identity)
 
     def close(self) -> None:
         """Ends the session; the engine's workers have stopped."""

@@ -42,6 +42,11 @@ class Namespaces:
         self.changed()
         return [] if like is None else told_apart(here.identity, like.identity)
 
+    def forget(self, namespace: bytes) -> None:
+        """Nobody can find it any more."""
+        if self.known.pop(namespace, None) is not None:
+            self.changed()
+
     def recall(self, earlier: Mapping[bytes, Named]) -> list[str]:
         """Takes in what was known in an earlier life; for each that is new since then, what tells it from those."""
         lines = []

@@ -59,6 +59,7 @@ class Session:
     """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin.
 
     `states` holds what it keeps of states: these have sizes and a namespace of their own, and chunks' digests.
+    `lasting`: somebody may find its keys again once it has left its namespace.
     """
 
     number: int
@@ -69,6 +70,7 @@ class Session:
     promised_nbytes: int = 0
     fetched_chunks: int = 0
     states: Session | None = None
+    lasting: bool = True
 
     @property
     def sides(self) -> list[Session]:

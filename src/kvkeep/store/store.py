@@ -206,12 +206,14 @@ class Store:
         """What to clear for a session: its namespaces, or (None) everything."""
         return [None] if everything else [side.namespace for side in session.sides]
 
-    def rename(self, session: Session, namespace: bytes) -> None:
-        """From here on the session's keys are in `namespace`; WireError if it is none."""
+    def rename(self, session: Session, namespace: bytes, lasting: bool = True) -> None:
+        """From here on the session's keys are in `namespace`; WireError if it is none. See `Session` for `lasting`."""
         check_namespace(namespace)
-        session.namespace = namespace
+        left = [side.namespace for side in session.sides if not side.lasting]
+        session.namespace, session.lasting = namespace, lasting
         if session.states is not None:
-            session.states.namespace = states_of(namespace)
+            session.states.namespace, session.states.lasting = states_of(namespace), lasting
+        self._leave(left)
 
     def close(self, session: Session) -> None:
         """The session ended and none of its processes touches its memory: everything comes back."""
@@ -220,6 +222,7 @@ class Store:
         for side in session.sides:
             for lease in list(side.leases):
                 self.release(side, lease)
+        self._leave([side.namespace for side in session.sides if not side.lasting])
 
     def linger(self, session: Session) -> None:
         """The session ended, its processes may still be at work: its keys in the making go, its memory stays."""
@@ -247,6 +250,14 @@ class Store:
             "sessions": len(self.sessions),
             "lingering": len(self.lingering),
         }
+
+    def _leave(self, namespaces: Sequence[bytes]) -> None:
+        """Drops what nobody can find any more: of those of these namespaces that no session is in."""
+        sessions = (*self.sessions.values(), *self.lingering.values())
+        in_use = {side.namespace for session in sessions for side in session.sides}
+        for namespace in set(namespaces) - in_use:
+            self.index.clear(namespace)
+            self.namespaces.forget(namespace)
 
     def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:
         every = session.opening.verify_every

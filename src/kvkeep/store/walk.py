@@ -86,7 +86,9 @@ class TierWalk:
                 yield entry.key, sizes
 
     def committed(self, session: Session, entries: Sequence[Entry | None]) -> None:
-        """These became readable in the pool: every tier gets them."""
+        """These became readable in the pool: every tier gets them, if anybody can find them after the session."""
+        if not session.lasting:
+            return
         sizes = session.opening.sizes
         self._sizes.pop(session.namespace, None)
         self._sizes[session.namespace] = sizes

@@ -57,6 +57,7 @@ class ThreadSource:
     pool_nbytes: int
     policy: str = "lru"
     max_pinned_share: float = 0.5
+    outlived: bool = False
     boots: list[RunningStore] = field(default_factory=list)
 
     @property

@@ -96,9 +96,9 @@ class Client:
         if digests:
             self._tell(m.Discard(b"".join(digests)))
 
-    def rename(self, namespace: bytes, identity: str) -> None:
-        """Moves the session's keys to another namespace from here on."""
-        self._tell(m.Rename(namespace, identity))
+    def rename(self, namespace: bytes, identity: str, lasting: bool = True) -> None:
+        """Moves the session's keys to another namespace from here on; one not `lasting` ends with the session."""
+        self._tell(m.Rename(namespace, identity, lasting))
 
     def abandon(self, call: Call) -> None:
         """Nobody waits for this answer any more; a lease that it brings is released as soon as it is here."""

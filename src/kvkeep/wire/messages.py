@@ -13,7 +13,7 @@ import msgspec
 
 from kvkeep.errors import WireError
 
-VERSION = 6
+VERSION = 7
 DIGEST_NBYTES = 32
 
 
@@ -158,10 +158,14 @@ class Cleared(msgspec.Struct, frozen=True, tag=12, array_like=True):
 
 
 class Rename(msgspec.Struct, frozen=True, tag=13, array_like=True):
-    """From here on the session's keys are in another namespace. No answer."""
+    """From here on the session's keys are in another namespace. No answer.
+
+    `lasting` says whether anybody can find them again once the session has left it.
+    """
 
     namespace: bytes
     identity: str
+    lasting: bool = True
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=14, array_like=True):

@@ -270,12 +270,22 @@ class Server:
                 store.discard(session, digests)
                 self._go(self.walk.discard([key for side in session.sides for key in store.keys(side, digests)]))
             case m.Rename():
-                store.rename(session, message.namespace)
-                store.namespaces.name(session.namespace, session.opening.name, message.identity)
+                self._rename(session, message)
             case m.AskStats():
                 figures = store.figures() | self.walk.figures()
                 return m.Stats(message.call, figures, *((store.index.check(), self._known()) if message.check else ()))
         return None
+
+    def _rename(self, session: Session, asked: m.Rename) -> None:
+        if asked.namespace != session.namespace:
+            log.info(
+                "session %d (%s) is in a namespace of its own from here on%s; what it leaves behind stays for others",
+                session.number,
+                session.opening.name,
+                "" if asked.lasting else ", which ends with it and goes to no disk",
+            )
+        self.store.rename(session, asked.namespace, asked.lasting)
+        self.store.namespaces.name(session.namespace, session.opening.name, asked.identity)
 
     def _named(self, session: Session, identity: str) -> None:
         """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
