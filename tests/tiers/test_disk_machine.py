@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any, TypeVar
 
@@ -84,6 +84,35 @@ class DiskMachine(RuleBasedStateMachine):
 
         self.do(at_once())
         self.may_hold |= set(stored)
+
+    @rule(stored=st.lists(SOME, min_size=2, max_size=4), removed=SOME, cut=SOME, after=st.integers(0, 20))
+    def removed_while_several_store(
+        self, stored: list[list[int]], removed: list[int], cut: list[int], after: int
+    ) -> None:
+        """Somebody removes and cuts records, some before several stores at once and some while they run."""
+        at, look = self.disk.calls + after, self.disk.after
+
+        def disturb(some: list[int], call: Callable[[str], None]) -> None:
+            for number in some:
+                if os.path.exists(path := self.path(number)):
+                    call(path)
+
+        def meanwhile() -> None:
+            look()
+            if self.disk.calls == at:
+                disturb(removed, os.unlink)
+                disturb(cut, lambda path: os.truncate(path, 0))
+
+        async def at_once() -> None:
+            await asyncio.gather(*(self.tier.store([WRITES[number] for number in some]) for some in stored))
+
+        disturb(cut, os.unlink)
+        self.disk.after = meanwhile
+        self.do(at_once())
+        self.disk.after = look
+        self.may_hold |= {number for some in stored for number in some}
+        self.may_hold -= {number for number in range(len(WRITES)) if not os.path.exists(self.path(number))}
+        assert self.tier.figures().used_nbytes >= 0
 
     @rule(numbers=SOME)
     def delete(self, numbers: list[int]) -> None:

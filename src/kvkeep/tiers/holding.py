@@ -201,17 +201,20 @@ class Holding:
             self.failed("a file cannot be removed")
 
     async def survey(self) -> None:
-        """Counts anew what the records take, after a file turned out to take less than was counted for it."""
-        entries, adrift_nbytes = list(self.ledger.live.values()), self.ledger.adrift_nbytes
-        keys = [entry.key for entry in entries]
-        job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.sizes(keys))
+        """Counts anew what the records take, after a file turned out to take less than was counted for it.
+
+        Where somebody does so already, this goes on with the count as it is, which may be too high.
+        """
+        entries = self.ledger.survey()
+        if entries is None:
+            return
+        keys, sizes = [entry.key for entry in entries], None
         try:
-            sizes = await job.done
+            sizes = await self.threads.submit(Urgency.DELETE, lambda _: self.shelf.sizes(keys)).done
         except TierUnavailable as error:
             self.failed(str(error))
-            return
-        if sizes is not None:
-            self.ledger.surveyed(dict(zip(entries, sizes, strict=True)), adrift_nbytes)
+        finally:
+            self.ledger.surveyed(dict(zip(entries, sizes, strict=True)) if sizes is not None else None)
 
 
 def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:

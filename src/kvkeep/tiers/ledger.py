@@ -35,7 +35,8 @@ class Ledger:
 
     `live` are the records that may be read, `dying` those whose names are still there. `spare_nbytes` is what the file
     system has left for us, as far as is known. `adrift_nbytes` were counted for files that took less when they went:
-    somebody moved files about, and another name's file may take more than is counted for it, until all are `surveyed`.
+    somebody moved files about, and another name's file may take more than is counted for it, until all are `surveyed`;
+    `doubted_nbytes` are those that the survey under way is about.
     """
 
     limit_nbytes: int
@@ -44,6 +45,8 @@ class Ledger:
     spare_nbytes: int = UNLIMITED_NBYTES
     settled: bool = False
     adrift_nbytes: int = 0
+    doubted_nbytes: int = 0
+    surveying: bool = False
     live: dict[bytes, Entry] = field(default_factory=dict)
     dying: dict[bytes, Entry] = field(default_factory=dict)
     gone: set[bytes] = field(default_factory=set)  # deleted before it was settled: what is found of them is stale
@@ -55,7 +58,8 @@ class Ledger:
     @property
     def used_nbytes(self) -> int:
         """Bytes in use, or the most that it can be."""
-        return self._held_nbytes + self.adrift_nbytes if self.settled else self.bound_nbytes + self._fresh_nbytes
+        held_nbytes = self._held_nbytes + self.adrift_nbytes + self.doubted_nbytes
+        return held_nbytes if self.settled else self.bound_nbytes + self._fresh_nbytes
 
     def reserve(self, nbytes: int) -> bool:
         """Count bytes that are about to be written; False: they do not fit, and nothing has changed."""
@@ -148,15 +152,26 @@ class Ledger:
         if not entry.readers:
             self._held_nbytes -= entry.nbytes
 
-    def surveyed(self, sizes: Mapping[Entry, int], adrift_nbytes: int) -> None:
-        """Every live record's file was looked at, since there were `adrift_nbytes`: what they take is counted anew."""
-        for entry, nbytes in sizes.items():
+    def survey(self) -> list[Entry] | None:
+        """The live records, whose files are to be looked at until `surveyed`; None: somebody is at it."""
+        if self.surveying:
+            return None
+        self.surveying = True
+        self.doubted_nbytes, self.adrift_nbytes = self.adrift_nbytes, 0
+        return list(self.live.values())
+
+    def surveyed(self, sizes: Mapping[Entry, int] | None) -> None:
+        """Those files were looked at: what they take is counted anew. None: they could not be, all stays in doubt."""
+        self.surveying = False
+        if sizes is None:
+            self.adrift_nbytes += self.doubted_nbytes
+        self.doubted_nbytes = 0
+        for entry, nbytes in (sizes or {}).items():
             if self.live.get(entry.key) is entry:
                 self._held_nbytes += nbytes - entry.nbytes
                 if entry.ranked and not entry.readers:
                     self._evictable_nbytes += nbytes - entry.nbytes
                 entry.nbytes = nbytes
-        self.adrift_nbytes -= adrift_nbytes
 
     def evict(self, nbytes: int) -> list[Entry]:
         """Kill what must go so that `nbytes` fit; nothing where that cannot be reached."""
