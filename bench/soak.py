@@ -53,7 +53,7 @@ def start(settings: dict[str, Any] | None, seed_blocks: int | None) -> Any:
         "kv_connector": "KVKeepConnector",
         "kv_connector_module_path": "kvkeep.engine.vllm",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": settings,
+        "kv_connector_extra_config": {"local_reset": "keep", **(settings or {})},
     }
     return LLM(
         model=str(ROOT / "build" / "models" / "tiny"),

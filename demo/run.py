@@ -45,7 +45,7 @@ CONNECTOR = {
     "kv_connector": "KVKeepConnector",
     "kv_connector_module_path": "kvkeep.engine.vllm",
     "kv_role": "kv_both",
-    "kv_connector_extra_config": {"disk_path": str(DISK), "disk_size": "2 GiB"},
+    "kv_connector_extra_config": {"disk_path": str(DISK), "disk_size": "2 GiB", "local_reset": "keep"},
 }
 POOL_GAUGE = "kvkeep_pool_used_nbytes"
 COMPARED_WITH = "the same question's cold run on the server without kvkeep (float32, greedy)"

@@ -75,6 +75,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     patience_s: Annotated[float, Meta(ge=0, le=10, description="seconds >= 0 and <= 10")] = 0.005
     max_pinned_share: Annotated[float, Meta(gt=0, le=1, description="a share > 0 and <= 1")] = 0.5
     min_hit_tokens: Annotated[int, Meta(ge=0, description="a whole number of tokens >= 0")] = 0
+    local_reset: Annotated[Literal["forget", "keep"], Meta(description='"forget" or "keep"')] = "forget"
     load: Annotated[Literal["sync", "async", "auto"], Meta(description='"sync", "async" or "auto"')] = "auto"
     transfer_mode: Annotated[
         Literal["bulk", "layerwise", "auto"], Meta(description='"bulk", "layerwise" or "auto"')

@@ -108,8 +108,9 @@ class Job:
     after: str = ""
 
 
-PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0}
-"""For every kept run: a busy machine must not make kvkeep leave a slow store alone, for then it reuses nothing."""
+PATIENT: dict[str, object] = {"patience_s": 2.0, "deadline_s": 20.0, "local_reset": "keep"}
+"""For every kept run: a busy machine must not make kvkeep leave a slow store alone, for then it reuses nothing; and a
+reset of vLLM's own cache is how what is kept is asked for in one process."""
 EARLY: dict[str, object] = {
     "early_loads": True,
     "transfer_mode": "layerwise",

@@ -55,3 +55,22 @@ def test_each_engine_leaves_the_shared_store_as_it_should_be(replaced, name):
     assert facts.stats["problem"] == ""
     held = ("pinned_nbytes", "writing_nbytes", "dead_nbytes", "quarantined_nbytes")
     assert [facts.stats[one] for one in held] == [0, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def changed(runs, job, model_folder):
+    """An engine whose weights are changed where they lie, with kvkeep as it comes; and the reference."""
+    keep = {"local_reset": "forget"}
+    return {
+        "keep": runs.run("changed", job("changed_weights", keep=keep, disk="changed"), model_folder("tiny")),
+        "plain": runs.run("changed-plain", job("changed_weights"), model_folder("tiny")),
+    }
+
+
+def test_weights_changed_in_place_find_nothing_of_before_once_vllms_own_cache_is_emptied(changed):
+    keep, plain = changed["keep"], changed["plain"]
+    tokens = {name: plain.answers(name)[0]["tokens"] for name in ("before cold", "changed cold")}
+    assert tokens["before cold"] != tokens["changed cold"], "the change changes nothing: it tests nothing"
+    for step in ("before cold", "before warm", "changed cold", "changed warm"):
+        assert keep.answers(step)[0]["tokens"] == plain.answers(step)[0]["tokens"], step
+        assert keep.external(step) == 0, step

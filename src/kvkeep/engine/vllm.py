@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -45,8 +44,10 @@ from kvkeep.engine.link import Link, source_of
 from kvkeep.engine.open_rank import early_loads, open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
+from kvkeep.engine.vllm_cache import OwnCache
 from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_log import join_log, leave_log
+from kvkeep.engine.vllm_messages import PlanMeta, RankMeta, ReportMeta
 from kvkeep.engine.vllm_metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
@@ -62,32 +63,6 @@ START_LIMIT_S = 30.0
 HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
 
 
-@dataclass
-class PlanMeta(KVConnectorMetadata):
-    """A step's plan on its way to the workers."""
-
-    plan: StepPlan = field(default_factory=StepPlan)
-
-
-@dataclass
-class ReportMeta(KVConnectorWorkerMetadata):
-    """The workers' reports on their way to the planner."""
-
-    report: Report = field(default_factory=Report)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Both workers' reports as one."""
-        assert isinstance(other, ReportMeta)
-        return ReportMeta(self.report.merged(other.report))
-
-
-@dataclass
-class RankMeta(KVConnectorHandshakeMetadata):
-    """What a worker publishes before the planner exists."""
-
-    info: RankInfo
-
-
 class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's view of kvkeep; see the module."""
 
@@ -100,6 +75,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
         self.worker: Worker | DeviceWorker | None = None
         self.planner: Planner | None = None
+        self._own_cache: OwnCache | None = None
         self.figures = Figures()
         self.identity: Identity | None = None
         self._info: RankInfo | None = None
@@ -285,14 +261,21 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         least_nbytes = layout.nbytes + (states.nbytes if states is not None else 0)
         return Link(source_of(self.config, least_nbytes, layout.chunk_tokens), hello, [info.door for info in ranks])
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """The scheduler's cache is there, before any request."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._own_cache = OwnCache(kv_cache_manager)
+
     def on_new_request(self, request: VllmRequest) -> None:
         """Remembers the request and, while the engine is about to load it, the content of its adapter."""
+        self._notice_reset()
         self._requests.add(request)
         if self.planner is not None:
             self.planner.expect(self._requests.translated(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded, and whether beside the steps."""
+        self._notice_reset()
         if self.planner is None:
             return 0, False
         claim = self.planner.match(self._requests.translated(request), num_computed_tokens)
@@ -314,6 +297,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan."""
+        self._notice_reset()
         if self.planner is None:
             return PlanMeta()
         state = scheduler_output.kv_connector_block_state
@@ -330,6 +314,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """The step's output is in: what all ranks stored becomes readable, what failed is forgotten by vLLM too."""
+        self._notice_reset()
         if self.planner is not None:
             self.planner.step_over()
         meta = connector_output.kv_connector_worker_meta
@@ -364,11 +349,26 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """The engine's cache is void or its weights are new: a new epoch begins, under a name that nobody else has."""
+        if self._own_cache is not None:
+            self._own_cache.was_emptied()  # vLLM empties its own before it asks for this
+        self._begin_epoch()
+        return True
+
+    def _notice_reset(self) -> None:
+        """Begins an epoch where vLLM has emptied its own cache and, as is its default, has not told its connector."""
+        emptied = self._own_cache is not None and self._own_cache.was_emptied()
+        if emptied and self.config.local_reset == "forget":
+            log.info(
+                "kvkeep: vLLM's prefix cache was reset, its weights may be others: what was kept is given no more "
+                '(local_reset = "keep" would keep it)'
+            )
+            self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
         if self.planner is not None and self.identity is not None:
             epoch = secrets.randbits(62)
             self.identity = msgspec.structs.replace(self.identity, epoch=epoch)
             self.planner.reset(namespace(self.identity), described(self.identity))
-        return True
 
     def shutdown(self) -> None:
         """Ends the session and a private store; vLLM may never call it, then their sockets' end of file does."""

@@ -67,6 +67,7 @@ class Run:
         self, model: str, kvkeep: bool, ranks: int, options: dict[str, object] | None = None, **more: object
     ) -> None:
         extra = {**more, "pool_size": "64 MiB", "patience_s": 2.0, "deadline_s": 20.0, "verify_pool": "off"}
+        extra["local_reset"] = "keep"  # how what is kept is asked for in one process
         config = {
             "kv_connector": "KVKeepConnector",
             "kv_connector_module_path": "kvkeep.engine.vllm",

@@ -131,6 +131,22 @@ def adapters(engine: Engine, folder: Path) -> None:
     engine.reset()
 
 
+def changed_weights(engine: Engine) -> None:
+    """Weights that are changed where they lie, and vLLM's own prefix cache emptied, as vLLM's users do it."""
+    prompt = random_tokens(600, 100)
+    twice(engine, "before", prompt)
+    engine.llm.collective_rpc(change_norms)
+    engine.reset()
+    twice(engine, "changed", prompt)
+
+
+def change_norms(worker: object) -> None:
+    """In a worker: other weights in each layer before K and V are made; no layer packs these anew when it is loaded."""
+    for name, parameter in worker.get_model().named_parameters():
+        if "input_layernorm" in name:
+            parameter.data[::2] *= -2.0
+
+
 def speculation(engine: Engine) -> None:
     """Drafts that are all wrong, across the edge of a chunk; then a prompt that repeats itself; follow-ups of both."""
     wrong = [always_wrong(seed) for seed in ALWAYS_WRONG]
