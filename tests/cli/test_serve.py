@@ -77,6 +77,23 @@ def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) 
     assert took_s < LIMIT_S
 
 
+def test_what_its_disk_refused_is_in_its_last_word(tmp_path: Path) -> None:
+    """A disk without room for one record."""
+    process, path = served(tmp_path, f"--disk-path={tmp_path / 'disk'}", "--disk-size=4 KiB")
+    assert process.stderr is not None
+    while "disk tier of" not in process.stderr.readline():
+        assert process.poll() is None
+    client = keep(path, 1, 2)
+    process.send_signal(signal.SIGTERM)
+    lines = process.stderr.read()
+    assert process.wait(LIMIT_S) == 0
+    process.stderr.close()
+    client.close()
+    last = lines.splitlines()[-1]
+    assert "WARNING" in last
+    assert last.endswith("ended: the pool had 2 chunks, 2 of them were written nowhere and are dropped")
+
+
 def test_two_that_do_not_share_are_told_apart(tmp_path: Path) -> None:
     process, path = served(tmp_path, "--disk-path=")
     assert process.stderr is not None

@@ -512,7 +512,7 @@ def test_the_end_counts_the_chunks_that_it_could_not_write(loop: ManualLoop) -> 
     left = house.loop.create_task(house.walk.aclose(1.0))
     for _ in range(30):
         house.loop.advance(0.1)
-    assert left.result() == 2
+    assert left.result() == (2, 2)
     house.fast.open("store")
     house.settle()
 
@@ -524,6 +524,61 @@ def test_the_end_writes_what_waits_and_says_what_it_could_not(loop: ManualLoop) 
     house.loop.turn()
     for _ in range(30):
         house.loop.advance(0.1)
-    assert left.result() == 0
+    assert left.result() == (0, 0)
     assert house.fast.closed
     assert len(house.fast.chunks) == 2
+
+
+def ended(house: House) -> tuple[int, int]:
+    """What its end says was written nowhere, and could have been."""
+    left = house.loop.create_task(house.walk.aclose(1.0))
+    for _ in range(80):
+        house.loop.advance(0.1)
+    return left.result()
+
+
+def test_the_end_counts_what_a_tier_refused_dropped_or_lost(loop: ManualLoop) -> None:
+    house = House(loop, tiers=1)
+    house.fast.broken.add("store")
+    house.put(1, 2)
+    house.loop.turn()
+    house.put(3)  # dropped: it takes nothing for a while
+    house.loop.turn()
+    house.fast.broken.clear()
+    house.loop.advance(1.1)
+    house.put(4, 5)
+    house.loop.turn()
+    del house.fast.chunks[house.session.namespace + digest(5)]
+    assert ended(house) == (4, 4)
+
+
+def test_the_end_counts_once_what_any_tier_has(house: House) -> None:
+    house.put(1, 2, 3)
+    house.loop.turn()
+    for tier, number in ((house.fast, 1), (house.slow, 2), (house.fast, 3), (house.slow, 3)):
+        del tier.chunks[house.session.namespace + digest(number)]
+    assert ended(house) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["broken", "shut"])
+def test_a_tier_that_does_not_say_what_it_has_has_nothing_at_the_end(
+    house: House, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.put(1)
+    house.loop.turn()
+    getattr(house.fast, how).add("contains")
+    getattr(house.slow, how).add("contains")
+    assert ended(house) == (1, 1)
+    assert "tier fast does not say what it has" in caplog.text
+    house.fast.open("contains")
+    house.slow.open("contains")
+
+
+def test_what_nobody_could_find_again_is_not_lost_at_the_end(house: House) -> None:
+    """Without sums no tier keeps it."""
+    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, ()))
+    house.put(1)
+    house.put(2, session=plain)
+    house.loop.turn()
+    assert ended(house) == (1, 0)
+    house.store.close(plain)

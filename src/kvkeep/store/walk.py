@@ -6,9 +6,11 @@ Knows nothing about sockets, or what kinds of tiers there are.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvkeep.core.index import Entry
 from kvkeep.errors import TierError, TierUnavailable
@@ -26,7 +28,15 @@ BATCH_NBYTES = 32 << 20
 HELD_SHARE = 8  # flushes may hold an eighth of the pool
 VERB_LIMIT_S = 5.0  # of a clear or a delete
 CLOSE_LIMIT_S = 2.0
+SILENT = "tier %s does not say what it has, which counts as nothing: %s"
 MAX_NAMESPACES = 256  # whose ranges, and whose clears, are remembered for tiers that come late
+
+
+class Left(NamedTuple):
+    """How many chunks of the pool are in `no_tier` at the end; those of them that a tier should have are `lost`."""
+
+    no_tier: int
+    lost: int
 
 
 @dataclass
@@ -108,14 +118,32 @@ class TierWalk:
         self._cleared.add(namespace if len(self._cleared) < MAX_NAMESPACES else None)
         await self._each(lambda tier: tier.clear(namespace))
 
-    async def aclose(self, drain_s: float) -> int:
-        """Writes what waits, at most for `drain_s`, and ends the tiers; how many chunks were not written."""
-        left = sum(await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes)))
+    async def aclose(self, drain_s: float) -> Left:
+        """Writes what waits, at most for `drain_s`, and ends the tiers; which chunks of the pool they do not have."""
+        await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes))
+        left = await self._left()
         for one in self.loads:
             failure = await self._within(CLOSE_LIMIT_S, one.tier.aclose())
             if failure is not None:
                 log.warning("tier %s did not end well: %s", one.name, failure)
         return left
+
+    async def _left(self) -> Left:
+        keys = [entry.key for entry in self.store.index.committed()]
+        held: set[bytes] = set()
+
+        async def ask(one: Loads) -> None:
+            try:
+                held.update(itertools.compress(keys, await one.tier.contains(keys)))
+            except TierError as error:
+                log.warning(SILENT, one.name, error)
+
+        for one in self.loads:
+            failure = await self._within(CLOSE_LIMIT_S, ask(one))
+            if failure is not None:
+                log.warning(SILENT, one.name, failure)
+        lost = sum(key not in held for key, _ in self._kept()) if self.loads else 0
+        return Left(sum(key not in held for key in keys), lost)
 
     def figures(self) -> dict[str, int]:
         """What happened below the pool, by tier."""

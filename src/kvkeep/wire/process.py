@@ -197,9 +197,9 @@ def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain
     task.cancel()
     chunks = server.store.figures()["chunks"]
     left = loop.run_until_complete(server.walk.aclose(drain_s))
-    dropped = left if server.walk.loads else chunks
-    level = logging.WARNING if left else logging.INFO
-    log.log(level, "ended: the pool had %d chunks, %d of them were written nowhere and are dropped", chunks, dropped)
+    level = logging.WARNING if left.lost else logging.INFO
+    what = "ended: the pool had %d chunks, %d of them were written nowhere and are dropped"
+    log.log(level, what, chunks, left.no_tier)
 
 
 def _allow_descriptors() -> None:
