@@ -105,7 +105,9 @@ WRONG: list[tuple[str, object]] = [
     ("chunk_tokens", "256"),
     ("chunk_tokens", None),
     ("policy", "arc"),
-    ("policy", "LRU"),
+    ("policy", "lru "),
+    ("verify_pool", "everything"),
+    ("transfer_mode", "layer"),
     ("store", "tcp:1.2.3.4"),
     ("store", "unix:"),
     ("store", "unix:relative"),
@@ -151,6 +153,28 @@ def test_a_wrong_value_names_its_path_and_what_is_right(name: str, value: object
     text = refusal({name: value})
     assert text.startswith(f"kv_connector_extra_config.{name} is {value!r}; right is ")
     assert describe_settings()[name] in text
+
+
+@pytest.mark.parametrize(("name", "value"), [*WRONG, ("max_pinned_share", 7), ("disk_path", "rel"), ("deadline_s", -1)])
+def test_a_wrong_argument_is_refused_like_a_wrong_setting(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**{name: value})
+    assert str(caught.value) == refusal({name: value}).removeprefix("kv_connector_extra_config.")
+    with pytest.raises(ConfigError):
+        msgspec.structs.replace(Config(), **{name: value})
+
+
+def test_words_may_be_in_any_case_and_numbers_are_what_they_are_meant_to_be() -> None:
+    said = {"policy": "LRU", "verify_pool": "Always", "deadline_s": 1}
+    config = Config(policy="LRU", verify_pool="Always", deadline_s=1)
+    assert load(said) == config == load(environ={f"KVKEEP_{name.upper()}": str(value) for name, value in said.items()})
+    assert (config.policy, config.verify_every, config.deadline_s) == ("lru", 1, 1.0)
+    assert isinstance(config.deadline_s, float)
+
+
+def test_a_word_that_is_nearly_right_gets_a_suggestion() -> None:
+    assert refusal({"transfer_mode": "layer"}).endswith('; did you mean "layerwise"?')
+    assert "did you mean" not in refusal({"policy": "arc"})
 
 
 @pytest.mark.parametrize(

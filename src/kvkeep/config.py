@@ -5,6 +5,7 @@ about vLLM beyond the name of the mapping that it passes through.
 
 Sources, the stronger first: `kv_connector_extra_config`, a TOML file, KVKEEP_* variables. Every source is
 checked in full, also where a stronger one overrides it: a wrong value in a weaker one is found at the start.
+`Config(...)` checks its arguments in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import difflib
 import os
 import re
 import tomllib
-from typing import TYPE_CHECKING, Annotated, Final, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -42,7 +43,10 @@ _SIZES: Final = ("pool_size", "disk_size", "disk_min_free")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """All settings; each one's `description` says what is right, and is what an error quotes."""
+    """All settings; each one's `description` says what is right, and is what an error quotes.
+
+    ConfigError, naming the setting and what is right, for a wrong value. Words may be written in any case.
+    """
 
     enabled: Annotated[bool, Meta(description="true or false")] = True
     pool_size: Annotated[int | str, Meta(description=_SIZE_RIGHT)] = "auto"
@@ -90,6 +94,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description='"debug", "info", "warning" or "error"'),
     ] = "info"
 
+    def __post_init__(self) -> None:
+        """Checks every setting, and writes it as it is meant: "LRU" as "lru", 1 second as 1.0."""
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), name))
+
     @property
     def socket_path(self) -> str | None:
         """The shared store's socket; None for a private store."""
@@ -128,6 +137,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         if self.pool_size == "auto":
             return auto_pool_nbytes(available_nbytes)
         return parse_size(self.pool_size, "pool_size")
+
+
+_HINTS: Final = get_type_hints(Config, include_extras=True)
 
 
 def auto_pool_nbytes(available_nbytes: int) -> int:
@@ -183,8 +195,7 @@ def load_config(
 
 def describe_settings() -> dict[str, str]:
     """Say for every setting, by name, which values are right."""
-    hints = get_type_hints(Config, include_extras=True)
-    return {name: hints[name].__metadata__[0].description for name in Config.__struct_fields__}
+    return {name: _HINTS[name].__metadata__[0].description for name in Config.__struct_fields__}
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, object]:
@@ -229,8 +240,12 @@ def _known(name: str, path: str) -> str:
 
 def _checked(name: str, value: object, path: str, *, from_text: bool = False) -> object:
     """Give the value as the setting's type; text is read only where the source has nothing but text."""
-    hint = get_type_hints(Config, include_extras=True)[name]
+    hint = _HINTS[name]
     right = hint.__metadata__[0].description
+    words = get_args(hint.__origin__) if get_origin(hint.__origin__) is Literal else ()
+    if words and isinstance(value, str):
+        right += _like(value, words)
+        value = value.lower() if value.lower() in words else value
     try:
         checked = msgspec.convert(value, hint, strict=not from_text)
     except msgspec.ValidationError as error:
@@ -250,6 +265,12 @@ def _is_store(store: str) -> bool:
     path = store.removeprefix(_UNIX)
     named = store != path and path.startswith("/") and "\0" not in path
     return store == "private" or (named and 1 < len(os.fsencode(path)) <= _MAX_SOCKET_PATH_NBYTES)
+
+
+def _like(word: str, words: tuple[str, ...]) -> str:
+    """A question after the one of `words` that is most like `word`; nothing where none is."""
+    close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _wrong(path: str, value: object, right: str) -> ConfigError:

@@ -180,6 +180,15 @@ def test_the_thread_ends_with_its_engine_and_with_a_start_that_fails():
     assert not copiers()
 
 
+def test_a_chunk_that_is_larger_than_was_asked_for_is_said(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", "kvkeep")
+    for asked in (18, 20):
+        with open_engine([group(flash_attention, 2)], MODEL, Config(pool_size="1 MiB", chunk_tokens=asked)):
+            pass
+    said = [record.getMessage() for record in caplog.records if "chunk_tokens" in record.getMessage()]
+    assert said == ["kvkeep: chunks of 20 tokens, whole blocks of [4] (chunk_tokens = 18)"]
+
+
 def test_auto_is_bulk_where_nothing_can_copy_beside_the_caller(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "kvkeep")
     with library([group(flash_attention, LAYERS)], transfer_mode="auto"):

@@ -31,7 +31,7 @@ def lib(tmp_path: Path) -> Iterator[Library]:
         disk_size="64 MiB",
         disk_min_free="1 MiB",
         max_pinned_share=1.0,
-        log_level="critical",
+        log_level="error",
     )
     with library(groups, source_of(config, chunk_nbytes, CHUNK), verify_pool="always") as made:
         made.fill(1)

@@ -70,7 +70,15 @@ def open_engine(
     started, LayoutMismatch for a cache that cannot be copied, or whose K cannot be moved.
     """
     config = config or Config()
-    tokens = chunk_tokens_for(config.chunk_tokens, [group.block_tokens for group in groups])
+    block_tokens = [group.block_tokens for group in groups]
+    tokens = chunk_tokens_for(config.chunk_tokens, block_tokens)
+    if tokens != config.chunk_tokens:
+        log.info(
+            "kvkeep: chunks of %d tokens, whole blocks of %s (chunk_tokens = %d)",
+            tokens,
+            block_tokens,
+            config.chunk_tokens,
+        )
     opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
     turning = None if keys is None else Turning(groups, opened.transfer.shard, keys)

@@ -160,7 +160,11 @@ def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
     With recurrent state it is the smallest, for a chunk is of use where it ends at a boundary that has a state.
     """
     least = 1 if kept_groups(kv_cache_config).states else wanted
-    return chunk_tokens_for(least, [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups])
+    block_tokens = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+    tokens = chunk_tokens_for(least, block_tokens)
+    if tokens != wanted:
+        log.info("kvkeep: chunks of %d tokens, whole blocks of %s (chunk_tokens = %d)", tokens, block_tokens, wanted)
+    return tokens
 
 
 class KeptGroups(NamedTuple):
