@@ -610,6 +610,38 @@ def test_a_clear_during_a_store_and_a_load(run: Any, opened: Any) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("waits_for", ["a file that could not be removed", "what files take"])
+def test_a_clear_while_a_store_waits_to_begin(run: Any, opened: Any, root: Path, waits_for: str) -> None:
+    """What was handed over before the clear is not kept after it, and not found by the next start either."""
+
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files) as tier:
+            await tier.store(SMALL[:2])
+            if waits_for == "what files take":
+                os.unlink(path_of(root, SMALL[0].key))
+                await tier.delete([SMALL[0].key])
+                disk.hanging = frozenset({"stat"})
+            else:
+                disk.fault = lambda call, _: errno.EIO if call == "unlink" else 0
+                await tier.delete([SMALL[0].key])
+                disk.fault = lambda _call, _path: 0
+                disk.hanging = frozenset({"unlink"})
+            store = asyncio.create_task(tier.store(SMALL[2:3]))
+            while not disk.waiting:
+                await asyncio.sleep(0)
+            disk.hanging = frozenset()
+            await tier.clear(OURS)
+            disk.wake.set()
+            assert await store == [Stored.REFUSED]
+            assert not await holds(tier, SMALL[2])
+        async with opened() as tier:
+            assert not await holds(tier, SMALL[2])
+            await is_whole(tier)
+
+    run(test)
+
+
 def test_the_real_files_are_the_default() -> None:
     assert type(posix_files().names) is PosixNames
 

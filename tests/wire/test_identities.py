@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -11,7 +13,7 @@ from kvkeep.store.namespaces import MOST, Named
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.identities import FILE, read_identities, write_identities
+from kvkeep.wire.identities import FILE, MAX_NBYTES, read_identities, write_identities
 from kvkeep.wire.process import join_shared
 
 LIMIT_S = 20.0
@@ -26,11 +28,48 @@ def test_what_is_written_is_read_in_its_order(tmp_path: Path) -> None:
     assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("octets", [b"", b"{}", b"[1]", b'[{"namespace":"zz","name":"","identity":""}]', b"\xff" * 9])
+@pytest.mark.parametrize(
+    "octets",
+    [b"", b"{}", b"[1]", b'[{"namespace":"zz","name":"","identity":""}]', b"\xff" * 9, b'[{"x":' + b"[" * 200_000],
+)
 def test_what_cannot_be_read_is_nothing(tmp_path: Path, octets: bytes) -> None:
     assert read_identities(tmp_path) == {}
     (tmp_path / FILE).write_bytes(octets)
     assert read_identities(tmp_path) == {}
+
+
+@pytest.mark.parametrize("where", [FILE, f".{FILE}"])
+def test_a_link_leads_nowhere(tmp_path: Path, where: str) -> None:
+    """What it names is neither read nor written over; the link makes room for the file."""
+    outside, disk = tmp_path / "outside", tmp_path / "disk"
+    disk.mkdir()
+    write_identities(tmp_path, KNOWN)
+    (tmp_path / FILE).rename(outside)
+    before = outside.read_bytes()
+    (disk / where).symlink_to(outside)
+    assert read_identities(disk) == {}
+    write_identities(disk, dict(list(KNOWN.items())[:1]))
+    assert outside.read_bytes() == before
+    assert len(read_identities(disk)) == 1
+    assert [one.name for one in disk.iterdir()] == [FILE]
+
+
+def test_a_fifo_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(read_identities(tmp_path)), daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    assert found == [{}], "it waits for somebody to write"
+    write_identities(tmp_path, KNOWN)
+    assert read_identities(tmp_path) == KNOWN
+
+
+def test_what_would_be_too_long_to_be_read_is_cut_to_what_was_named_last(tmp_path: Path) -> None:
+    names = {bytes([n]) * 16: Named(chr(1) * (MAX_NBYTES // 18), "") for n in range(9)}  # six bytes a character
+    write_identities(tmp_path, names)
+    assert (tmp_path / FILE).stat().st_size <= MAX_NBYTES
+    assert list(read_identities(tmp_path).items()) == list(names.items())[-2:]
 
 
 def lived(folder: Path, namespace: bytes, identity: str) -> str:

@@ -51,7 +51,7 @@ def lock_directory(files: Files, root: str) -> int:
     """
     try:
         files.names.mkdir(f"{root}/new")
-        fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise TierUnavailable(f"{root} cannot be used: {error}") from error
     try:
@@ -79,8 +79,11 @@ def write_epochs(shelf: Shelf, epochs: Epochs) -> None:
 
 
 def read_order(shelf: Shelf) -> Order | None:
-    """How the last end left the directory; None if it was no clean one."""
-    octets = read_small(shelf.files, f"{shelf.root}/order", _MAX_ORDER_NBYTES)
+    """How the last end left the directory; None if it was no clean one, or if that cannot be read."""
+    try:
+        octets = read_small(shelf.files, f"{shelf.root}/order", _MAX_ORDER_NBYTES)
+    except OSError:  # a link, or a device that does not give it: the directory is looked through without it
+        return None
     if octets is None or len(octets) < _ORDER_HEAD.size + SUM_NBYTES:
         return None
     body = memoryview(octets)[:-SUM_NBYTES]
@@ -100,10 +103,17 @@ def write_order(shelf: Shelf, order: Order) -> None:
 
 def forget_order(shelf: Shelf) -> None:
     """Remove the order, durably: once something is stored it is no bound any more."""
+    path = f"{shelf.root}/order"
     try:
-        shelf.files.names.unlink(f"{shelf.root}/order")
+        found = shelf.files.data.stat(path)
     except FileNotFoundError:
         return
+    try:
+        shelf.files.names.unlink(path)
+    except OSError:
+        if found.is_file:
+            raise
+        return  # a directory that is not empty: it is never read as an order
     sync_directory(shelf.files, shelf.root)
 
 
@@ -119,7 +129,7 @@ def find_records(shelf: Shelf, order: Sequence[bytes]) -> list[Found]:
     The order is the one given, and where that does not know a record, that in which they were written.
     """
     for one in shelf.files.names.scan(f"{shelf.root}/new"):
-        if not one.name.startswith(f"{shelf.boot}-"):
+        if not one.is_directory and not one.name.startswith(f"{shelf.boot}-"):
             shelf.files.names.unlink(f"{shelf.root}/new/{one.name}")
     places = {key: place for place, key in enumerate(order)}
     found = [

@@ -70,8 +70,9 @@ class _Reading:
     def _begin(self, shelf: Shelf, scratch: Scratch) -> bool:
         """Reads the header with the first piece; whether it is the header of what is read, and the piece is good."""
         data, piece = shelf.files.data, self.pieces[0]
-        self.loaded = Loaded(Verdict.BAD, b"", data.stat(self.fd))
-        if self.loaded.stat is None or self.loaded.stat.nbytes != record_nbytes(self.read.sizes):
+        stat = data.stat(self.fd)
+        self.loaded = Loaded(Verdict.BAD, b"", stat)
+        if not stat.is_file or stat.nbytes != record_nbytes(self.read.sizes):
             return False
         header = scratch.take(header_nbytes(len(self.read.sizes)))
         wanted = header.nbytes + piece.end_nbytes

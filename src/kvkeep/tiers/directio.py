@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,7 +24,7 @@ _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _STATX_NBYTES, _STATX_DIO_AT = 256, 0x98
 _NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a fifo in a file's place keeps nobody waiting
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _LIBC = ctypes.CDLL(None, use_errno=True)  # its calls let go of the GIL
 
@@ -36,12 +37,16 @@ class Inode(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """A file's size, the bytes that it takes on the device, when it was written (ns), and which file it is."""
+    """A file's size, the bytes that it takes on the device, when it was written (ns), and which file it is.
+
+    `is_file`: it is a regular file, and no directory, link, fifo, socket or device.
+    """
 
     nbytes: int
     allocated_nbytes: int
     written_ns: int
     inode: Inode
+    is_file: bool
 
 
 class Name(NamedTuple):
@@ -84,7 +89,7 @@ class Names(Protocol):
         """Renames over whatever is there."""
 
     def unlink(self, path: str) -> None:
-        """Removes a file's name."""
+        """Removes a file's name, or a directory that is empty."""
 
     def mkdir(self, path: str) -> None:
         """Makes a directory with its parents, 0700; it may be there already."""
@@ -159,7 +164,10 @@ class PosixNames:
 
     def unlink(self, path: str) -> None:
         """As `Names.unlink`."""
-        os.unlink(path)
+        try:
+            os.unlink(path)
+        except IsADirectoryError:
+            os.rmdir(path)
 
     def mkdir(self, path: str) -> None:
         """As `Names.mkdir`."""
@@ -240,16 +248,16 @@ def sync_directory(files: Files, path: str) -> None:
 
 
 def read_small(files: Files, path: str, max_nbytes: int) -> bytes | None:
-    """A small file's content; None if there is none, or if it is longer than it may be."""
+    """A small file's content; None if there is none, if it is no file, or if it is longer than it may be."""
     try:
         fd = files.data.open(path, create=False, direct=False)
     except FileNotFoundError:
         return None
     try:
-        nbytes = files.data.stat(fd).nbytes
-        if nbytes > max_nbytes:
+        found = files.data.stat(fd)
+        if not found.is_file or found.nbytes > max_nbytes:
             return None
-        octets = np.empty(nbytes, np.uint8)
+        octets = np.empty(found.nbytes, np.uint8)
         return octets[: read_all(files.data, fd, [octets])].tobytes()
     finally:
         files.data.close(fd)
@@ -319,4 +327,5 @@ def _unlink_quietly(files: Files, path: str) -> None:
 
 
 def _stat(found: os.stat_result) -> Stat:
-    return Stat(found.st_size, found.st_blocks * 512, found.st_mtime_ns, Inode(found.st_dev, found.st_ino))
+    inode, is_file = Inode(found.st_dev, found.st_ino), stat.S_ISREG(found.st_mode)
+    return Stat(found.st_size, found.st_blocks * 512, found.st_mtime_ns, inode, is_file)

@@ -233,7 +233,7 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
     holding = Holding(options, started.shelf, threads, ledger, started.epochs)
     closed.append(holding)
     now_s = asyncio.get_running_loop().time
-    drive = Drive(holding, started, Loads(holding), Stores(holding, started.order is not None), clock_ns, now_s)
+    drive = Drive(holding, started, Loads(holding), Stores(holding), clock_ns, now_s)
     drive.look_through()
     return drive
 

@@ -19,7 +19,10 @@ UNLIMITED_NBYTES = 1 << 62
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One record: its allocated bytes, who reads it, whether the policy has it, how far its end is."""
+    """One record: its allocated bytes, who reads it, whether the policy has it, how far its end is.
+
+    `unreadable`: the device did not give it when it was last asked for; whoever stores its chunk again replaces it.
+    """
 
     key: bytes
     nbytes: int
@@ -27,6 +30,7 @@ class Entry:
     ranked: bool = False
     burying: bool = False  # an unlink is on its way
     unlinked: bool = False
+    unreadable: bool = False
 
 
 @dataclass(eq=False)

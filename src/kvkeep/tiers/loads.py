@@ -132,6 +132,8 @@ class Loads:
             holding.counts.misses += 1
         if got.verdict is Verdict.FAILED:
             holding.failed("a record cannot be read")
+            if (known := holding.ledger.live.get(key)) is not None:
+                known.unreadable = True  # it stays for a device that comes back, until the chunk is stored again
         elif got.verdict is Verdict.BAD:
             holding.counts.corrupt += 1
             if (entry := self._killed(one)) is not None:
@@ -144,6 +146,7 @@ class Loads:
         ledger, key = self.holding.ledger, one.read.key
         if key in ledger.live:
             ledger.touch(ledger.live[key])
+            ledger.live[key].unreadable = False
         elif one.entry is None and got.stat is not None and self._may_be_there(key) and key not in self.holding.writing:
             ledger.learn(key, got.stat.allocated_nbytes)
 

@@ -57,16 +57,19 @@ def record_nbytes(sizes: Sequence[int]) -> int:
     return header_nbytes(len(sizes)) + sum(sizes)
 
 
+def fits(sizes: Sequence[int], sums: bytes) -> bool:
+    """Whether a record can hold ranges of such sizes, each with its sum."""
+    whole = all(0 < size < _MAX_RANGE_NBYTES and not size % ALIGN_NBYTES for size in sizes)
+    return whole and header_nbytes(len(sizes)) <= _MAX_PAGES * ALIGN_NBYTES and len(sums) == len(sizes) * SUM_NBYTES
+
+
 def encode_header(header: Header, out: Bytes) -> None:
     """Write the header into `out`, uint8 [header_nbytes(number of ranges)]; TierError for what no record can say."""
     count = len(header.sizes)
     pages = out.nbytes // ALIGN_NBYTES
-    if pages > _MAX_PAGES or out.nbytes != header_nbytes(count):
-        raise TierError(f"a record cannot hold {count} ranges in a header of {out.nbytes} bytes")
-    if len(header.key) != KEY_NBYTES or len(header.sums) != count * SUM_NBYTES:
-        raise TierError(f"a key of {len(header.key)} bytes, {len(header.sums)} bytes of sums for {count} ranges")
-    if not all(0 < size < _MAX_RANGE_NBYTES and not size % ALIGN_NBYTES for size in header.sizes):
-        raise TierError("a range is not padded, or too long for a record")
+    if len(header.key) != KEY_NBYTES or out.nbytes != header_nbytes(count) or not fits(header.sizes, header.sums):
+        said = f"{count} ranges with {len(header.sums)} bytes of sums, for a key of {len(header.key)} bytes"
+        raise TierError(f"no record has {said}, in a header of {out.nbytes} bytes; ranges are padded to 4 KiB")
     namespace, digest = header.key[:NAMESPACE_NBYTES], header.key[NAMESPACE_NBYTES:]
     fixed = (_MAGIC, VERSION, pages, count, header.codec, 0, header.epoch, namespace, digest)
     out[:] = 0

@@ -70,7 +70,10 @@ def scrub(files: Files, records: Sequence[tuple[bytes, str]], epochs: Epochs | N
 def _examined(files: Files, key: bytes, path: str, epochs: Epochs | None) -> Finding:
     fd = files.data.open(path, create=False, direct=False)
     try:
-        octets = np.empty(files.data.stat(fd).nbytes, np.uint8)
+        found = files.data.stat(fd)
+        if not found.is_file:
+            return Finding(path, Condition.CORRUPT, "it is no regular file")
+        octets = np.empty(found.nbytes, np.uint8)
         octets = octets[: read_all(files.data, fd, [octets])]
     finally:
         files.data.close(fd)

@@ -126,7 +126,7 @@ class Shelf(NamedTuple):
             return fd
         try:
             stat = data.stat(fd)
-            if stat.nbytes != record_nbytes(read.sizes):
+            if not stat.is_file or stat.nbytes != record_nbytes(read.sizes):
                 return Loaded(Verdict.BAD, b"", stat)
             header = scratch.take(header_nbytes(len(read.sizes)))
             if read_all(data, fd, [header, read.into]) != stat.nbytes:

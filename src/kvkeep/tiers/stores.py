@@ -16,7 +16,7 @@ from kvkeep.core.layout import ALIGN_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.boot import forget_order
 from kvkeep.tiers.holding import Errand, Holding, Pending, batches
-from kvkeep.tiers.record import record_nbytes
+from kvkeep.tiers.record import fits, record_nbytes
 from kvkeep.tiers.shelf import NO_ROOM, Written
 from kvkeep.tiers.threads import Urgency
 from kvkeep.tiers.tier import Stored, Write
@@ -34,24 +34,27 @@ class Wanted(NamedTuple):
 
 @dataclass(eq=False)
 class Stores:
-    """Writes into `holding`. `has_order`: the order of the last clean end is there and must go before any write."""
+    """Writes into `holding`. `has_order`: an order of the last clean end may be there and must go before any write."""
 
     holding: Holding
-    has_order: bool
+    has_order: bool = True
     _making_room: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
-        """Keep chunks; one answer each."""
+        """Keep chunks; one answer each. What is cleared before this returns is not kept."""
         holding = self.holding
-        if holding.unburied:
-            await holding.bury((entry, None) for entry in list(holding.unburied.values()))
+        epochs = [holding.epoch(write.key) for write in writes]  # before anything is waited for
+        unreadable = [entry for write in writes if (entry := holding.ledger.live.get(write.key)) and entry.unreadable]
+        doomed = [*holding.unburied.values(), *(holding.ledger.kill(entry) for entry in set(unreadable))]
+        if doomed:
+            await holding.bury((entry, None) for entry in doomed)
         if holding.ledger.adrift_nbytes:
             await holding.survey()
         answers: list[Stored | asyncio.Future[Stored]] = []
         fresh: list[Wanted] = []
-        for write in writes:
+        for write, epoch in zip(writes, epochs, strict=True):
             assert write.payload.nbytes == sum(write.sizes), f"{write.payload.nbytes} bytes for ranges of {write.sizes}"
-            answers.append(self._begun(write, fresh))
+            answers.append(self._begun(write, epoch, fresh))
         runs = batches(fresh, lambda one: one.nbytes, holding.options.store_batch_nbytes)
         try:
             await holding.end([holding.begin(partial(self._store, run)) for run in runs])
@@ -60,18 +63,19 @@ class Stores:
                 self._answer(one, Stored.REFUSED)  # cancelled before it began
         return [one if isinstance(one, Stored) else await one for one in answers]
 
-    def _begun(self, write: Write, fresh: list[Wanted]) -> Stored | asyncio.Future[Stored]:
-        """What is known at once about a write; where it is to be written, it joins `fresh`."""
+    def _begun(self, write: Write, epoch: int, fresh: list[Wanted]) -> Stored | asyncio.Future[Stored]:
+        """What is known at once about a write of an epoch; where it is to be written, it joins `fresh`."""
         holding, key = self.holding, write.key
         if key in holding.writing:
             return asyncio.ensure_future(_joined(holding.writing[key].outcome))
         if key in holding.ledger.live:
             holding.counts.present += 1
             return Stored.PRESENT
-        if key in holding.ledger.dying:  # its name is not free yet
+        stale = epoch != holding.epoch(key)  # it was cleared meanwhile
+        if stale or key in holding.ledger.dying or not fits(write.sizes, write.sums):  # dying: its name is not free yet
             holding.counts.refused += 1
             return Stored.REFUSED
-        pending = Pending(holding.epoch(key), asyncio.get_running_loop().create_future())
+        pending = Pending(epoch, asyncio.get_running_loop().create_future())
         holding.writing[key] = pending
         fresh.append(Wanted(write, pending, record_nbytes(write.sizes) + ALIGN_NBYTES))
         return pending.outcome

@@ -74,7 +74,7 @@ class IoThreads:
         self._storing = 0
         self._closed = False
         for number in range(count):
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
+            self._start(f"{name}-{number}")
 
     def submit(self, urgency: Urgency, call: Callable[[Scratch], T]) -> Job[T]:
         """Queue a call; an OSError that it raises becomes a TierUnavailable."""
@@ -113,10 +113,20 @@ class IoThreads:
             self._changed.notify_all()
         self.withdraw_all()
 
+    def _start(self, name: str) -> None:
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+
     def _serve(self) -> None:
+        """Performs jobs until `close`. A bug in one ends this thread, with a traceback, and another takes its place."""
         scratch = Scratch()
-        while (job := self._next()) is not None:
-            self._perform(job, scratch)
+        closed = False
+        try:
+            while (job := self._next()) is not None:
+                self._perform(job, scratch)
+            closed = True
+        finally:
+            if not closed:
+                self._start(threading.current_thread().name)
 
     def _next(self) -> Job | None:  # type: ignore[type-arg]
         with self._changed:

@@ -10,7 +10,9 @@ import asyncio
 import logging
 import os
 import queue
+import stat
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +38,33 @@ class Line(msgspec.Struct, frozen=True):
 def read_identities(directory: Path) -> dict[bytes, Named]:
     """The namespaces that a directory has met, the latest at the end; nothing where there is no such file."""
     try:
-        with (directory / FILE).open("rb") as file:
-            lines = msgspec.json.decode(file.read(MAX_NBYTES), type=list[Line])
+        fd = os.open(directory / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a fifo
+        with open(fd, "rb") as file:
+            octets = file.read(MAX_NBYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        lines = msgspec.json.decode(octets, type=list[Line])
         return {bytes.fromhex(one.namespace): Named(one.name, one.identity[:MAX_IDENTITY_CHARS]) for one in lines}
-    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors, but for what is nested too deep
         return {}
 
 
 def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
-    """Puts these in the file's place, in a directory that is the caller's own; OSError if that cannot be."""
-    lines = [Line(one.hex(), named.name, named.identity) for one, named in known.items()]
+    """Puts these in the file's place, in a directory that is the caller's own; OSError if that cannot be.
+
+    Where they take more than `MAX_NBYTES`, those that were named last.
+    """
+    lines: deque[bytes] = deque()
+    nbytes = len(b"[\n\n]\n")
+    for one, named in reversed(list(known.items())):
+        line = msgspec.json.encode(Line(one.hex(), named.name, named.identity))
+        nbytes += len(line) + len(b",\n")
+        if nbytes > MAX_NBYTES:
+            break
+        lines.appendleft(line)
     fresh = directory / f".{FILE}"
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(lines)))
+    fresh.unlink(missing_ok=True)  # of one that was killed; or a link, whose target is nothing of ours
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(fresh, flags, 0o600), "wb") as file:
+        file.write(b"[\n" + b",\n".join(lines) + b"\n]\n")
     fresh.replace(directory / FILE)
 
 
