@@ -22,9 +22,9 @@ class Miss(Enum):
     POOL_FULL = "a tier has it, but the pool has no room for it now"
     PINNED_SHARE = "waiting requests have pinned their share of the pool"
     WRITING = "it is still being written"
-    SHORT = "the prompt has no whole chunk beyond what the engine has"
+    SHORT = "the prompt is shorter than a chunk"
     STORE_GONE = "the store process is not there"
-    DEADLINE = "the store did not answer within deadline_s"
+    DEADLINE = "the store did not answer within deadline_s, or has not caught up since"
     FAILED_BEFORE = "a load of this chunk failed before"
     UNALIGNED = "the engine's own hit ends inside a block"
     REFUSED = "this model or layout cannot be kept"
@@ -39,6 +39,7 @@ class Miss(Enum):
 
 COUNTERS = {
     "lookups": "lookups that were answered",
+    "covered": "requests that needed no lookup: the engine itself had every whole chunk of the prompt",
     "lookup_tokens": "tokens of prompts that were looked up",
     "fetched_pool_chunks": "chunks that lookups found in the pool",
     "fetched_disk_chunks": "chunks that lookups brought from disk",
@@ -53,6 +54,7 @@ COUNTERS = {
     "stored_tokens": "tokens of those chunks",
     "skipped_present_chunks": "chunks that were in the pool already, or being written by another request",
     "skipped_full_chunks": "chunks for which the pool had no room",
+    "skipped_late_chunks": "chunks for which the store gave no room within deadline_s",
     "skipped_gone_chunks": "chunks whose blocks the engine had freed before they could be gathered",
     "dropped_chunks": "gathered chunks that were not committed: their step had failed loads, a rank skipped them, "
     "or their request was preempted before the copy was over",

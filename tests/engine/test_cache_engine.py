@@ -251,6 +251,13 @@ def test_remembered_digests_are_those_of_a_fresh_chain(prompts: list[list[int]])
         assert remembering.digests(tokens, extra) == Prompts(4, none_hash()).digests(tokens, extra)
 
 
+@pytest.mark.parametrize(("stored", "asked"), [((1,), (True,)), ((0,), (False,)), (("a", 1), ("a", True))])
+def test_remembered_or_not_what_differs_in_a_digest_is_another_prompt(stored: Any, asked: Any):
+    remembering = Prompts(4, none_hash())
+    remembering.digests([1, 2, 3, 4], stored)
+    assert remembering.digests([1, 2, 3, 4], asked) == Prompts(4, none_hash()).digests([1, 2, 3, 4], asked)
+
+
 # ---- pins and eviction -------------------------------------------------------------------------------------------
 
 

@@ -303,6 +303,18 @@ def test_with_one_group_a_load_beside_the_steps_keeps_what_came_before_the_failu
         bench.end()
 
 
+def test_a_failed_load_whose_request_goes_away_leaves_another_reader_of_its_blocks_right() -> None:
+    with Bench(shape("full", budget_tokens=64), failing={0: {0}}) as bench:
+        kept(bench, range(17))
+        bench.engine.add("goes", [*range(16), *range(50, 53)], 2)
+        bench.engine.add("stays", [*range(16), *range(70, 90)], 2)
+        bench.engine.step()
+        bench.engine.abort("goes")
+        bench.run()
+        assert bench.engine.failed_loads == 1
+        bench.end()
+
+
 def test_a_failure_beside_the_steps_drops_nothing_of_the_steps() -> None:
     with Bench(shape("full"), options=BESIDE, failing={0: {0}}, copier=HeldCopier) as bench:
         kept(bench, range(29))

@@ -403,7 +403,7 @@ def test_a_stopped_store_costs_one_deadline_in_short_waits_and_is_used_again_whe
     assert asking.match("other") == 0
     for name in ("r", "other"):
         asking.admit(name)
-    assert asking.planner.figures.misses() == {"deadline": 1, "store_gone": 1}
+    assert asking.planner.figures.misses() == {"deadline": 2}
     assert set(asking.waits) == {0.002}
     line.clock.advance(SILENCE_LIMIT_S - 1)
     assert line.link.live(idle=True) is None

@@ -22,7 +22,7 @@ class Bench:
     def __init__(self) -> None:
         self.figures = Figures()
         self.steps = Steps(2, self.figures)
-        self.record = Record("r", Chain(8, none_hash()), 100)
+        self.record = Record("r", Chain(8, none_hash()), (), 100)
 
     def step(self, number: int, load: bool = False) -> OpenChunk:
         step, chunk = self.steps.begin(), OpenChunk(number, 7, 0, 0, [2], sealed_in=number)
@@ -78,7 +78,7 @@ def test_nothing_of_a_step_with_a_failed_load_nor_of_one_planned_before_that_was
         assert [sealed.chunk for one in done for sealed in one.sealed] == []
         assert (first.sealed_in, second.sealed_in) == (0, 0)
         assert [digest for one in done for digest in one.failed_digests] == [b"second"]
-        assert set().union(*(one.forget for one in done)) == {1, 2, 3}
+        assert [load for one in done for load in one.failed_loads] == [(bench.record, {1, 2, 3})]
         assert [lease for one in done for lease in one.read_leases(BOOT)] == [71]
         assert (bench.figures.count("failed_tokens"), bench.figures.count("delivered_tokens")) == (7, 8)
         assert not bench.steps.busy

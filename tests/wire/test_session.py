@@ -144,7 +144,9 @@ def test_bytes_that_one_client_writes_another_reads(connect: Callable[..., Clien
         for number, offset in enumerate(granted.offsets):
             mine.array[offset : offset + CHUNK] = number + 1
         call = other.fetch(digests(1, 2))
-        assert answer(other, call) == m.Matched(call.number, 0, [], {}, {}, "absent"), "readable before the commit"
+        assert answer(other, call) == m.Matched(call.number, 0, [], {}, {}, "absent", used_nbytes=2 * CHUNK), (
+            "readable before the commit"
+        )
         done = answer(one, one.commit(granted.lease, [0, 1], [b"a", b"b"]))
         assert isinstance(done, m.Committed)
         assert (done.done, done.used_nbytes, done.pinned_nbytes) == ([True, True], 2 * CHUNK, 0)

@@ -265,8 +265,12 @@ class CacheEngine:
         """The chunks that can be retrieved, in the pool and pinned; empty on a miss."""
         first = span.start // span.shard.chunk_tokens
         if self._bypassed or not span.aligned or first >= span.chunks:
-            why = Miss.BYPASS if self._bypassed else Miss.SHORT if span.aligned else Miss.UNALIGNED
-            self._miss(why)
+            if self._bypassed or not span.aligned:
+                self._miss(Miss.BYPASS if self._bypassed else Miss.UNALIGNED)
+            elif span.chunks:
+                self._count(covered=1)
+            else:
+                self._miss(Miss.SHORT)
             return Work()
         digests = self._prompts.digests(tokens, extra)[first:]
         found = self._line.fetch(digests, first)

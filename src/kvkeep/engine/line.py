@@ -110,7 +110,7 @@ class Line:
         """
         with self._client() as client:
             if client is None:
-                return Miss.STORE_GONE
+                return Miss.DEADLINE if self._link.slow else Miss.STORE_GONE
             for pin in list(self._pins.values()):
                 if pin.found.held.client is client and pin.digests[first : first + len(digests)] == digests:
                     return self._part(pin.found, first, first + len(digests))

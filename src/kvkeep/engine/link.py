@@ -170,6 +170,11 @@ class Link:
             self._try()
         return self.client
 
+    @property
+    def slow(self) -> bool:
+        """Whether the store is there and has not yet answered what overran a deadline."""
+        return self.client is not None and self._silent_since_s is not None
+
     def suspend(self) -> None:
         """The store overran a deadline: nobody asks it until it has answered everything, and nothing is thrown away."""
         if self._silent_since_s is None:

@@ -123,6 +123,7 @@ class Lookups:
         if record.question is None or record.asked_first != first:
             digests, short = self._askable(record, request, first)
             if not digests:
+                self._figures.add("covered", short is None)
                 return Match(boot, first, 0, (), {}, 0, short)
             self.drop(record, client)
             # the answer cannot reach beyond a chunk that was not asked for
@@ -168,6 +169,8 @@ class Lookups:
 
     def _matched(self, record: Record, answer: Matched, boot: bytes) -> Match:
         self._figures.add("lookups")
+        self._figures.gauge("pool_used_nbytes", answer.used_nbytes)
+        self._figures.gauge("pool_pinned_nbytes", answer.pinned_nbytes)
         for source, count in answer.sources.items():
             self._figures.add(f"fetched_{source}_chunks", count)
         hits = len(answer.offsets)
@@ -195,11 +198,14 @@ class Lookups:
         tokens = len(request.tokens) - 1 if self._to_states else len(request.tokens)
         return max(0, tokens) // self._layout.chunk_tokens
 
-    def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss]:
-        """The digests to look up, up to the first one whose load failed before; and why there is none."""
+    def _askable(self, record: Record, request: Request, first: int) -> tuple[list[bytes], Miss | None]:
+        """The digests to look up, up to the first one whose load failed before; and why there are no more.
+
+        Without any and without a reason the engine has every whole chunk itself.
+        """
         record.chain.extend(request.tokens)
         digests = record.chain.digests[first : self.reach(request)]
         for place, digest in enumerate(digests if self._failed else ()):
             if digest in self._failed:
                 return digests[:place], Miss.FAILED_BEFORE
-        return digests, Miss.SHORT
+        return digests, None if self.reach(request) else Miss.SHORT

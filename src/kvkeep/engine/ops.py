@@ -5,7 +5,7 @@ Pure. Knows nothing about the store, leases or the engine's calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.plan import LoadOp, StoreOp
@@ -80,6 +80,12 @@ def store_op(shard: ShardLayout, chunk: OpenChunk, final: int, tables: Tables) -
     if not blocks:
         return None
     return StoreOp(chunk.offset, tuple(blocks), complete)
+
+
+def built_on(table: Sequence[int], blocks: Collection[int]) -> Sequence[int]:
+    """The part of a request's block ids that was computed from any of `blocks`, these included."""
+    first = next((index for index, block in enumerate(table) if block in blocks), len(table))
+    return table[first:]
 
 
 def advance(chunk: OpenChunk, op: StoreOp, step: int) -> None:

@@ -8,17 +8,19 @@ when every rank has reported the step and no load in it failed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvkeep.core.key import BlockChain, Chain, Digests
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.due import Due
 from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
 from kvkeep.engine.lookups import Limits, Lookups, Request
-from kvkeep.engine.ops import aligned, load_ops
+from kvkeep.engine.ops import aligned, built_on
 from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan, Trip
-from kvkeep.engine.request import Match, Record, State
+from kvkeep.engine.request import Record, State
 from kvkeep.engine.states import States
 from kvkeep.engine.steps import Load, Steps
 from kvkeep.engine.stores import Stores
@@ -73,8 +75,8 @@ class Planner:
         self._options = options
         self._clock = clock
         self._records: dict[str, Record] = {}
+        self._stems: Counter[tuple[int, ...]] = Counter()  # how many requests begin with the same first block
         self._ended: set[Record] = set()  # steps still name them; their names may be in use again
-        self._due: list[tuple[Record, Load]] = []
         self._asked_idle = 0
         self._boot = b""
         self.figures = figures
@@ -82,10 +84,14 @@ class Planner:
         self._estimate = Estimate()
         self._paces = Paces(self._estimate, clock)
         self._ran: list[str] = []
-        self._states = States(states, figures, options.patience_s) if states is not None else None
+        self._states: States | None = None
+        if states is not None:
+            self._states = States(states, figures, link, options.patience_s, deadline_s=options.deadline_s)
+        self._due = Due(layout, self._states)
         limits = Limits(options.deadline_s, options.patience_s, states is not None, options.early)
+        self._size_up()
         self._lookups = Lookups(link, layout, limits, self._estimate, figures, clock)
-        self._stores = Stores(self._shard, figures, options.patience_s)
+        self._stores = Stores(self._shard, figures, link, options.patience_s, deadline_s=options.deadline_s)
 
     def awaits_report(self) -> bool:
         """Whether the report of a step is still to come, for an engine that would stop stepping without it.
@@ -114,18 +120,22 @@ class Planner:
             record.why = record.why or Miss.UNREAD
             return 0
         if not record.keeps or client is None:
-            record.why = record.why if not record.keeps else Miss.STORE_GONE
+            record.why = record.why if not record.keeps else Miss.DEADLINE if self._link.slow else Miss.STORE_GONE
             return 0
         first = computed // self._layout.chunk_tokens
-        if record.match is None or record.match.boot != client.welcome.boot or record.match.first > first:
+        shared = self._stems[record.stem] > 1
+        match = record.match
+        if match is None or match.boot != client.welcome.boot or match.first > first or (match.words and shared):
             self._drop_match(record)
-            match = self._lookups.answer(record, request, client, first, not self._running(record))
+            alone = not self._running(record) and not shared
+            match = self._lookups.answer(record, request, client, first, alone)
             if match is None:
                 return None
             record.match = match
             record.move(State.MATCHED)
         claim, record.why = self._claim(record, request)
-        record.beside = self._options.beside_steps or (claim > 0 and self._pays_beside(record))
+        # a step's own load fills blocks that another request of the step may already read
+        record.beside = self._options.beside_steps or shared or (claim > 0 and self._pays_beside(record))
         if not claim:
             self._empty_match(record, client)
         return claim
@@ -146,7 +156,9 @@ class Planner:
             if match is None:
                 raise ValueError(f"request {request.name}: {external} tokens were never offered")
             record.match = None
-            self._load(record, request, match, external, tables())
+            self._due.add(record, match, external, tables())
+            counter = "claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens"
+            self.figures.add(counter, external)
         else:
             self._drop_match(record)
         self._lookups.drop(record, client)
@@ -169,7 +181,7 @@ class Planner:
         """The copies of the step that the engine is about to run. `tables` gives a request's block ids by group."""
         client = self._live()
         self._lookups.next_step()
-        loads, self._due = self._due, []
+        loads = self._due.take()
         step = self._steps.begin()
         ops: list[LoadOp] = []
         trips: list[Trip] = []
@@ -207,8 +219,11 @@ class Planner:
         """The output of a step is in, whether or not there is a report with it."""
         self._paces.over()
 
-    def step_done(self, report: Report) -> set[int]:
-        """Takes in what ranks have finished; returns the blocks that the engine must forget (their load failed)."""
+    def step_done(self, report: Report, tables: Callable[[str], Tables] = lambda _: ()) -> set[int]:
+        """Takes in what ranks have finished; returns the blocks that the engine must forget.
+
+        These are the blocks whose load failed, and those computed from them: `tables` gives a request's block ids.
+        """
         self._asked_idle = 0
         done = self._steps.take(report)
         client = self._link.client  # what ends is told to a slow store too, or its leases would never come back
@@ -222,7 +237,20 @@ class Planner:
             self._stores.commit(done.sealed, client)
         for record in done.records:
             self._settle(record)
-        return done.forget
+        return set().union(*(self._lost(owner, blocks, tables) for owner, blocks in done.failed_loads))
+
+    def _lost(self, owner: Record, blocks: frozenset[int], tables: Callable[[str], Tables]) -> set[int]:
+        """The blocks of a failed load and all that were computed from them; whoever else reads them stores no more.
+
+        The engine sends `owner` back to before its load. Another reader it may leave where it is.
+        """
+        lost = set(blocks)
+        for record in self._records.values():
+            depending = [block for table in tables(record.request) for block in built_on(table, blocks)]
+            lost.update(depending)
+            if depending and record is not owner:
+                self._stores.stop(record)
+        return lost
 
     def ended(self, name: str) -> None:
         """The request is over, whatever became of it: what it held comes back once no step uses it."""
@@ -230,9 +258,10 @@ class Planner:
         if record is None:
             return
         self._ended.add(record)
+        self._stems -= Counter([record.stem])
         self._drop_match(record)
         self._lookups.drop(record, self._link.client)
-        self._drop_due(record)
+        self._due.drop(record, self._link.client)
         record.move(State.ENDED)
         self._settle(record)
 
@@ -257,16 +286,24 @@ class Planner:
 
     def _live(self) -> Client | None:
         """The client if the store may be asked; whatever another start of the store had lent is forgotten first."""
-        client = self._link.live(idle=not self._steps.busy)
+        client = self._link.live(idle=not (self._steps.busy or self._due))  # what is due is planned next
         boot = self._link.client.welcome.boot if self._link.client is not None else b""
         if boot != self._boot:
             if self._boot:
                 self.figures.add("store_losses")
             self._boot = boot
+            self._size_up()
             for record in (*self._records.values(), *self._ended):
                 record.match = record.question = None
                 self._stores.forget(record)
         return client
+
+    def _size_up(self) -> None:
+        """Sets the gauges to another start of the store, which is empty, or to none."""
+        client = self._link.client
+        self.figures.gauge("pool_nbytes", client.welcome.pool_nbytes if client is not None else 0)
+        self.figures.gauge("pool_used_nbytes", 0)
+        self.figures.gauge("pool_pinned_nbytes", 0)
 
     def _record(self, request: Request) -> Record:
         record = self._records.get(request.name)
@@ -277,7 +314,9 @@ class Planner:
             chain: Digests = Chain(tokens, root, request.extra_keys)
             if hashes is not None:
                 chain = BlockChain(tokens, hashes)
-            record = Record(request.name, chain, prompt_tokens=request.prompt_tokens)
+            stem = tuple(request.tokens[: min(group.block_tokens for group in self._shard.groups)])
+            record = Record(request.name, chain, stem, request.prompt_tokens)
+            self._stems[stem] += 1
             if doubt is not None:
                 record.keeps, record.stores, record.why = False, False, doubt
             self._records[request.name] = record
@@ -307,26 +346,6 @@ class Planner:
                 client.release(lease)
             record.match = match._replace(lease=0, offsets=(), sums={}, why=record.why, state=None, words={})
 
-    def _load(self, record: Record, request: Request, match: Match, external: int, tables: Tables) -> None:
-        span = (record.computed, record.computed + external)
-        ops = load_ops(self._shard, request.name, match, span, tables)
-        first = span[0] // self._layout.chunk_tokens
-        digests = record.chain.digests[first : first + len(ops)]
-        ops = [self._completed(op, match, first + place) for place, op in enumerate(ops)]
-        if self._states is not None:
-            ops.append(self._states.load_op(request.name, match, span, tables))
-            digests.append(digests[-1])
-        # of a chunk that is outside every window nothing is needed, and nothing can fail
-        needed = [(op, digest) for op, digest in zip(ops, digests, strict=True) if op.blocks]
-        # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
-        blocks = () if record.beside else tables[0][span[0] // self._shard.groups[0].block_tokens :]
-        record.claimed_from = match.tokens_by_source(external)
-        ops, digests = [op for op, _ in needed], [digest for _, digest in needed]
-        self._due.append(
-            (record, Load(match.boot, match.leases, span, tuple(ops), tuple(digests), tuple(blocks), record.beside))
-        )
-        self.figures.add("claimed_after_preemption_tokens" if request.preempted else "claimed_first_tokens", external)
-
     def _pays_beside(self, record: Record) -> bool:
         """Whether those that run would wait longer for this load, all together, than it would for their steps."""
         match, step_s = record.match, self._paces.step_s
@@ -345,18 +364,6 @@ class Planner:
         self._steps.launch(step)
         return Trip(step.number, load.ops)
 
-    def _completed(self, op: LoadOp, match: Match, number: int) -> LoadOp:
-        """The op with its word, or with each rank's part of the chunk's sums where the store wants it verified."""
-        sums = match.sums.get(number - match.first)
-        if not sums:
-            return op._replace(word=match.words.get(number - match.first, 0))
-        parts, start = [], 0
-        for shard in self._layout.shards:
-            end = start + 16 * len(shard.ranges)
-            parts.append(sums[start:end])
-            start = end
-        return op._replace(sums=tuple(parts))
-
     def _wish_generated(self, scheduled: Sequence[Scheduled], client: Client) -> None:
         for one in scheduled:
             record = self._records.get(one.request)
@@ -370,15 +377,6 @@ class Planner:
         if client is not None and match is not None and match.boot == client.welcome.boot:
             for lease in match.leases:
                 client.release(lease)
-
-    def _drop_due(self, record: Record) -> None:
-        """Takes back loads that no plan carries yet: the request's blocks are not its own any more."""
-        client = self._link.client
-        for one, load in self._due:
-            if one is record and client is not None and load.boot == client.welcome.boot:
-                for lease in load.leases:
-                    client.release(lease)
-        self._due = [(one, load) for one, load in self._due if one is not record]
 
     def _settle(self, record: Record) -> None:
         """Gives back what an ended request reserved, once no step that names it is under way."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvkeep.core import cbor
 from kvkeep.core.cbor import Words
 from kvkeep.core.key import Chain, Tokens, token_array
 
@@ -20,10 +21,10 @@ Extra = tuple[str | int | bytes, ...]
 
 
 class Prompt(NamedTuple):
-    """A copy of a prompt's whole chunks of tokens, and their digests."""
+    """A copy of a prompt's whole chunks of tokens, what else its digests depend on (as it is hashed), its digests."""
 
     words: Words
-    extra: Extra | None
+    extra: bytes
     digests: list[bytes]
 
 
@@ -38,9 +39,10 @@ class Prompts:
     def digests(self, tokens: Tokens, extra: Extra | None) -> list[bytes]:
         """The digest of every whole chunk of `tokens`. Raises ValueError as `token_array` does."""
         words = token_array(tokens[: len(tokens) // self._chunk_tokens * self._chunk_tokens])
+        hashed = cbor.encode(extra)  # and not `extra`: in Python True equals 1, in a digest it does not
         shared, best = 0, None
         for one in self._known:
-            count = self._shared(one, words, extra)
+            count = self._shared(one, words, hashed)
             if count > shared:
                 shared, best = count, one
         digests = best.digests[:shared] if best is not None else []
@@ -51,11 +53,11 @@ class Prompts:
         digests += chain.extend(words[shared * self._chunk_tokens :])
         outgrown = best if best is not None and shared == len(best.digests) else None
         # a copy: the caller may change its array
-        known = Prompt(words.copy(), extra, digests)
+        known = Prompt(words.copy(), hashed, digests)
         self._known = (known, *(one for one in self._known if one is not outgrown))[:REMEMBERED]
         return digests[:]
 
-    def _shared(self, one: Prompt, words: Words, extra: Extra | None) -> int:
+    def _shared(self, one: Prompt, words: Words, extra: bytes) -> int:
         """How many chunks a known prompt has in common with another one."""
         length, head = min(len(one.words), len(words)), self._chunk_tokens
         if one.extra != extra or not np.array_equal(one.words[:head], words[:head]):

@@ -92,15 +92,16 @@ class OpenChunk:
 class Record:
     """Everything about one request.
 
-    `keeps`: it may be looked up at all; `stores`: its chunks may be stored. `steps` counts the ops under way that name
-    it. `claimed_from` are its claimed tokens by source. `why` is the reason of the miss that is counted at its
-    admission; `short` says why its lookup was cut to `asked_chunks`. `limit_s` is what tiers were given; `hasty`: less
-    than `deadline_s`, since computing is faster. `beside`: its load is beside the steps. `boot` is that of its write
-    leases' store.
+    `stem` are the tokens of its first block. `keeps`: it may be looked up at all; `stores`: its chunks may be stored.
+    `steps` counts the ops under way that name it. `claimed_from` are its claimed tokens by source. `why` is the reason
+    of the miss that is counted at its admission; `short` says why its lookup was cut to `asked_chunks`. `limit_s` is
+    what tiers were given; `hasty`: less than `deadline_s`, since computing is faster. `beside`: its load is beside the
+    steps. `boot` is that of its write leases' store.
     """
 
     request: str
     chain: Digests
+    stem: tuple[int, ...]
     prompt_tokens: int
     state: State = State.NEW
     keeps: bool = True
@@ -118,6 +119,7 @@ class Record:
     match: Match | None = None
     claimed_from: dict[str, int] = field(default_factory=dict)
     reservation: Call | None = None
+    reserved_at_s: float = 0.0
     wanted: list[int] = field(default_factory=list)
     reserved_to: int = 0
     open: dict[int, OpenChunk] = field(default_factory=dict)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.link import Link
 from kvkeep.engine.ops import Tables
 from kvkeep.engine.plan import LoadOp, Scheduled, StoreOp
 from kvkeep.engine.request import Match, OpenChunk, Record
 from kvkeep.engine.steps import Step
 from kvkeep.telemetry import Figures
 from kvkeep.transfer.transfer import NULL_BLOCK, SUM_NBYTES, Blocks
-from kvkeep.wire.client import Client
+from kvkeep.wire.client import Call, Client
 from kvkeep.wire.messages import BUSY, PRESENT, Granted
 
 
@@ -26,10 +27,15 @@ class States:
     Its blocks hold as many tokens as a state's block does in the engine; their tables come after the chunks' groups'.
     """
 
-    def __init__(self, layout: ChunkLayout, figures: Figures, patience_s: float) -> None:
+    def __init__(
+        self, layout: ChunkLayout, figures: Figures, link: Link, patience_s: float, *, deadline_s: float
+    ) -> None:
         self._layout = layout
         self._figures = figures
+        self._link = link
         self._patience_s = patience_s
+        self._deadline_s = deadline_s
+        self._unanswered_since_s: float | None = None
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -69,12 +75,23 @@ class States:
         for record, left, call in asked:
             answer = client.wait(call, patience_s)
             patience_s = patience_s if call.done else 0.0  # one wait a step
+            self._heed(call)
             if isinstance(answer, Granted):
                 ops += self._granted(step, record, left, answer, client.welcome.boot)
             else:
                 client.abandon(call)
                 self._figures.add("skipped_states", len(left))
         return ops
+
+    def _heed(self, call: Call) -> None:
+        """Leaves a store alone that has answered no reservation of a state for `deadline_s`."""
+        if call.done:
+            self._unanswered_since_s = None
+        elif self._unanswered_since_s is None:
+            self._unanswered_since_s = self._link.clock()
+        elif self._link.clock() - self._unanswered_since_s > self._deadline_s:
+            self._unanswered_since_s = None
+            self._link.suspend()
 
     def _granted(
         self, step: Step, record: Record, left: Mapping[int, tuple[int, ...]], answer: Granted, boot: bytes

@@ -82,12 +82,15 @@ class Step:
 
 @dataclass
 class Done:
-    """What follows from a report; `failed_early` chunks failed that were promised while they were read."""
+    """What follows from a report; `failed_early` chunks failed that were promised while they were read.
+
+    `failed_loads` are the requests whose load within a step failed, each with the blocks that depend on it.
+    """
 
     sealed: list[Sealed] = field(default_factory=list)
     failed_digests: list[bytes] = field(default_factory=list)
     failed_early: int = 0
-    forget: set[int] = field(default_factory=set)
+    failed_loads: list[tuple[Record, frozenset[int]]] = field(default_factory=list)
     leases: list[tuple[bytes, int]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
@@ -177,7 +180,7 @@ class Steps:
                 early = [number for number in failed if load.ops[number].word]
                 done.failed_digests += [load.digests[number] for number in failed if number not in early]
                 done.failed_early += len(early)
-                done.forget.update(load.blocks)
+                done.failed_loads.append((record, frozenset(load.blocks)))
 
     def _finish_stores(self, step: Step, done: Done) -> None:
         for place, (record, chunk, seal, rewinds) in enumerate(step.gathers):

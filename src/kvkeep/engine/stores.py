@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.link import Link
 from kvkeep.engine.ops import Tables, advance, rewind, store_op
 from kvkeep.engine.plan import Scheduled, StoreOp
 from kvkeep.engine.request import OpenChunk, Record
@@ -21,12 +22,20 @@ _SKIPPED = {PRESENT: "skipped_present_chunks", BUSY: "skipped_present_chunks", N
 
 
 class Stores:
-    """The chunks in the making of one engine; a step waits at most `patience_s` for reservations that it could use."""
+    """The chunks in the making of one engine.
 
-    def __init__(self, shard: ShardLayout, figures: Figures, patience_s: float) -> None:
+    A step waits at most `patience_s` for reservations that it could use. A store that has not answered one within
+    `deadline_s` is left alone until it has caught up.
+    """
+
+    def __init__(
+        self, shard: ShardLayout, figures: Figures, link: Link, patience_s: float, *, deadline_s: float
+    ) -> None:
         self._shard = shard
         self._figures = figures
+        self._link = link
         self._patience_s = patience_s
+        self._deadline_s = deadline_s
         self._commits: list[tuple[Call, bool]] = []
 
     def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
@@ -41,6 +50,7 @@ class Stores:
         record.reserved_to = max(record.reserved_to, upto)
         if numbers:
             record.wanted = numbers
+            record.reserved_at_s = self._link.clock()
             record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
 
     def resumed(self, record: Record) -> None:
@@ -84,6 +94,15 @@ class Stores:
             self._commits.append((call, ones[0].chunk.state))
         self._harvest(client)
 
+    def stop(self, record: Record) -> None:
+        """The request may compute on wrong blocks from here on: nothing more of it is stored.
+
+        What it reserved comes back at its end, since a step under way may still be gathering into it.
+        """
+        record.stores = False
+        record.open.clear()
+        record.states.clear()
+
     def forget(self, record: Record) -> None:
         """Drops what a store that is gone had reserved; its lease numbers mean nothing to another one."""
         record.reservation = None
@@ -110,6 +129,11 @@ class Stores:
         assert call is not None
         answer = client.wait(call, patience_s)
         if not call.done:
+            if self._link.clock() - record.reserved_at_s > self._deadline_s:
+                record.reservation = None
+                client.abandon(call)
+                self._figures.add("skipped_late_chunks", len(record.wanted))
+                self._link.suspend()
             return False
         record.reservation = None
         if not isinstance(answer, Granted):

@@ -228,8 +228,6 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         of_states = ChunkLayout(states) if states else None
         link = self._link(ranks, layout, of_states)
         link.start(START_LIMIT_S)
-        if link.client is not None:
-            self.figures.gauge("pool_nbytes", link.client.welcome.pool_nbytes)
         beside = self.config.load == "async" or facts.never_in_step(self._vllm_config, self._kv_cache_config)
         options = PlannerOptions(
             deadline_s=self.config.deadline_s,
@@ -320,9 +318,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         meta = connector_output.kv_connector_worker_meta
         if self.planner is None or not isinstance(meta, ReportMeta):
             return
-        forget = self.planner.step_done(meta.report)
-        if forget and self._kv_cache_manager is not None:
-            self._kv_cache_manager.evict_blocks(forget | self._built_on(forget))
+        forget = self.planner.step_done(meta.report, self._kv_cache_manager.get_block_ids)
+        if forget:
+            self._kv_cache_manager.evict_blocks(forget)
 
     def request_finished(self, request: VllmRequest, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request is over; its blocks are free at once."""
@@ -380,15 +378,6 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self._open:
             leave_log()
             self._open = False
-
-    def _built_on(self, blocks: set[int]) -> set[int]:
-        """The blocks of other requests that were computed from any of `blocks`."""
-        found: set[int] = set()
-        for name in self._requests.known:
-            for table in self._kv_cache_manager.get_block_ids(name):
-                first = next((place for place, block in enumerate(table) if block in blocks), len(table))
-                found.update(table[first:])
-        return found
 
     def _plan(self) -> StepPlan:
         meta = self._get_connector_metadata()

@@ -94,6 +94,7 @@ class FakeEngine:
         request = FakeRequest(name, tuple(prompt), generate, list(prompt))
         self.requests[name] = request
         self.waiting.append(request)
+        self.planner.expect(self._asked(request))
         return request
 
     def abort(self, name: str) -> None:
@@ -132,7 +133,7 @@ class FakeEngine:
                 worker.save_layer(plan, name)
             worker.start_stores(plan)
             worker.poll(plan)
-        self._take_in(list(counts))
+        self._take_in(counts)
         self.check()
 
     def run(self, max_steps: int = 1000) -> None:
@@ -314,35 +315,40 @@ class FakeEngine:
 
     # ---- what a step brought -------------------------------------------------------------------------------
 
-    def _take_in(self, ran: list[FakeRequest]) -> None:
+    def _take_in(self, counts: dict[FakeRequest, int]) -> None:
         """Failed loads first, then new tokens and ends, then the planner's word on what is to be forgotten."""
         failed: set[int] = set().union(*(worker.results.take_failed_blocks() for worker in self.workers))
         loaded = [worker.results.take_loaded() for worker in self.workers]
         report = Report()
         for worker in self.workers:
             report = report.merged(worker.results.take_report())
-        hurt = set() if self.shape.fails_whole else self._cut_back(failed)
+        hurt = set() if self.shape.fails_whole else self._cut_back(failed, counts)
         self._loads_done(loaded)
-        for request in ran:
+        for request in counts:
             if request not in hurt:
                 self._sample(request)
-        forget = self.planner.step_done(report)
+        forget = self.planner.step_done(report, lambda name: self.requests[name].tables)
         left = set() if self.shape.fails_whole else failed & set(self.blocks.cached.values()) - forget
         assert not left, f"blocks {left} failed and stay in the prefix cache"
         self.blocks.forget(forget)
 
-    def _cut_back(self, failed: set[int]) -> set[FakeRequest]:
-        """Every request that uses a failed block goes on from there; what it computed since is worth nothing."""
-        hurt = set()
+    def _cut_back(self, failed: set[int], counts: dict[FakeRequest, int]) -> set[FakeRequest]:
+        """Sends requests that read a failed block back, as vLLM does: the first reader of a block computes it again.
+
+        A later reader of that block goes back to where its step began, and reads the block as if it were right.
+        """
+        hurt, marked = set(), set[int]()
         loading = [one for one in self.waiting if one.phase is Phase.LOADING]
-        for request in self.running + loading if failed else ():
+        for request in loading + self.running if failed else ():
             table, size = request.tables[0], self.shape.groups[0].block_tokens
-            place = next((n for n, block_id in enumerate(table) if block_id in failed), None)
-            if place is not None and place * size < request.computed:
+            before = request.computed - counts.get(request, 0)
+            read = [place for place, block_id in enumerate(table[: -(-before // size)]) if block_id in failed]
+            own = [place for place in read if table[place] not in marked]
+            marked.update(table[place] for place in read)
+            if read:
                 hurt.add(request)
-                request.computed = place * size
-                self.blocks.forget(set(table[place:]) - failed)
-                self.failed_loads += 1
+                request.computed = own[0] * size if own else before
+                self.failed_loads += bool(own)
         return hurt
 
     def _loads_done(self, loaded: list[dict[str, bool]]) -> None:

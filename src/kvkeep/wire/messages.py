@@ -79,6 +79,7 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
     how long the tiers were waited for. In a session that has states the run ends where `state` is. `words` are the
     places of chunks still being read, each with where its word is in the pool's region (`kvkeep.memory.words`).
+    `used_nbytes` and `pinned_nbytes` are of the pool, as in Committed.
     """
 
     call: int
@@ -90,6 +91,8 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     took_s: float = 0.0
     state: HeldState | None = None
     words: dict[int, int] = {}
+    used_nbytes: int = 0
+    pinned_nbytes: int = 0
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=5, array_like=True):

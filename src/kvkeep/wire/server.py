@@ -191,7 +191,8 @@ class Server:
             why = found.why.value if found.why is not None else ""
             try:
                 fetched, words = found.fetched, dict(found.words)
-                self._send(peer, m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words))
+                matched = m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words, *self._fill())
+                self._send(peer, matched)
             except WireError as error:
                 self._refuse(peer, error)
 
@@ -260,9 +261,7 @@ class Server:
                 entries = store.written(side, message.lease, message.places)
                 done = store.commit(side, message.lease, message.places, message.sums)
                 self.walk.committed(side, list(itertools.compress(entries, done)))
-                stats = store.index.stats()
-                used = stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes
-                return m.Committed(message.call, done, used, stats.pinned_nbytes)
+                return m.Committed(message.call, done, *self._fill())
             case m.Release():
                 store.release(session.side_of(message.lease), message.lease)
             case m.Discard():
@@ -286,6 +285,11 @@ class Server:
             )
         self.store.rename(session, asked.namespace, asked.lasting)
         self.store.namespaces.name(session.namespace, session.opening.name, asked.identity)
+
+    def _fill(self) -> tuple[int, int]:
+        """The bytes of the pool that hold chunks, and those that leases hold."""
+        stats = self.store.index.stats()
+        return stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes, stats.pinned_nbytes
 
     def _named(self, session: Session, identity: str) -> None:
         """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
