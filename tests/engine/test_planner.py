@@ -498,6 +498,8 @@ def test_a_reservation_that_is_never_answered_costs_one_deadline(hasty: Bench) -
             hasty.clock.advance(0.01)
             assert hasty.plan(request, 600).stores == ()
         assert len(hasty.waits) == asked, "a step waits for a store that overran the deadline"
+        assert hasty.planner.match(asking("other", range(5000, 5600)), 0) == 0, "it is asked nothing more"
+        assert len(hasty.waits) == asked
         assert hasty.count("skipped_late_chunks") == 2
     hasty.figures()
     assert hasty.link.live(idle=True) is hasty.link.client
@@ -546,7 +548,8 @@ def test_a_failed_load_taints_its_step_and_every_step_that_was_planned_by_then(b
 
 def test_what_another_request_has_built_on_a_failed_load_is_never_stored(bench: Bench) -> None:
     bench.keep(range(512))
-    loads, reads, other = asking("loads", range(1100)), asking("reads", range(1100)), asking("other", range(3000, 3300))
+    loads, other = asking("loads", range(1100)), asking("other", range(3000, 3300))
+    reads = asking("reads", [*range(512), *range(7000, 7588)])
     assert bench.planner.match(loads, 0) == 512
     bench.admit(loads, 512, table(1100))
     for request, own in ((reads, 496), (other, 0)):  # by whatever way it has come to read the other one's blocks

@@ -6,6 +6,7 @@ The engine is played by hand: one attention group, two groups of states whose bl
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from kvkeep.engine.plan import Scheduled, StepPlan
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
 from kvkeep.telemetry import Figures, Miss
+from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
@@ -223,6 +225,30 @@ def test_a_pool_without_room_for_a_state_skips_it() -> None:
     bench = Bench(pool_nbytes=4 * 4096)  # four chunks, and nothing else
     bench.compute("writer", PROMPT, [(64, (10, 11))])
     assert (bench.stored(), bench.figures.count("skipped_states")) == (0, 1)
+    bench.worker.close()
+    bench.planner.close()
+
+
+def test_a_store_that_answers_no_reservation_of_a_state_costs_one_deadline() -> None:
+    bench = Bench(options=PlannerOptions(patience_s=0.001, deadline_s=0.5, beside_steps=True))
+    clock, gate, waits = ManualClock(), threading.Event(), []
+    bench.link.clock = clock
+    request = asking("writer", PROMPT)
+    assert bench.match(request) == 0
+    bench.planner.admitted(request, 0, lambda: [[], [], []])
+    assert not bench.at_rest(), "the chunks have their room"
+    source, client = bench.link.source, bench.link.client
+    assert isinstance(source, ThreadSource)
+    assert client is not None
+    reserve, wait = source.running.store.reserve, client.wait
+    source.running.store.reserve = lambda *asked: (gate.wait(LIMIT_S), reserve(*asked))[1]  # type: ignore[method-assign]
+    client.wait = lambda call, limit_s: (waits.append(limit_s), wait(call, limit_s))[1]  # type: ignore[method-assign]
+    for _ in range(8):
+        clock.advance(0.2)
+        scheduled = [Scheduled("writer", len(PROMPT), PROMPT, 0, [(64, (10, 11))])]
+        assert bench.planner.plan_step(scheduled, lambda _: [list(range(1, 20)), [], []]).state_offsets
+    assert len(waits) == 4 + 1, "the chunks' answer, then four states until the deadline was over"
+    gate.set()
     bench.worker.close()
     bench.planner.close()
 
