@@ -308,6 +308,7 @@ class Model:
     entry: Entry
     committed: bool = False
     pins: int = 0
+    spared: int = 0
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -332,9 +333,15 @@ class IndexMachine(RuleBasedStateMachine):
     def reserve(self, keys, owner):
         absent = [key for key in dict.fromkeys(keys) if key not in self.live]
         room = self.capacity - len(self.live) - len(self.dead)
-        victims = [k for k, held in self.live.items() if held.committed and not held.pins and k not in keys]
-        if room < len(absent) <= room + len(victims):
-            for victim in victims[: len(absent) - room]:
+        free = [k for k, held in self.live.items() if held.committed and not held.pins and k not in keys]
+        victims = [key for key in free if not self.live[key].spared]
+        needed = len(absent) - room
+        if 0 < needed <= len(free):
+            if needed > len(victims):  # nothing is spared any more but what was named
+                victims += [key for key in free if key not in victims]
+                for key, held in self.live.items():
+                    held.spared = held.spared if key in keys and not held.pins else 0
+            for victim in victims[:needed]:
                 del self.live[victim]
                 self.evictions += 1
             room = len(absent)
@@ -364,6 +371,19 @@ class IndexMachine(RuleBasedStateMachine):
         for key in reversed(run):
             held = self.live[key] = self.live.pop(key)
             held.pins += 1
+
+    @rule(key=st.sampled_from(KEYS))
+    def spare(self, key):
+        there = key in self.live and self.live[key].committed
+        assert self.index.spare(key) == there
+        if there:
+            self.live[key].spared += 1
+
+    @rule(key=st.sampled_from(KEYS))
+    def unspare(self, key):
+        self.index.unspare(key)
+        if key in self.live:
+            self.live[key].spared = max(0, self.live[key].spared - 1)
 
     def pinned(self) -> list[Model]:
         return [held for held in [*self.live.values(), *self.dead] if held.pins]

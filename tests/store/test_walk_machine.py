@@ -86,6 +86,7 @@ class WalkMachine(RuleBasedStateMachine):
         assert self.words.free == WORDS
         assert all(line.hung == line.probes == 0 for line in self.walk.loads)
         assert not self.store.late
+        assert not self.store.index._spared
         assert self.store.index.check() == ""
         self.loop.close()
 

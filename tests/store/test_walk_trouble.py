@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 
 from kvkeep.store.store import Why
 from kvkeep.testing.gate_tier import ManualLoop
 
-from .house import CHUNK, DEADLINE_S, House, digest
+from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
 
 
 @pytest.fixture
@@ -184,4 +185,83 @@ def test_what_hangs_takes_nothing_from_what_may_be_under_way(loop: ManualLoop) -
     house.ask(2)
     assert house.holds(house.ask(2, 3)[0], 2, 3)
     house.fast.open("load")
+    house.settle()
+
+
+# ---- a pool with little room to spare --------------------------------------------------------------------------
+
+
+FIRST, SECOND = range(1, 11), range(101, 111)
+
+
+def prompt(house: House, numbers: Sequence[int], steps: Sequence[int]) -> None:
+    """Stores a prompt as an engine does: room for all of it at once, then this many chunks a step.
+
+    In its last step the disk is busy with something else.
+    """
+    got = house.store.reserve(house.session, [digest(number) for number in numbers])
+    for place, number in enumerate(numbers):
+        offset = got.places[place]
+        assert isinstance(offset, int), "it got no room"
+        house.memory[offset : offset + CHUNK] = np.frombuffer(payload(number), dtype=np.uint8)
+    first = 0
+    for count in steps:
+        places = range(first, first + count)
+        entries = house.store.written(house.session, got.lease, places)
+        assert all(house.store.commit(house.session, got.lease, places, [sums(numbers[one]) for one in places]))
+        house.loop.call_soon(house.walk.committed, house.session, entries)
+        first += count
+        if first == len(numbers):
+            house.fast.shut.add("store")
+        house.loop.advance(0.02)
+    house.store.release(house.session, got.lease)
+
+
+def on_disk(house: House, numbers: Sequence[int]) -> list[int]:
+    return [number for number in numbers if house.session.namespace + digest(number) in house.fast.chunks]
+
+
+def test_a_pool_barely_larger_than_a_prompt_evicts_first_what_is_written(loop: ManualLoop) -> None:
+    """Of a prompt's last step one chunk is being written and one waits when the next prompt wants its room."""
+    house = House(loop, tiers=1, room=12, share=1.0)
+    prompt(house, FIRST, steps=(2, 2, 2, 2, 2))
+    assert on_disk(house, FIRST) == [*FIRST][:8]
+    got = house.store.reserve(house.session, [digest(number) for number in SECOND])
+    assert all(isinstance(place, int) for place in got.places)
+    house.store.release(house.session, got.lease)
+    house.fast.open("store")
+    house.loop.advance(1.0)
+    assert on_disk(house, FIRST) == [*FIRST]
+    assert house.walk.flushes[0].figures["gone"] == 0
+    house.settle()
+
+
+def test_what_waits_to_be_written_keeps_nobody_from_getting_room(
+    loop: ManualLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = House(loop, tiers=1, room=12, share=1.0)
+    house.fast.shut.add("store")
+    prompt(house, FIRST, steps=(10,))
+    prompt(house, SECOND, steps=(10,))
+    assert house.store.index.contains([house.session.namespace + digest(110)]) == [True]
+    house.fast.open("store")
+    house.loop.advance(1.0)
+    assert on_disk(house, SECOND) == [*SECOND]
+    assert house.walk.flushes[0].figures["gone"] == 10 - len(on_disk(house, FIRST)) > 0
+    assert caplog.text.count("before they were written") == 1
+    house.settle()
+
+
+def test_what_waits_to_be_written_takes_half_of_the_pool_from_what_is_used_most(loop: ManualLoop) -> None:
+    """A prompt that is asked for again and again stays, however slow the disk is."""
+    house = House(loop, tiers=1, room=16, share=1.0)
+    house.put(1, 2, 3)
+    house.loop.advance(1.0)
+    house.fast.shut.add("store")
+    for number in range(100, 140):
+        house.put(number)
+        (found,) = house.ask(1, 2, 3)
+        assert found.sources == {"pool": 3}
+        house.store.release(house.session, found.fetched.lease)
+    house.fast.open("store")
     house.settle()

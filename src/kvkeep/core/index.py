@@ -12,7 +12,7 @@ one thread owns it. A call for many keys is one step: nothing else sees it half 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from enum import Enum
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -81,6 +81,7 @@ class Index:
         self._policy = policy
         self._entries: dict[bytes, Entry] = {}
         self._dead: set[Entry] = set()
+        self._spared: dict[bytes, int] = {}  # how often; hidden from the policy, but not held
         self._writing_entries = 0
         self._committed_nbytes = 0
         self._writing_nbytes = 0
@@ -116,7 +117,8 @@ class Index:
         pinned_nbytes = 0
         for entry in reversed(run):
             if not entry.pins:
-                policy.hide(entry.key)
+                if entry.key not in self._spared:
+                    policy.hide(entry.key)
                 pinned_nbytes += entry.nbytes
             entry.pins += 1
             policy.touch(entry.key)
@@ -134,11 +136,30 @@ class Index:
         if entry is None or entry.sums is None:
             return None
         if not entry.pins:
-            self._policy.hide(key)
+            if key not in self._spared:
+                self._policy.hide(key)
             self._pinned_nbytes += entry.nbytes
             self._evictable_nbytes -= entry.nbytes
         entry.pins += 1
         return entry
+
+    def spare(self, key: bytes) -> bool:
+        """Evict a committed entry only where nothing else is left, until `unspare`; False: there is none."""
+        entry = self._entries.get(key)
+        if entry is None or entry.sums is None:
+            return False
+        if key not in self._spared and not entry.pins:
+            self._policy.hide(key)
+        self._spared[key] = self._spared.get(key, 0) + 1
+        return True
+
+    def unspare(self, key: bytes) -> None:
+        """Take one `spare` back; nothing where the entry has gone meanwhile, or its room was needed."""
+        count = self._spared.pop(key, 0)
+        if count > 1:
+            self._spared[key] = count - 1
+        elif count and not self._entries[key].pins:
+            self._policy.show(key)
 
     def unpin(self, entries: Iterable[Entry]) -> None:
         """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
@@ -153,7 +174,8 @@ class Index:
                 self._bury(entry)
             else:
                 self._evictable_nbytes += entry.nbytes
-                self._policy.show(entry.key)
+                if entry.key not in self._spared:
+                    self._policy.show(entry.key)
 
     def reserve(self, keys: Sequence[bytes], nbytes: int, owner: int) -> list[Entry | Outcome]:
         """Get an entry of nbytes to write for each absent key; owner is the lease's id.
@@ -277,6 +299,8 @@ class Index:
                 yield f"{entry} is both written and readable, or neither"
             if entry.owner and entry.pins:
                 yield f"{entry} is pinned before it is readable"
+            if entry.owner and key in self._spared:
+                yield f"{entry} is spared before it is readable"
         for entry in self._dead:
             if bool(entry.owner) == bool(entry.pins):
                 yield f"{entry} is dead, but not held by one side"
@@ -316,13 +340,13 @@ class Index:
         if len(extents) == count:
             return extents
         named = [entry for key in keys if (entry := self._entries.get(key)) is not None]
-        spared = [entry for entry in named if entry.sums is not None and not entry.pins]
-        evictable_nbytes = self._evictable_nbytes - sum([entry.nbytes for entry in spared])
+        kept = {entry.key: entry for entry in named if entry.sums is not None and not entry.pins}
+        evictable_nbytes = self._evictable_nbytes - sum([entry.nbytes for entry in kept.values()])
         if (count - len(extents)) * each_nbytes > self._allocator.free_nbytes + evictable_nbytes:
             return extents
-        for entry in spared:
-            self._policy.hide(entry.key)
-        while len(extents) < count and (victim := self._policy.evict()) is not None:
+        for key in kept:
+            self.spare(key)
+        while len(extents) < count and (victim := self._victim(kept)) is not None:
             extent = self._forget_committed(self._entries[victim]).extent
             self._evictions += 1
             if extent.nbytes == each_nbytes:
@@ -330,9 +354,20 @@ class Index:
             else:
                 self._allocator.free(extent)
                 extents += self._take(count - len(extents), each_nbytes)
-        for entry in spared:
-            self._policy.show(entry.key)
+        for key in kept:
+            self.unspare(key)
         return extents
+
+    def _victim(self, kept: Collection[bytes]) -> bytes | None:
+        """Which entry the policy evicts; spared ones, but for those that are `kept`, where nothing else is left."""
+        victim = self._policy.evict()
+        if victim is None:
+            for key in [key for key in self._spared if key not in kept]:
+                del self._spared[key]
+                if not self._entries[key].pins:
+                    self._policy.show(key)
+            victim = self._policy.evict()
+        return victim
 
     def _take(self, count: int, nbytes: int) -> list[Extent]:
         """Allocate up to count extents from free memory."""
@@ -344,6 +379,7 @@ class Index:
     def _forget_committed(self, entry: Entry) -> Entry:
         """Take the key from a committed entry that its policy has forgotten."""
         del self._entries[entry.key]
+        self._spared.pop(entry.key, None)
         self._committed_nbytes -= entry.nbytes
         if not entry.pins:
             self._evictable_nbytes -= entry.nbytes

@@ -1,46 +1,45 @@
 """Write-through: what became readable in the pool is written to a tier in the background, after what is being read.
 
 One Flush a tier, so that a slow one holds up no other. It holds only what it is writing, and drops what it cannot keep
-up with, counted. Knows nothing about sockets, sessions or how a tier keeps its chunks.
+up with, counted; of what waits the first is evicted from the pool last. Knows nothing about sockets, sessions or how a
+tier keeps its chunks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from kvkeep.core.index import Entry, Index
 from kvkeep.errors import TierError
 from kvkeep.store.breaker import Breaker, Gate
+from kvkeep.store.due import Due, DueChunks
 from kvkeep.store.loads import Loads
 from kvkeep.tiers.tier import Stored, Write
 
 log = logging.getLogger("kvkeep.store")
 
 COUNTERS = ("stored", "present", "refused", "dropped", "gone")
+SAY_S = 60.0  # between two lines about chunks that went too early
 _TURN = 64  # chunks of the backlog that come due at once
 
 
 @dataclass(frozen=True)
 class FlushOptions:
-    """Bounds: a batch and all batches together (bytes held), what may wait (chunks) and for how long (seconds)."""
+    """Bounds: a batch and all batches together (bytes held), what may wait (chunks) and for how long (seconds).
+
+    Of what waits, the first `spared_nbytes` are evicted from the pool last.
+    """
 
     batch_nbytes: int
     held_nbytes: int
+    spared_nbytes: int = 0
     max_waiting: int = 65_536
     max_age_s: float = 60.0
     poll_s: float = 0.01
-
-
-class Due(NamedTuple):
-    """A chunk that waits to be written: its ranges, since when."""
-
-    sizes: Sequence[int]
-    since_s: float
 
 
 @dataclass(eq=False)
@@ -54,10 +53,14 @@ class Flush:
     breaker: Breaker = field(default_factory=Breaker)
     held_nbytes: int = 0
     _writing: int = 0
-    _due: OrderedDict[bytes, Due] = field(default_factory=OrderedDict)
+    _unsaid: int = 0
+    _say_at_s: float = 0.0
     _backlog: deque[tuple[bytes, Sequence[int]]] = field(default_factory=deque)
     _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _pump: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._due = DueChunks(self.index, self.options.spared_nbytes)
 
     @property
     def waiting(self) -> int:
@@ -69,7 +72,7 @@ class Flush:
         if len(self._due) >= self.options.max_waiting:
             self.figures["dropped"] += 1  # the newest: a prefix is worth more from its beginning
             return
-        self._due[entry.key] = Due(sizes, asyncio.get_running_loop().time())
+        self._due.add(Due(entry.key, sizes, asyncio.get_running_loop().time()))
         self._start()
 
     def catch_up(self, chunks: Iterable[tuple[bytes, Sequence[int]]]) -> None:
@@ -98,8 +101,8 @@ class Flush:
         while self._due or self._backlog:
             self._forget_old(now_s())
             if not self._due:
-                turn = [self._backlog.popleft() for _ in range(min(_TURN, len(self._backlog)))]
-                self._due.update((key, Due(sizes, now_s())) for key, sizes in turn)
+                for key, sizes in [self._backlog.popleft() for _ in range(min(_TURN, len(self._backlog)))]:
+                    self._due.add(Due(key, sizes, now_s()))
             gate = self.breaker.gate(now_s())
             full = self._batches and self.held_nbytes + self.options.batch_nbytes > self.options.held_nbytes
             if gate is Gate.OPEN or self.loads.gate() is Gate.OPEN:
@@ -114,8 +117,8 @@ class Flush:
         self._pump = None
 
     def _forget_old(self, now_s: float) -> None:
-        while self._due and now_s - next(iter(self._due.values())).since_s > self.options.max_age_s:
-            self._due.popitem(last=False)
+        while self._due and now_s - self._due.since_s > self.options.max_age_s:
+            self._due.pop()
             self.figures["dropped"] += 1
 
     def _start_batch(self) -> None:
@@ -123,16 +126,16 @@ class Flush:
         writes: list[Write] = []
         nbytes = 0
         while self._due and (not writes or nbytes < self.options.batch_nbytes):
-            key, due = self._due.popitem(last=False)
-            entry = self.index.hold(key)
+            due = self._due.pop()
+            entry = self.index.hold(due.key)
             if entry is None or entry.nbytes != sum(due.sizes):
-                self.figures["gone"] += 1  # evicted, or cleared
+                self._lost()
                 self.index.unpin([entry] if entry is not None else [])
                 continue
             assert entry.sums is not None
             payload = self.loads.memory[entry.offset : entry.offset + entry.nbytes]
             entries.append(entry)
-            writes.append(Write(key, due.sizes, payload, entry.sums))
+            writes.append(Write(due.key, due.sizes, payload, entry.sums))
             nbytes += entry.nbytes
         if not writes:
             return
@@ -141,6 +144,16 @@ class Flush:
         task = asyncio.get_running_loop().create_task(self._write(entries, writes, nbytes))
         self._batches.add(task)
         task.add_done_callback(self._batches.discard)
+
+    def _lost(self) -> None:
+        """Counts a chunk that has gone before its turn, and says so now and then."""
+        self.figures["gone"] += 1
+        self._unsaid += 1
+        if (now_s := asyncio.get_running_loop().time()) >= self._say_at_s:
+            text = "tier %s: %d chunks were evicted from the pool (or cleared) before they were written: %s"
+            cure = "a larger pool_size keeps them until the tier has caught up"
+            log.warning(text, self.loads.name, self._unsaid, cure)
+            self._unsaid, self._say_at_s = 0, now_s + SAY_S
 
     async def _write(self, entries: list[Entry], writes: list[Write], nbytes: int) -> None:
         try:

@@ -26,6 +26,7 @@ log = logging.getLogger("kvkeep.store")
 
 BATCH_NBYTES = 32 << 20
 HELD_SHARE = 8  # flushes may hold an eighth of the pool
+SPARED_SHARE = 2  # what waits to be written is evicted last, as far as it takes half of the pool
 VERB_LIMIT_S = 5.0  # of a clear or a delete
 CLOSE_LIMIT_S = 2.0
 SILENT = "tier %s does not say what it has, which counts as nothing: %s"
@@ -79,7 +80,8 @@ class TierWalk:
         `figures` tells its own numbers, `reads` are how many it does at once.
         """
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
-        options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes)
+        spared_nbytes = self.store.pool_nbytes // SPARED_SHARE
+        options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes, spared_nbytes)
         one = Loads(
             name, tier, self.memory, self.promotions.settle, lambda coming: self.store.late.add(coming.entry), reads
         )
