@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from kvkeep.config import parse_size
 from kvkeep.errors import ConfigError
-from kvkeep.memory.room import Limit, Limits, check_room, read_limits, size_text
+from kvkeep.memory.room import (
+    STORE_NBYTES,
+    Limit,
+    Limits,
+    amount_text,
+    check_room,
+    read_limits,
+    size_text,
+    still_beside_nbytes,
+)
 
 MIB, GIB = 1 << 20, 1 << 30
 V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -44,9 +53,26 @@ def group_v1(folder: Path, used: int, bound: int, stat: str = "") -> None:
 def test_available_memory_binds(tmp_path: Path) -> None:
     limits = read_limits(machine(tmp_path, available=3 * GIB))
     assert limits.available_nbytes == 3 * GIB
-    check_room(3 * GIB, limits)
+    check_room(3 * GIB, limits, beside_nbytes=0)
     with pytest.raises(ConfigError, match=r"proc/meminfo \(MemAvailable\) leaves 3.00 GiB"):
-        check_room(3 * GIB + 1, limits)
+        check_room(3 * GIB + 1, limits, beside_nbytes=0)
+
+
+def test_a_store_keeps_its_own_memory_beside_the_pool(tmp_path: Path) -> None:
+    """A pool that takes all that is left is killed as soon as its store reads from a disk."""
+    limits = Limits((Limit("memory.max", 140 * MIB, 0),))
+    check_room(40 * MIB, limits)
+    with pytest.raises(ConfigError, match=r"100\.00 MiB beside it .* set pool_size to at most 40 MiB"):
+        check_room(40 * MIB + 1, limits)
+    assert STORE_NBYTES >= 100 * 10**6, "docs/reference/shared-store.md says so"
+
+
+def test_a_store_that_runs_has_a_part_of_its_own_memory_already(tmp_path: Path) -> None:
+    assert still_beside_nbytes(tmp_path) == STORE_NBYTES
+    write(tmp_path / "proc/self/statm", f"99999 {30 * MIB // 4096} 7 1 0 9 0\n")
+    assert still_beside_nbytes(tmp_path) == STORE_NBYTES - 30 * MIB
+    write(tmp_path / "proc/self/statm", f"99999 {300 * MIB // 4096} 7 1 0 9 0\n")
+    assert still_beside_nbytes(tmp_path) == 0
 
 
 def test_every_group_up_the_path_binds(tmp_path: Path) -> None:
@@ -62,7 +88,7 @@ def test_every_group_up_the_path_binds(tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"{top}/kubepods/pod/memory.max leaves 3.00 GiB (8.00 GiB, of which 5.00 GiB are in use)" in text
     assert "a pool of 4.00 GiB does not fit" in text
-    assert "set pool_size to at most 3.0 GiB" in text
+    assert "set pool_size to at most 2.9 GiB" in text
 
 
 def test_memory_high_binds_too(tmp_path: Path) -> None:
@@ -82,7 +108,7 @@ def test_file_cache_does_not_count_as_used(tmp_path: Path) -> None:
 def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
     machine(tmp_path, own="0::/a\n", mounts=V2_MOUNT)
     group_v2(tmp_path / "sys/fs/cgroup/a", 3 * GIB, max=2 * GIB)
-    with pytest.raises(ConfigError, match=r"leaves 0.00 GiB .* free memory, or raise"):
+    with pytest.raises(ConfigError, match=r"leaves 0.00 KiB .* free memory, or raise"):
         check_room(1, read_limits(tmp_path))
 
 
@@ -139,13 +165,13 @@ def test_this_machine_has_room_for_a_page() -> None:
 @given(bound=st.integers(0, 1 << 45), used=st.integers(0, 1 << 45), nbytes=st.integers(1, 1 << 46))
 def test_the_cure_cures(bound: int, used: int, nbytes: int) -> None:
     limits = Limits((Limit("a", 1 << 46, 0), Limit("b", bound, used)))
-    if nbytes <= max(0, bound - used):
+    if nbytes <= max(0, bound - used) - STORE_NBYTES:
         check_room(nbytes, limits)
         return
     with pytest.raises(ConfigError) as caught:
         check_room(nbytes, limits)
     _, cure, rest = str(caught.value).partition("set pool_size to at most ")
-    if bound - used < MIB:
+    if bound - used - STORE_NBYTES < MIB:
         assert not cure
     else:
         check_room(parse_size(rest.split(",")[0], "cure"), limits)
@@ -153,7 +179,29 @@ def test_the_cure_cures(bound: int, used: int, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 MiB"), (MIB, "1 MiB"), (GIB - 1, "1023 MiB"), (GIB, "1.0 GiB"), (4 * GIB - 1, "3.9 GiB")],
+    [
+        (0, "0 MiB"),
+        (MIB, "1 MiB"),
+        (GIB - 1, "1023 MiB"),
+        (GIB, "1.0 GiB"),
+        (4 * GIB - 1, "3.9 GiB"),
+        (93133 * GIB, "90.9 TiB"),
+    ],
 )
 def test_sizes_are_rounded_down(nbytes: int, text: str) -> None:
     assert size_text(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0.00 KiB"),
+        (512, "0.50 KiB"),
+        (MIB, "1.00 MiB"),
+        (GIB, "1.00 GiB"),
+        (-3 * MIB, "-3.00 MiB"),
+        (2048 * GIB, "2.00 TiB"),
+    ],
+)
+def test_amounts_have_the_unit_that_suits_them(nbytes: int, text: str) -> None:
+    assert amount_text(nbytes) == text

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError, KVKeepError, StoreGone
-from kvkeep.memory.room import read_limits
+from kvkeep.memory.room import read_limits, size_text
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.handoff import send_pool
 from kvkeep.wire.messages import Hello
@@ -254,11 +254,7 @@ class Link:
             client.drop()
             raise
         self.client = client
-        log.info(
-            "kvkeep: store process %d, pool of %.2f GiB",
-            client.welcome.pid,
-            client.welcome.pool_nbytes / 2**30,
-        )
+        log.info("kvkeep: store process %d, pool of %s", client.welcome.pid, size_text(client.welcome.pool_nbytes))
 
     def _lost(self, why: str) -> None:
         self._silent_since_s = None

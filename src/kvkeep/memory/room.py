@@ -6,6 +6,7 @@ grant is no error later but the end of the process (the kernel kills it), so the
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,10 @@ from kvkeep.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STORE_NBYTES = 100 << 20  # what a store takes beside its pool, threads and buffers of its disk tier included
 _MIB = 1 << 20
 _GIB = 1 << 30
+_UNITS = ((1 << 40, "TiB"), (_GIB, "GiB"), (_MIB, "MiB"), (1 << 10, "KiB"))
 _UNLIMITED_NBYTES = 1 << 60  # v1 writes "no limit" as a huge number
 
 
@@ -51,16 +54,24 @@ class Limits(msgspec.Struct, frozen=True):
         return 0 if self.tightest is None else self.tightest.available_nbytes
 
 
-def check_room(nbytes: int, limits: Limits | None = None) -> None:
+def check_room(nbytes: int, limits: Limits | None = None, beside_nbytes: int = STORE_NBYTES) -> None:
     """Raise ConfigError when a pool of `nbytes` does not fit, naming the limit, its numbers and the cure.
 
+    `beside_nbytes` must be left for the rest of the store's process: all of it where that is not started yet.
     The pool is a memfd. It lives on the kernel's own mount of tmpfs and not on /dev/shm, so the size of
     /dev/shm (64 MiB in a container by default) does not bind it; free memory and the control groups do.
     For a pool that is a named file, pass `read_limits(named_in=folder)`.
     """
     tightest = (read_limits() if limits is None else limits).tightest
-    if tightest is not None and nbytes > tightest.available_nbytes:
-        raise ConfigError(_refusal(nbytes, tightest))
+    if tightest is not None and nbytes > tightest.available_nbytes - beside_nbytes:
+        raise ConfigError(_refusal(nbytes, tightest, beside_nbytes))
+
+
+def still_beside_nbytes(root: Path = Path("/")) -> int:
+    """What this process, which becomes a store, will still take beside its pool: it has the rest already."""
+    fields = _read(root / "proc/self/statm").split()
+    resident_nbytes = int(fields[1]) * mmap.PAGESIZE if len(fields) > 1 else 0
+    return max(0, STORE_NBYTES - resident_nbytes)
 
 
 def read_limits(root: Path = Path("/"), named_in: Path | None = None) -> Limits:
@@ -72,20 +83,26 @@ def read_limits(root: Path = Path("/"), named_in: Path | None = None) -> Limits:
 
 
 def size_text(nbytes: int) -> str:
-    """Say a size for people, rounded down to what `pool_size` reads back: "3.1 GiB", "96 MiB"."""
-    if nbytes >= _GIB:
-        return f"{nbytes * 10 // _GIB / 10:.1f} GiB"
+    """Say a size for people, rounded down to what `pool_size` reads back: "1.5 TiB", "3.1 GiB", "96 MiB"."""
+    for unit_nbytes, name in _UNITS[:2]:
+        if nbytes >= unit_nbytes:
+            return f"{nbytes * 10 // unit_nbytes / 10:.1f} {name}"
     return f"{nbytes // _MIB} MiB"
 
 
-def _refusal(nbytes: int, limit: Limit) -> str:
-    largest = limit.available_nbytes
+def amount_text(nbytes: int) -> str:
+    """Say an amount for people, to two places of the unit that suits it: "1.00 GiB", "0.50 KiB", "-2.00 MiB"."""
+    unit_nbytes, name = next((unit for unit in _UNITS if abs(nbytes) >= unit[0]), _UNITS[-1])
+    return f"{nbytes / unit_nbytes:.2f} {name}"
+
+
+def _refusal(nbytes: int, limit: Limit, beside_nbytes: int) -> str:
+    largest = limit.available_nbytes - beside_nbytes
     cure = f"set pool_size to at most {size_text(largest)}" if largest >= _MIB else "free memory"
     return (
-        f"pool_size: a pool of {nbytes / _GIB:.2f} GiB does not fit: {limit.file} "
-        f"leaves {largest / _GIB:.2f} GiB ({limit.bound_nbytes / _GIB:.2f} GiB, "
-        f"of which {limit.used_nbytes / _GIB:.2f} GiB are in use); "
-        f"{cure}, or raise that limit"
+        f"pool_size: a pool of {amount_text(nbytes)} does not fit, and {amount_text(beside_nbytes)} beside it for "
+        f"the store itself: {limit.file} leaves {amount_text(limit.available_nbytes)} ({amount_text(limit.bound_nbytes)}, of which "
+        f"{amount_text(limit.used_nbytes)} are in use); {cure}, or raise that limit"
     )
 
 

@@ -29,7 +29,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.region import Region
-from kvkeep.memory.room import check_room, size_text
+from kvkeep.memory.room import check_room, size_text, still_beside_nbytes
 from kvkeep.memory.words import region_nbytes, words_behind
 from kvkeep.store.store import Store
 from kvkeep.store.walk import TierWalk
@@ -146,7 +146,7 @@ def write_log(level: str) -> None:
 
 def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
-    check_room(options.pool_nbytes)
+    check_room(options.pool_nbytes, beside_nbytes=still_beside_nbytes())
     _allow_descriptors()
     with Region.create(region_nbytes(options.pool_nbytes)) as region:
         index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
