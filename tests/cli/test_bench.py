@@ -130,3 +130,17 @@ def test_memory_to_compare_with_is_aligned_as_tensors_are():
         found = aligned(nbytes)
         assert found.size == nbytes
         assert found.ctypes.data % LINE_NBYTES == 0
+
+
+@pytest.mark.parametrize(("content", "says"), [("notes", "no rows can be written"), ("{}", "something else than rows")])
+def test_what_is_no_file_of_rows_stays_as_it_is(tmp_path: Path, content: str, says: str) -> None:
+    file = tmp_path / "notes"
+    file.write_text(content)
+    result = CliRunner().invoke(app, ["bench", "keys", "--json", str(file)])
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert file.read_text() == content
+
+
+def test_a_target_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["bench", "keys", "--json", str(tmp_path)]).exit_code == 2

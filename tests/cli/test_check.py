@@ -13,7 +13,7 @@ from kvkeep.store.namespaces import Named
 from kvkeep.testing.faulty_files import flip_bit
 from kvkeep.testing.tier_conformance import holds, key, write_of
 from kvkeep.tiers.disk import DiskOptions, open_disk
-from kvkeep.wire.identities import write_identities
+from kvkeep.wire.identities import FILE, write_identities
 
 WRITES = [write_of(key(number)) for number in range(6)]
 
@@ -112,3 +112,48 @@ def test_a_directory_in_use_is_checked_but_not_repaired(root: Path) -> None:
 def test_no_directory_is_an_error(tmp_path: Path) -> None:
     assert invoke(str(tmp_path / "none")).exit_code == 2
     assert not (tmp_path / "none").exists()
+
+
+EVIL = "[/x] [bold]m[/bold] \x1b[31mred\nforged\u202e"
+SHOWN = "[/x] [bold]m[/bold] \\x1b[31mred\\nforged\\u202e"
+
+
+def test_names_are_shown_and_never_obeyed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    mine, others = WRITES[0].key[:16], b"o" * 16
+    write_identities(root, {others: Named(EVIL, f"kv_dtype  {EVIL}"), mine: Named(EVIL, "kv_dtype  'bfloat16'")})
+    os.renames(root / mine.hex() / WRITES[0].key[16:17].hex(), root / others.hex() / WRITES[0].key[16:17].hex())
+    result = invoke(str(root))
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit), "a record under a foreign name"
+    assert result.output.count(SHOWN) >= 2
+    assert "\x1b" not in result.output
+    assert "\nforged" not in result.output
+
+
+def deep(file: Path) -> None:
+    file.write_text("[" * 200_000)
+
+
+def linked(file: Path) -> None:
+    file.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("make", [deep, linked, os.mkfifo, Path.mkdir, lambda file: file.write_text("{}")])
+def test_a_file_of_names_that_is_none_is_named_and_the_records_are_checked(root: Path, make) -> None:
+    (root / FILE).unlink(missing_ok=True)
+    make(root / FILE)
+    result = invoke(str(root))
+    assert result.exit_code == 0
+    assert result.output.startswith("6 records: 6 good\n")
+    assert f"{root / FILE} cannot be used, so no namespace has a name here: " in result.output.replace(
+        "\n", " "
+    ).replace("  ", " ")
+
+
+def test_a_foreign_directory_is_no_good_one_and_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    for options in ([], ["--repair"]):
+        result = invoke(str(tmp_path), *options)
+        assert result.exit_code == 2
+        assert "is no directory of kvkeep's disk tier" in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]

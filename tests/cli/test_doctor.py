@@ -264,3 +264,19 @@ def test_the_pages_are_looked_at_where_there_is_a_disk(tmp_path: Path) -> None:
     disk = {"KVKEEP_DISK_PATH": str(tmp_path), "KVKEEP_DISK_SIZE": "1 MiB", "KVKEEP_DISK_MIN_FREE": "1 KiB"}
     assert "huge pages" in invoke("doctor", "--pool-size", "1 MiB", env=disk).output
     assert "huge pages" not in invoke("doctor", "--pool-size", "1 MiB").output
+
+
+def test_a_wrong_configuration_says_what_the_other_rows_are_about() -> None:
+    _, check = doctor_module.check_config("/nonexistent.toml")
+    assert check.found.startswith("wrong: /nonexistent.toml: the configuration file cannot be read")
+    assert check.cure == "correct it; the other rows are about the defaults"
+
+
+def test_a_disk_that_cannot_be_looked_at_is_a_row_with_a_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    check = check_disk(tmp_path, Config(disk_path=str(tmp_path)))
+    assert "Permission denied" in check.found
+    assert "let this user into it" in check.cure

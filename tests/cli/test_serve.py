@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvkeep.cli import serve as serve_module
 from kvkeep.cli.main import app
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -145,3 +146,29 @@ def test_a_file_is_not_deleted(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", f"--socket={tmp_path / 'notes'}", "--pool-size=1 MiB", "--disk-path="])
     assert result.exit_code == 2
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_names_and_problems_of_others_are_shown_and_never_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = "[/x] [bold]m \x1b[31m\nforged"
+    shown = "[/x] [bold]m \\x1b[31m\\nforged"
+    known = [m.Known(b"a" * 16, evil, f"a  {evil}", 1), m.Known(b"b" * 16, evil, "a  b", 2)]
+    answer = m.Stats(1, {"pool_nbytes": 1 << 30, "chunks": 12345, evil: 7}, evil, known)
+    monkeypatch.setattr(serve_module, "ask_stats", lambda path, check: answer)
+    result = CliRunner().invoke(app, ["stats", "--socket=/[/x]"], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    assert result.output.count(shown) >= 4
+    assert "\x1b" not in result.output
+    assert "1.00 GiB" in result.output
+    assert "12,345" in result.output
+    assert "store at /[/x]" in result.output
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, check: bool) -> m.Stats:
+        raise PermissionError(13, "Permission denied", "/a\nb")
+
+    monkeypatch.setattr(serve_module, "ask_stats", refuse)
+    result = CliRunner().invoke(app, ["stats", "--socket=/s"])
+    assert (result.exit_code, result.stderr) == (2, "kvkeep: [Errno 13] Permission denied: '/a\\nb'\n")

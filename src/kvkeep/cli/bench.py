@@ -18,7 +18,7 @@ from kvkeep.cli.bench_disk import disk_rows
 from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.cli.bench_index import index_rows
 from kvkeep.cli.bench_moves import move_rows
-from kvkeep.cli.rows import Row, say, show, write
+from kvkeep.cli.rows import Row, check_target, say, show, write
 
 
 class Group(StrEnum):
@@ -63,6 +63,8 @@ def bench(
     if Group.ENGINE in chosen and not has_torch():
         say(WITHOUT_TORCH)
         raise typer.Exit(2)
+    if json is not None:
+        check_target(json)
     made: list[Row] = []
     for group in chosen:
         say(f"{group.value} ...")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +16,15 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import show_namespaces
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
+from kvkeep.store.namespaces import Named
 from kvkeep.tiers.boot import lock_directory
 from kvkeep.tiers.directio import Files, posix_files
 from kvkeep.tiers.scrub import Condition, Finding, known_epochs, record_paths, scrub
-from kvkeep.wire.identities import read_identities
+from kvkeep.wire.identities import FILE, load_identities
 from kvkeep.wire.messages import Known
 
 _SHOWN = 100  # lines of a report that a person reads
@@ -31,22 +34,24 @@ def check(
     directory: Annotated[str, typer.Argument(help="A directory of the disk tier.")],
     repair: Annotated[bool, typer.Option(help="Remove what is bad; no store may use the directory.")] = False,
 ) -> None:
-    """Verify every record; exit status 1 if something is bad and still there."""
-    if not os.path.isdir(directory):
-        raise TierUnavailable(f"{directory} is no directory")
+    """Verify every record; exit status 1 if something is bad and still there, 2 for what is no directory of kvkeep."""
+    check_directory(directory)
     files = posix_files()
     with open(lock_directory(files, directory), "rb") if repair else nullcontext():
         bad, counts, owners = examine(files, directory)
         left = [one for one in bad if not (repair and _removed(files, one.path))]
     console = Console(soft_wrap=True, highlight=False)
     for one in bad[:_SHOWN]:
-        console.print(f"{one.condition.value}: {one.path}: {one.why}", markup=False)
+        console.print(cell(f"{one.condition.value}: {one.path}: {one.why}"))
     if len(bad) > _SHOWN:
         console.print(f"... and {len(bad) - _SHOWN} more")
     total = sum(counts.values())
     parts = [f"{counts[one]} {one.value}" for one in Condition if counts[one] or one is Condition.GOOD]
     console.print(f"{total} records: {', '.join(parts)}" + (f"; {len(bad) - len(left)} removed" if repair else ""))
-    show_namespaces(by_namespace(directory, owners), "records")
+    names, problem = named(Path(directory))
+    if problem:
+        console.print(cell(problem))
+    show_namespaces(by_namespace(names, owners), "records")
     if left:
         raise typer.Exit(1)
 
@@ -72,9 +77,30 @@ def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condit
     return bad, counts, Counter(key[:NAMESPACE_NBYTES] for key, _ in records)
 
 
-def by_namespace(directory: str, owners: Counter[bytes]) -> list[Known]:
+def check_directory(directory: str) -> None:
+    """Raise TierUnavailable unless a disk tier has used this directory: a wrong path must not pass as a good one."""
+    if not os.path.isdir(directory):
+        raise TierUnavailable(f"{directory or '(an empty name)'} is no directory")
+    there = [name for name in ("lock", "new", "epochs") if os.path.lexists(os.path.join(directory, name))]
+    if "epochs" not in there and there != ["lock", "new"]:
+        raise TierUnavailable(
+            f"{directory} is no directory of kvkeep's disk tier: it has no `epochs`, no `lock` and no `new`. "
+            "Name one that disk_path names"
+        )
+
+
+def named(directory: Path) -> tuple[dict[bytes, Named], str]:
+    """The namespaces that the directory has names for, and what is wrong with the file of the names ("": nothing)."""
+    try:
+        return load_identities(directory), ""
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError) as error:
+        return {}, f"{directory / FILE} cannot be used, so no namespace has a name here: {error}"
+
+
+def by_namespace(names: Mapping[bytes, Named], owners: Counter[bytes]) -> list[Known]:
     """Whose records there are, those named last at the end; nothing where nobody has named himself."""
-    names = read_identities(Path(directory))
     if not names:
         return []
     known = [Known(one, *names[one], owners[one]) for one in names if owners[one]]

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import ask_stats
 from kvkeep.config import Config, load_config, parse_size
 from kvkeep.errors import ConfigError, KVKeepError
@@ -119,7 +120,7 @@ def check_config(file: str | None) -> tuple[Config, Check]:
     try:
         config = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"))
     except ConfigError as error:
-        return Config(), Check("configuration", "wrong", str(error))
+        return Config(), Check("configuration", f"wrong: {error}", "correct it; the other rows are about the defaults")
     return config, Check("configuration", "read without an error")
 
 
@@ -152,6 +153,15 @@ def check_memory(config: Config, limits: Limits) -> Check:
 def check_disk(directory: Path, config: Config) -> Check:
     """Check that a directory of the disk tier can be made or written, and that its share of `disk_size` fits."""
     name = f"disk ({directory})"
+    try:
+        return _disk(name, directory, config)
+    except OSError as error:
+        return Check(
+            name, f"cannot be looked at: {error}", "let this user into it, or set disk_path to another directory"
+        )
+
+
+def _disk(name: str, directory: Path, config: Config) -> Check:
     there = next(one for one in (directory, *directory.parents) if one.exists())
     share = parse_size(config.disk_size, "disk_size") // len(config.disk_directories)
     wanted = share + parse_size(config.disk_min_free, "disk_min_free")
@@ -229,7 +239,7 @@ def as_table(checks: list[Check]) -> Table:
     table = Table("check", "", "found", "cure")
     for check in checks:
         verdict = Text("problem", style="red") if check.cure else Text("ok", style="green")
-        table.add_row(Text(check.name), verdict, Text(check.found), Text(check.cure))  # Text: "[x]" is no markup
+        table.add_row(cell(check.name), verdict, cell(*check.found.splitlines()), cell(*check.cure.splitlines()))
     return table
 
 

@@ -15,19 +15,23 @@ import kvkeep
 from kvkeep.cli.bench import bench
 from kvkeep.cli.check import check
 from kvkeep.cli.doctor import doctor
+from kvkeep.cli.plain import plain
 from kvkeep.cli.serve import serve, stats
 from kvkeep.errors import KVKeepError
 
 
 class CommandGroup(TyperGroup):
-    """All commands; a KVKeepError from any of them is one line on stderr and exit status 2."""
+    """All commands; a KVKeepError, or what the system refuses, is one line on stderr and exit status 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that the click context `ctx` names and give back what it returns."""
         try:
             return super().invoke(ctx)
-        except KVKeepError as error:
-            Console(stderr=True, soft_wrap=True).print(f"kvkeep: {error}", style="red", markup=False, highlight=False)
+        except BrokenPipeError:
+            raise  # whoever read our output has gone: click ends without a word
+        except (KVKeepError, OSError) as error:
+            text = plain(f"kvkeep: {error}")
+            Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
 
 

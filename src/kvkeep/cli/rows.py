@@ -1,6 +1,6 @@
 """The rows that every benchmark reports: what was measured, against which yardstick, on which machine.
 
-Timing, a table and a JSON file. Knows nothing about kvkeep or about what is measured.
+Timing, a table and a JSON file. Knows nothing about what is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from statistics import median
 
 from rich.console import Console
 from rich.table import Table
+
+from kvkeep.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,22 @@ def show(rows: Sequence[Row], title: str) -> None:
     print("ratio: ours to the yardstick's, of the medians and of the best runs; ↓ lower is better, ↑ higher is better")
 
 
+def check_target(file: Path) -> None:
+    """Raise ConfigError unless rows can be written to this file, before minutes are spent on them.
+
+    What is there and is no list of rows is not overwritten.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+", encoding="utf-8") as opened:
+            opened.seek(0)
+            old = json.loads(opened.read() or "[]")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--json {file}: no rows can be written there: {error}") from error
+    if not (isinstance(old, list) and all(isinstance(row, dict) and "case" in row for row in old)):
+        raise ConfigError(f"--json {file}: it holds something else than rows and stays as it is")
+
+
 def write(rows: Sequence[Row], file: Path | None, keeps: bool = False) -> None:
     """Writes the rows as a JSON list, each with the machine and the command; does nothing without a file.
 
@@ -154,7 +172,7 @@ def write(rows: Sequence[Row], file: Path | None, keeps: bool = False) -> None:
     """
     if file is None:
         return
-    old = json.loads(file.read_text()) if keeps and file.exists() else []
+    old = json.loads(file.read_text() or "[]") if keeps and file.exists() else []
     others = [row for row in old if row["case"] not in {one.case for one in rows}]
     program = Path(sys.argv[0])
     command = shlex.join(["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]])

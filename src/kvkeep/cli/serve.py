@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from kvkeep.cli.plain import cell
 from kvkeep.config import load_config
 from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
-from kvkeep.memory.room import read_limits
+from kvkeep.memory.room import amount_text, read_limits
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Known, Stats
 from kvkeep.wire.process import join_shared, run, store_options, write_log
@@ -61,11 +61,11 @@ def ask_stats(path: str, check: bool) -> Stats:
 def stats(socket: Socket) -> None:
     """Shows what a shared store holds, and proves that its index adds up."""
     answer = ask_stats(str(socket), check=True)
-    table = Table("figure", "value", title=f"store at {socket}")
+    table = Table("figure", "value", title=cell(f"store at {socket}"))
     for name, value in answer.figures.items():
-        text = f"{value / 2**20:,.1f} MiB" if name.endswith("_nbytes") else f"{value:,}"
-        table.add_row(name.removesuffix("_nbytes").replace("_", " "), text)
-    table.add_row("index adds up", answer.problem or "yes")
+        text = amount_text(value) if name.endswith("_nbytes") else f"{value:,}"
+        table.add_row(cell(name.removesuffix("_nbytes").replace("_", " ")), text)
+    table.add_row("index adds up", cell(answer.problem or "yes"))
     Console().print(table)
     show_namespaces(answer.known, "chunks in the pool")
     if answer.problem:
@@ -80,6 +80,6 @@ def show_namespaces(known: Sequence[Known], what: str) -> None:
     above = ""
     for one in known:
         apart = told_apart(one.identity, above) if above else []
-        table.add_row(one.namespace.hex()[:8], one.name, f"{one.chunks:,}", Text("\n".join(apart)))
+        table.add_row(one.namespace.hex()[:8], cell(one.name), f"{one.chunks:,}", cell(*apart))
         above = one.identity
     Console().print(table)

@@ -100,9 +100,9 @@ def _refusal(nbytes: int, limit: Limit, beside_nbytes: int) -> str:
     largest = limit.available_nbytes - beside_nbytes
     cure = f"set pool_size to at most {size_text(largest)}" if largest >= _MIB else "free memory"
     return (
-        f"pool_size: a pool of {amount_text(nbytes)} does not fit, and {amount_text(beside_nbytes)} beside it for "
-        f"the store itself: {limit.file} leaves {amount_text(limit.available_nbytes)} ({amount_text(limit.bound_nbytes)}, of which "
-        f"{amount_text(limit.used_nbytes)} are in use); {cure}, or raise that limit"
+        f"pool_size: a pool of {amount_text(nbytes)} does not fit, and {amount_text(beside_nbytes)} beside it for the "
+        f"store itself: {limit.file} leaves {amount_text(limit.available_nbytes)} ({amount_text(limit.bound_nbytes)}, "
+        f"of which {amount_text(limit.used_nbytes)} are in use); {cure}, or raise that limit"
     )
 
 

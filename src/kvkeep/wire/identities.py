@@ -24,6 +24,7 @@ from kvkeep.store.namespaces import MAX_IDENTITY_CHARS, MOST, Named, Namespaces
 log = logging.getLogger("kvkeep.store")
 
 FILE = "identities.json"
+MAX_NAME_CHARS = 256
 MAX_NBYTES = 8 * MOST * MAX_IDENTITY_CHARS
 
 
@@ -35,15 +36,31 @@ class Line(msgspec.Struct, frozen=True):
     identity: str
 
 
-def read_identities(directory: Path) -> dict[bytes, Named]:
-    """The namespaces that a directory has met, the latest at the end; nothing where there is no such file."""
+def load_identities(directory: Path) -> dict[bytes, Named]:
+    """The namespaces that a directory has met, the latest at the end.
+
+    OSError where there is no such file that can be read, ValueError where it is not what `write_identities` writes.
+    """
+    file = os.open(directory / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a fifo would wait
+    with open(file, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ValueError("it is no regular file")
+        octets = opened.read(MAX_NBYTES)
     try:
-        fd = os.open(directory / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # it may be a fifo
-        with open(fd, "rb") as file:
-            octets = file.read(MAX_NBYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
         lines = msgspec.json.decode(octets, type=list[Line])
-        return {bytes.fromhex(one.namespace): Named(one.name, one.identity[:MAX_IDENTITY_CHARS]) for one in lines}
-    except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors, but for what is nested too deep
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    return {
+        bytes.fromhex(line.namespace): Named(line.name[:MAX_NAME_CHARS], line.identity[:MAX_IDENTITY_CHARS])
+        for line in lines
+    }
+
+
+def read_identities(directory: Path) -> dict[bytes, Named]:
+    """As `load_identities`; nothing where that fails."""
+    try:
+        return load_identities(directory)
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
         return {}
 
 
