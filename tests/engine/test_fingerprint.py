@@ -5,11 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, Adapters, default_memory, fingerprint, signatures
+from kvkeep.engine.fingerprint import (
+    WEIGHT_SUFFIXES,
+    Adapters,
+    changed_since,
+    default_memory,
+    fingerprint,
+    process_start_ns,
+    signatures,
+)
 
 
 @pytest.fixture
@@ -23,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def of(folder: Path, memory: Path | None = None) -> str | None:
-    return fingerprint(folder, WEIGHT_SUFFIXES, memory)
+    return fingerprint(folder, WEIGHT_SUFFIXES, memory, lambda: time.time_ns() + 10**10)  # long after they were written
 
 
 def test_it_is_the_hash_of_names_sizes_and_contents(folder: Path) -> None:
@@ -180,3 +192,122 @@ def test_another_number_is_another_load(adapter: Path) -> None:
 
 def test_an_adapter_that_is_not_there_has_no_content(tmp_path: Path) -> None:
     assert Adapters(None).fingerprint(1, str(tmp_path / "nowhere"), reload=False) is None
+
+
+# ---- weights that change while an engine starts ----------------------------------------------------------------
+
+START_NS = 1_000_000 * 10**9
+LONG_AGO_NS = START_NS - 3600 * 10**9
+LATER_NS = START_NS + 60 * 10**9
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[Path, tuple[int, int]]:
+    """The times (mtime, ctime) that files, links and folders are said to have; whatever is not named is old."""
+    said: dict[Path, tuple[int, int]] = {}
+    true = os.lstat
+
+    def lstat(path: Path) -> SimpleNamespace:
+        mtime_ns, ctime_ns = said.get(Path(path), (LONG_AGO_NS, LONG_AGO_NS))
+        return SimpleNamespace(st_mode=true(path).st_mode, st_mtime_ns=mtime_ns, st_ctime_ns=ctime_ns)
+
+    monkeypatch.setattr("kvkeep.engine.fingerprint.os.lstat", lstat)
+    return said
+
+
+@pytest.fixture
+def linked(tmp_path: Path, folder: Path) -> Path:
+    """A way to the folder over a link, in a folder of links."""
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "current"
+    link.symlink_to(Path("..") / "model")
+    return link
+
+
+def changed(folder: Path) -> Path | None:
+    return changed_since(folder, WEIGHT_SUFFIXES, START_NS)
+
+
+def test_what_is_older_than_the_start_has_not_changed(folder: Path, linked: Path, times: dict) -> None:
+    assert (changed(folder), changed(linked)) == (None, None)
+
+
+@pytest.mark.parametrize("late", [(LATER_NS, LATER_NS), (LONG_AGO_NS, LATER_NS), (LATER_NS, LONG_AGO_NS)])
+def test_a_file_that_was_written_or_put_there_since_the_start_is_named(folder: Path, times: dict, late: tuple) -> None:
+    times[folder / "b.bin"] = late
+    assert changed(folder) == folder / "b.bin"
+    times.clear()
+    times[folder / "readme.md"] = late
+    assert changed(folder) is None
+
+
+def test_one_that_was_taken_away_is_seen_of_the_folder(folder: Path, times: dict) -> None:
+    times[folder] = (LATER_NS, LATER_NS)
+    assert changed(folder) == folder
+
+
+def test_a_link_on_the_way_that_was_switched_is_named(tmp_path: Path, linked: Path, times: dict) -> None:
+    """All that it leads to is as old as can be, and so was what it led to before."""
+    times[linked] = (LATER_NS, LATER_NS)
+    assert changed(linked) == linked
+    outer = tmp_path / "outer"
+    outer.symlink_to(linked)
+    assert changed(outer) == linked
+
+
+def test_a_file_that_is_a_link_is_as_new_as_the_link_and_as_what_it_leads_to(folder: Path, times: dict) -> None:
+    target = folder.parent / "blob"
+    target.write_bytes(b"weights c")
+    (folder / "c.pt").symlink_to(target)
+    assert changed(folder) is None
+    for late in (folder / "c.pt", target):
+        times.clear()
+        times[late] = (LONG_AGO_NS, LATER_NS)
+        assert changed(folder) == late
+
+
+def test_a_folder_on_the_way_that_was_renamed_is_named_and_one_that_got_a_neighbour_is_not(
+    tmp_path: Path, folder: Path, times: dict
+) -> None:
+    times[tmp_path] = (LATER_NS, LATER_NS)  # something was put beside the model, as into /tmp at any moment
+    assert changed(folder) is None
+    times[tmp_path] = (LONG_AGO_NS, LATER_NS)  # only its own name changed
+    assert changed(folder) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("before_ns", "doubtful"), [(10**9, True), (2 * 10**9, True), (3 * 10**9, False), (10**9 + 1, False), (10**6, True)]
+)
+def test_a_time_that_was_rounded_may_have_been_later(folder: Path, times: dict, before_ns: int, doubtful: bool) -> None:
+    """A file system that keeps whole seconds may round to even ones; others are behind by a tick of the kernel's."""
+    times[folder / "b.bin"] = (LONG_AGO_NS, START_NS - before_ns)
+    assert (changed(folder) == folder / "b.bin") == doubtful
+
+
+def test_what_cannot_be_looked_at_has_changed(tmp_path: Path, folder: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert changed_since(loop, WEIGHT_SUFFIXES, START_NS) == loop
+    assert changed_since(tmp_path / "nowhere", WEIGHT_SUFFIXES, START_NS) == tmp_path / "nowhere"
+
+
+def test_times_of_this_machine_are_compared_with_when_this_process_began(folder: Path) -> None:
+    start_ns = process_start_ns()
+    assert changed_since(folder, WEIGHT_SUFFIXES, start_ns) is not None  # the tests wrote it just now
+    assert 0 < start_ns < time.time_ns()
+    assert changed_since(Path(os.__file__).parent, (".py",), start_ns) is None
+    child = "import time; from kvkeep.engine.fingerprint import process_start_ns as p; print(p(), time.time_ns())"
+    before_ns = time.time_ns()
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    began_ns, now_ns = map(int, done.stdout.split())
+    assert before_ns - 10**9 < began_ns < now_ns < time.time_ns() + 1
+
+
+def test_a_digest_of_a_file_that_may_still_change_unseen_is_not_remembered(folder: Path, tmp_path: Path) -> None:
+    """Within one tick of the file system's clock another content has the same times."""
+    memory = tmp_path / "fingerprints.json"
+    written_ns = max(one.ctime_ns for one in signatures(folder, WEIGHT_SUFFIXES))
+    fingerprint(folder, WEIGHT_SUFFIXES, memory, lambda: written_ns + 10**6)
+    assert not memory.exists()
+    fingerprint(folder, WEIGHT_SUFFIXES, memory, lambda: written_ns + 3 * 10**9)
+    assert len(json.loads(memory.read_text())) == 2

@@ -107,3 +107,37 @@ def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> N
         metrics.observe({"lookups": 3, "pool_nbytes": 4096})
     assert REGISTRY.get_sample_value("kvkeep_lookups_total", {"engine": "0"}) == 3
     assert REGISTRY.get_sample_value("kvkeep_pool_nbytes", {"engine": "0"}) == 4096
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """The name of the weights of a folder, to an engine that began so many seconds after their file was written."""
+    from kvkeep.engine import vllm_facts
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(tmp_path)), load_config=SimpleNamespace(load_format="auto")
+    )
+    monkeypatch.setattr(vllm_facts, "default_memory", lambda: None)
+
+    def name(after_s: int, outlived: bool = True) -> str:
+        began_ns = max(path.stat().st_ctime_ns for path in (file, tmp_path)) + after_s * 10**9
+        monkeypatch.setattr(vllm_facts, "process_start_ns", lambda: began_ns)
+        return vllm_facts.weights_fingerprint(config, outlived)
+
+    return name
+
+
+def test_weights_older_than_the_engine_have_their_contents_name(weights, caplog):
+    assert weights(10) == weights(20)
+    assert not caplog.records
+
+
+def test_weights_younger_than_the_engine_have_one_for_this_start_and_the_log_says_why(weights, caplog):
+    assert weights(-1).startswith("this start only: ")
+    assert weights(-1) != weights(-1)
+    assert "changed after this engine had begun to start" in caplog.text
+    caplog.clear()
+    assert weights(-1, outlived=False).startswith("this start only: ")  # nobody could find it: no file is read
+    assert not caplog.records

@@ -58,6 +58,32 @@ def test_each_engine_leaves_the_shared_store_as_it_should_be(replaced, name):
 
 
 @pytest.fixture(scope="module")
+def overtaken(runs, job, model_folder, tmp_path_factory):
+    """An engine whose weight file is replaced right after it was read; two with the new one, over the same disk."""
+    folder = tmp_path_factory.mktemp("overtaken") / "model"
+    shutil.copytree(model_folder("tiny"), folder)
+    weights = folder / "model.safetensors"
+    others = folder.parent / "others"
+    save_file({name: tensor * 1.25 for name, tensor in load_file(weights).items()}, others, metadata={"format": "pt"})
+    replaced = job("few", keep={}, disk="overtaken", env={"OVERTAKEN_BY": str(others)})
+    found = {"overtaken": runs.run("overtaken", replaced, folder)}
+    assert weights.read_bytes() == others.read_bytes()
+    for name in ("next", "after next"):
+        found[name] = runs.run(f"overtaken-{name}", job("few", keep={}, disk="overtaken"), folder)
+    found["plain"] = runs.run("overtaken-plain", job("few"), folder)
+    return found
+
+
+def test_weights_replaced_while_an_engine_starts_are_not_taken_for_those_that_it_loaded(overtaken):
+    right = overtaken["plain"].answers("whole cold")[0]["tokens"]
+    assert overtaken["overtaken"].answers("whole cold")[0]["tokens"] != right, "the others answer the same"
+    assert overtaken["next"].answers("whole cold")[0]["tokens"] == right
+    assert overtaken["after next"].answers("whole cold")[0]["tokens"] == right
+    assert [overtaken[name].external("whole cold") for name in ("overtaken", "next", "after next")] == [0, 0, 512]
+    assert "changed after this engine had begun to start" in (overtaken["overtaken"].folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
 def changed(runs, job, model_folder):
     """An engine whose weights are changed where they lie, with kvkeep as it comes; and the reference."""
     keep = {"local_reset": "forget"}

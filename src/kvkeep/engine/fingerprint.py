@@ -6,12 +6,15 @@ and times. In a hub's cache, where a file is a link to a blob that is named by i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +24,9 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 ADAPTER_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_REMEMBERED = 4096
+MAX_LINKS = 40  # as the kernel
+TICK_NS = 10 * 10**6  # by so much the time that a file gets may be behind the clock
+COARSE_NS = 2 * 10**9  # and by so much where a file system keeps whole seconds, some of them even ones only
 
 
 class Signature(NamedTuple):
@@ -48,10 +54,12 @@ def signatures(folder: Path, suffixes: Iterable[str]) -> tuple[Signature, ...]:
     return tuple(found)
 
 
-def fingerprint(folder: Path, suffixes: Iterable[str], memory: Path | None) -> str | None:
+def fingerprint(
+    folder: Path, suffixes: Iterable[str], memory: Path | None, now_ns: Callable[[], int] = time.time_ns
+) -> str | None:
     """SHA-256 (hex) over the sorted (name, size, content digest) of the files; None if they cannot be had.
 
-    `memory` is a file in which content digests are remembered.
+    `memory` is a file in which content digests are remembered, of files that did not change right now.
     """
     files = signatures(folder, suffixes)
     if not files:
@@ -63,13 +71,69 @@ def fingerprint(folder: Path, suffixes: Iterable[str], memory: Path | None) -> s
         for one in files:
             tag = ":".join(str(part) for part in one[1:])
             content = known.get(tag) or _content(folder / one.name)
-            fresh[tag] = content
+            if _at_latest_ns(one.mtime_ns, one.ctime_ns) < now_ns():
+                fresh[tag] = content
             digest.update(json.dumps([one.name, one.nbytes, content]).encode())
     except OSError:
         return None
     if fresh.keys() - known.keys():
         _remember(memory, {**known, **fresh})
     return digest.hexdigest()
+
+
+def changed_since(folder: Path, suffixes: Iterable[str], start_ns: int) -> Path | None:
+    """What may have made these files others since `start_ns`; None if nothing has.
+
+    That is a file, the folder, or on the way to them a link that was switched or a folder that was renamed; also
+    whatever cannot be looked at. Times are those of the file system: its clock must not be behind this machine's.
+    """
+    wanted = tuple(suffixes)
+    name, final = folder, Path(os.path.realpath(folder))
+    try:
+        files = [path for path in sorted(folder.iterdir()) if path.name.endswith(wanted)]
+        for path in (folder, *files):
+            for name in _way(path):
+                s = os.lstat(name)
+                # what is put into a folder on the way changes both its times alike, another name only the second
+                passed = stat.S_ISDIR(s.st_mode) and s.st_mtime_ns == s.st_ctime_ns and name != final
+                if _at_latest_ns(s.st_mtime_ns, s.st_ctime_ns) >= start_ns and not passed:
+                    return name
+    except OSError:
+        return name
+    return None
+
+
+def process_start_ns() -> int:
+    """When this process began, by the clock that file systems take their times from."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+    return time.time_ns() - age_ns
+
+
+def _at_latest_ns(*times_ns: int) -> int:
+    """When that which has the latest of these times may have changed."""
+    return max(time_ns + (TICK_NS if time_ns % 10**9 else COARSE_NS) for time_ns in times_ns)
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Every name that leads to `path` from the root on, links and what they lead to among them."""
+    here, ahead, links = Path("/"), list(path.absolute().parts[:0:-1]), 0
+    while ahead:
+        part = ahead.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        name = here / part
+        yield name
+        if not name.is_symlink():
+            here = name
+            continue
+        links += 1
+        if links > MAX_LINKS:
+            raise OSError(errno.ELOOP, "too many links", str(name))
+        target = name.readlink()
+        here = Path("/") if target.is_absolute() else here
+        ahead += [part for part in target.parts[::-1] if part != "/"]
 
 
 def default_memory() -> Path | None:

@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import (
 
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
 from kvkeep.core.layout import ShardLayout, chunk_tokens_for
-from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
+from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, changed_since, default_memory, fingerprint, process_start_ns
 from kvkeep.engine.plan import RankInfo
 from kvkeep.engine.vllm_chain import ChainKind
 from kvkeep.errors import LayoutMismatch
@@ -283,7 +283,15 @@ def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
         return "dummy"
     folder = Path(model.model)
     found = fingerprint(folder, WEIGHT_SUFFIXES, default_memory()) if outlived and folder.is_dir() else None
-    if outlived and found is None:
+    late = changed_since(folder, WEIGHT_SUFFIXES, process_start_ns()) if found is not None else None  # hashed by now
+    if late is not None:
+        log.warning(
+            "kvkeep: %s changed after this engine had begun to start: what it loaded may be what was there before, so "
+            "that no other start will find what is kept; start it again",
+            late,
+        )
+        found = None
+    elif outlived and found is None:
         log.warning("kvkeep: %s is not a folder of weight files: no other start will find what is kept", model.model)
     return found or f"this start only: {secrets.token_hex(16)}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,24 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
 
 if "BLOCKS_OUTERMOST" in os.environ:
     # what GPU backends say of themselves, and the CPU's can: its kernel reads a block at whatever stride
     CPUAttentionBackend.supported_kv_cache_layouts = classmethod(lambda _: (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC))
+
+if "OVERTAKEN_BY" in os.environ:
+    # a checkpoint that is put in the place of the one that was just loaded, while the engine goes on starting
+    load_model = Worker.load_model
+
+    def load_and_replace(self: Worker, **more: Any) -> None:
+        """Loads the model, and has its file replaced."""
+        load_model(self, **more)
+        target = Path(self.model_config.model, "model.safetensors")
+        shutil.copyfile(os.environ["OVERTAKEN_BY"], target.with_suffix(".new"))
+        target.with_suffix(".new").rename(target)
+
+    Worker.load_model = load_and_replace
 
 PLENTY = "64 MiB"
 
