@@ -21,6 +21,7 @@ from kvkeep.wire.messages import VERSION, Hello, Known, Stats
 from kvkeep.wire.process import join_shared, run, store_options, write_log
 
 ANSWER_LIMIT_S = 5.0
+MAX_SHOWN_CHARS = 256  # of a name
 Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket; its folder must be 0700.")]
 
 
@@ -80,6 +81,6 @@ def show_namespaces(known: Sequence[Known], what: str) -> None:
     above = ""
     for one in known:
         apart = told_apart(one.identity, above) if above else []
-        table.add_row(one.namespace.hex()[:8], cell(one.name), f"{one.chunks:,}", cell(*apart))
+        table.add_row(one.namespace.hex()[:8], cell(one.name[:MAX_SHOWN_CHARS]), f"{one.chunks:,}", cell(*apart))
         above = one.identity
     Console().print(table)

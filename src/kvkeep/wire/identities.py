@@ -24,7 +24,6 @@ from kvkeep.store.namespaces import MAX_IDENTITY_CHARS, MOST, Named, Namespaces
 log = logging.getLogger("kvkeep.store")
 
 FILE = "identities.json"
-MAX_NAME_CHARS = 256
 MAX_NBYTES = 8 * MOST * MAX_IDENTITY_CHARS
 
 
@@ -50,10 +49,7 @@ def load_identities(directory: Path) -> dict[bytes, Named]:
         lines = msgspec.json.decode(octets, type=list[Line])
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    return {
-        bytes.fromhex(line.namespace): Named(line.name[:MAX_NAME_CHARS], line.identity[:MAX_IDENTITY_CHARS])
-        for line in lines
-    }
+    return {bytes.fromhex(line.namespace): Named(line.name, line.identity[:MAX_IDENTITY_CHARS]) for line in lines}
 
 
 def read_identities(directory: Path) -> dict[bytes, Named]:
