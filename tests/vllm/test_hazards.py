@@ -6,6 +6,7 @@ Each engine runs once; the tests read its facts. The reference is an engine with
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def test_what_another_request_built_on_a_failed_load_is_not_reused(
     facts: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     assert facts["built_on"]["long"] == reference["long"]
+
+
+def test_another_request_that_began_with_a_failed_load_answers_right_and_so_does_the_next_start(
+    script_run: Callable[..., dict[str, Any]],
+    reference: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVKEEP_DISK_PATH", str(tmp_path))
+    first = script_run("shared_load.py", "first", 1)
+    assert first["long"] == reference["long"]
+    assert first["figures"]["failed_tokens"] > 0
+    again = script_run("shared_load.py", "again", 1)
+    assert again["long"] == reference["long"]
+    assert first["stats"]["problem"] == again["stats"]["problem"] == ""
 
 
 def test_a_block_that_the_engine_computed_is_never_written(facts: dict[str, Any], reference: dict[str, Any]) -> None:
