@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -33,7 +33,9 @@ def caches(*specs: Any) -> Any:
     return KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def settings(reusable: bool = True, images: Any = None, prefix_caching: bool = True, diffusion: Any = None) -> Any:
+def settings(
+    reusable: bool = True, images: Any = None, prefix_caching: bool = True, diffusion: Any = None, drafter: str = ""
+) -> Any:
     """As much of vLLM's configuration as decides."""
     return SimpleNamespace(
         model_config=SimpleNamespace(is_prefix_caching_supported=reusable, multimodal_config=images, use_mla=False),
@@ -42,6 +44,7 @@ def settings(reusable: bool = True, images: Any = None, prefix_caching: bool = T
             decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1, nnodes=1
         ),
         diffusion_config=diffusion,
+        speculative_config=SimpleNamespace(method=drafter) if drafter else None,
     )
 
 
@@ -68,6 +71,34 @@ def test_images_that_are_only_numbered_are_refused():
 
 def test_a_diffusion_model_is_refused():
     assert "diffusion" in refused(diffusion=SimpleNamespace(canvas_length=32))
+
+
+def methods(literal: Any) -> set[str]:
+    """The words of a Literal, and of the Literals in it."""
+    parts = get_args(literal)
+    return {word for part in parts for word in methods(part)} if parts else {literal}
+
+
+def test_every_drafter_of_vllm_but_those_without_a_kv_cache_is_refused_by_name():
+    from vllm.config.speculative import SpeculativeMethod
+
+    known = methods(SpeculativeMethod)
+    assert {"eagle", "eagle3", "mtp", "dflash", "dspark", "draft_model", "extract_hidden_states"} <= known
+    why = {method: refused(drafter=method) for method in known | {"a method of a later vLLM"}}
+    kept = {method for method, reason in why.items() if not reason}
+    assert kept == {"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"}
+    assert all(f'"{method}"' in reason for method, reason in why.items() if reason)
+
+
+def test_no_drafter_that_vllm_says_has_a_kv_cache_is_kept():
+    from vllm.config.speculative import SpeculativeConfig
+
+    from kvkeep.engine.vllm_facts import DRAFTERS_WITHOUT_KV
+
+    for method in DRAFTERS_WITHOUT_KV:
+        spec = object.__new__(SpeculativeConfig)
+        spec.method = method
+        assert not spec.uses_draft_kv_cache(), method
 
 
 def test_layers_of_several_sizes_with_one_window_have_it():

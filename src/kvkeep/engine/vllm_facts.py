@@ -39,6 +39,7 @@ from kvkeep.transfer.pages import GroupCaches
 log = logging.getLogger("kvkeep")
 
 _FULL = (FullAttentionSpec, MLAAttentionSpec)
+DRAFTERS_WITHOUT_KV = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"})
 
 
 def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
@@ -93,6 +94,10 @@ def _reuse_refusal(vllm_config: VllmConfig) -> str:
     if latent and current_platform.is_cpu() and not cache.enable_prefix_caching:
         # without AMX a token's rotated part depends on the batch that it was computed in: layer 0 shows it
         return "vLLM reuses no prefix of latent attention (MLA) on this CPU, and so does kvkeep"
+    drafter = vllm_config.speculative_config
+    if drafter is not None and drafter.method not in DRAFTERS_WITHOUT_KV:
+        method = f'speculative decoding by "{drafter.method}"'
+        return f"{method}: the drafter's KV depends on later tokens and on its weights, which are in no key"
     images = model.multimodal_config
     if images is not None and not images.mm_processor_cache_gb and not cache.enable_prefix_caching:
         return "with mm_processor_cache_gb 0 and prefix caching off vLLM numbers images, and does not tell them apart"
