@@ -112,6 +112,23 @@ def test_what_a_tier_does_not_give_is_computed_and_kept_again(engine: Any, name:
     assert case.facts["held"] == {}
 
 
+def test_a_read_that_hangs_is_waited_for_once_and_keeps_no_other_from_the_disk(engine: Any) -> None:
+    found, right = engine[2:]
+    case = Case(found["cases"]["hang: a read"], right)
+    asked = dict.fromkeys(("first", "second", "third", "kept", "from_disk"), ("long",))
+    case.check_answers(**asked, another=("new 0",))
+    assert case.misses("first") == {"tier_late": 1}, "one waits for its deadline"
+    for part in ("second", "third"):
+        assert case.rise(part, "external") == 0
+        assert case.misses(part) in ({"tier_failed": 1}, {"tier_left_alone": 1}), "nobody else does"
+    case.check_whole("kept")
+    assert case.rise("kept", "fetched_disk_chunks") == 0, "what was computed is kept although its read hangs"
+    assert case.rise("another", "fetched_disk_chunks") > 0, "the tier is used again"
+    assert case.facts["hung"] > 0, "while the read hangs"
+    case.check_whole("from disk")
+    assert case.facts["held"] == {}
+
+
 @pytest.mark.parametrize("name", LOST)
 def test_an_engine_goes_on_without_its_store_and_hits_again_when_it_is_back(engine: Any, name: str) -> None:
     model, _, found, right = engine

@@ -25,8 +25,8 @@ class FaultyDisk:
 
     `fault(call, path)` gives the error number that this call fails with, 0: none. `short` makes every transfer stop at
     so many bytes (a multiple of 4 KiB where it is direct). From call `kill_at` on nothing has any effect, and what is
-    written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`. `after` runs after each.
-    `free` stands for the file system's free bytes.
+    written then is torn; that is what a kill -9 leaves. Calls in `hanging` wait for `wake`: all of a name, or with a
+    path after a blank one file's. `after` runs after each. `free` stands for the file system's free bytes.
     """
 
     real: Files = field(default_factory=posix_files)
@@ -136,7 +136,7 @@ class FaultyDisk:
             return sum(found.values())
 
     def _call(self, name: str, path: str) -> _Turn:
-        if name in self.hanging:
+        if name in self.hanging or f"{name} {path}" in self.hanging:
             with self._lock:
                 self.waiting += 1
             self.wake.wait()

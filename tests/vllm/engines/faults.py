@@ -158,7 +158,9 @@ class Faulted(Run):
 
     def kept(self, tokens: list[int]) -> None:
         """Nothing is kept but this prompt, on disk and in the pool; no failure is remembered."""
-        assert self.llm.reset_prefix_cache(reset_connector=True)
+        self.forget()
+        self.store.tell(clear=1)
+        self.connector.planner._lookups._failed.clear()
         self.ask(tokens)
         self.settled()
         assert all(self.record(number).exists() for number in range(4))
@@ -281,6 +283,36 @@ def of_the_tier(run: Faulted, name: str) -> dict[str, object]:
     return facts | {"from disk": run.measured(LONG), "held": run.held()}
 
 
+# ---- a read that hangs while others go on
+
+
+def of_a_hang(run: Faulted, name: str) -> dict[str, object]:
+    """The first chunk's read hangs; its prompt is asked for again and again, then another one, then all of it goes on."""
+    run.ask(NEW[0])
+    run.only_on_disk()
+    run.connector.planner._lookups._deadline_s = LATE_S
+    run.store.tell(hang=[str(run.record(0))])
+    facts: dict[str, object] = {"first": run.measured(LONG)}
+    for part in ("second", "third"):
+        run.store.tell(drop=1)  # what was computed meanwhile has come into the pool
+        run.forget()
+        facts[part] = run.measured(LONG)
+    run.forget()
+    facts["kept"] = run.measured(LONG)
+    end_s = time.monotonic() + LIMIT_S
+    while "another" not in facts or facts["another"]["rise"].get("external", 0) == 0:
+        assert time.monotonic() < end_s, "the tier is left alone for good"
+        time.sleep(0.2)  # it is tried again after a pause
+        run.store.tell(drop=1)
+        run.forget()
+        facts["another"] = run.measured(NEW[0])
+    facts["hung"] = run.stats()["disk_quarantined_nbytes"]
+    run.unhook()
+    run.store.tell(hang=False)
+    run.only_on_disk()
+    return facts | {"from disk": run.measured(LONG), "held": run.held()}
+
+
 # ---- a store that is lost
 
 
@@ -394,6 +426,7 @@ def of_a_load(run: Faulted, name: str) -> dict[str, object]:
 
 CASES = {
     "tier": (of_the_tier, TIER, TIER_OF_STATES),
+    "hang": (of_a_hang, {"a read": None}, {}),
     "store": (of_the_store, LOST, {}),
     "load": (of_a_load, LOADS, LOADS_OF_STATES),
 }

@@ -4,8 +4,9 @@ The same parts as the real one, over a `FaultyDisk`. A line of JSON on its stand
 line on its standard output:
 
     {"drop": 1}              the pool is emptied, the disk keeps what it has
+    {"clear": 1}             both are
     {"fail": [paths]}        from now on reads of these records end with EIO; [] is the end of it
-    {"hang": true|false}     reads hang; then those that hang go on
+    {"hang": true|[paths]}   reads hang, all or those of these records; false: they go on, and no more hang
     {"die": path}            kill -9, by itself, in the middle of the next read of this record
 """
 
@@ -62,7 +63,8 @@ class Faults:
         elif "die" in command:
             self.fatal = command["die"]
         elif command["hang"]:
-            self.disk.hanging = frozenset({"readv"})
+            paths = command["hang"]
+            self.disk.hanging = frozenset({"readv"} if paths is True else {f"readv {path}" for path in paths})
         else:
             held, self.disk.wake, self.disk.hanging = self.disk.wake, threading.Event(), frozenset()
             held.set()
@@ -86,7 +88,11 @@ async def opened(faults: Faults, options: DiskOptions) -> None:
 
     def command() -> None:
         line = sys.stdin.readline()
-        if line:
+        if line and "clear" in json.loads(line):
+            faults.walk.store.index.clear(None)
+            cleared = asyncio.ensure_future(faults.walk.clear(None))
+            cleared.add_done_callback(lambda _: print("null", flush=True))
+        elif line:
             print(json.dumps(faults.obey(json.loads(line))), flush=True)
         else:
             asyncio.get_running_loop().remove_reader(0)
