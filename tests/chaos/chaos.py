@@ -1,7 +1,8 @@
 """`make chaos`: kill -9 and SIGSTOP of store, engines and ranks at random moments under load, for some minutes.
 
-Two fake engines of two ranks each (they check every byte after every step) over one shared store with a disk tier.
-Ends with 1 if an answer was wrong, a request hung, a byte leaked or anything was left behind.
+Two fake engines of two ranks each (they check every byte after every step) over one shared store with a disk tier, to
+whose files others do what they like. Ends with 1 if an answer was wrong, a request hung, a byte leaked, anything was
+left behind, or the disk is over its limit or not in use any more.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import xxhash
+from disk_trouble import LIMIT_NBYTES, DiskTrouble
 
 from kvkeep.errors import KVKeepError
 from kvkeep.testing.engine_process import CHUNK_NBYTES, Ask, EngineProcess, right_tokens
 from kvkeep.testing.rank_process import RANK_DIED
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.wire import messages as m
-from kvkeep.wire.client import Joining
+from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.process import join_shared
 
 POOL_CHUNKS = 24
@@ -38,7 +41,9 @@ ENGINES = 2
 HANG_S = 10.0  # an answer takes milliseconds; past this beyond its own stop it hangs
 STOP_S = 0.8
 PAUSE_S = (0.2, 1.5)
-VICTIMS = ("store", "engine", "rank", "stop store", "stop engine", "stop rank")
+VICTIMS = ("store", "engine", "rank", "stop store", "stop engine", "stop rank", *(["disk"] * 4))
+NEW_NBYTES = 4096  # a chunk of the one who asks at the end whether the disk is in use
+ALIVE_S = 120.0  # a tier that failed again and again is tried after a minute at most
 
 
 @dataclass
@@ -70,12 +75,18 @@ class ChaosStore:
     def path(self) -> Path:
         return self.folder / "run" / "store"
 
+    @property
+    def trouble(self) -> DiskTrouble:
+        return DiskTrouble(self.folder)
+
     def start(self) -> None:
         (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
-        disk = DiskOptions(directories=(str(self.folder / "disk"),), limit_nbytes=4 << 20, min_free_nbytes=0)
+        (self.folder / "disk").mkdir(mode=0o700, exist_ok=True)
+        disk = DiskOptions(directories=(str(self.folder / "disk"),), limit_nbytes=LIMIT_NBYTES, min_free_nbytes=0)
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "kvkeep.wire", f"--socket={self.path}"),
+                *(sys.executable, str(Path(__file__).with_name("stopping_store.py")), str(self.trouble.flag)),
+                f"--socket={self.path}",
                 f"--pool-nbytes={POOL_CHUNKS * CHUNK_NBYTES}",
                 *("--lease-time-s=0.5", "--log-level=error", f"--disk={msgspec.json.encode(disk).decode()}"),
             ]
@@ -86,9 +97,18 @@ class ChaosStore:
         self.process.kill()
         self.process.wait()
 
+    def end(self) -> int:
+        """As an operator ends it; its status."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(30.0)
+
+    def client(self) -> Client:
+        hello = m.Hello(m.VERSION, "chaos", b"chaos" + bytes(11), "", NEW_NBYTES, [], sizes=[NEW_NBYTES])
+        return Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
+
     def figures(self) -> dict[str, int]:
-        hello = m.Hello(m.VERSION, "chaos", bytes(16), "", 1, [])
-        client = Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
+        client = self.client()
         answer = client.wait(client.stats(check=True), 5.0)
         client.close()
         assert isinstance(answer, m.Stats), client.why_gone
@@ -148,8 +168,11 @@ class Driver(threading.Thread):
 
 
 def strike(rng: random.Random, store: ChaosStore, drivers: list[Driver], account: Account) -> None:
-    """Kills or stops one process."""
+    """Kills or stops one process, or does something to the disk."""
     what = rng.choice(VICTIMS)
+    if what == "disk":
+        account.counts[store.trouble.strike(rng)] += 1
+        return
     engine = rng.choice(drivers).engine
     pid = 0
     if what.endswith("store"):
@@ -184,6 +207,50 @@ def settled(store: ChaosStore, account: Account) -> dict[str, int]:
         time.sleep(0.1)
     account.wrong.append(f"still held by nobody: {now}")
     return now
+
+
+def is_written(store: ChaosStore, digest: bytes, limit_s: float) -> bool:
+    """Stores a new chunk; whether the disk has it within the limit."""
+    before, client = store.figures(), store.client()
+    granted = client.wait(client.reserve([digest]), 5.0)
+    assert isinstance(granted, m.Granted), client.why_gone
+    if granted.lease:
+        os.pwrite(client.pool_fd, digest * (NEW_NBYTES // 32), granted.offsets[0])
+    sums = xxhash.xxh3_128_digest(digest * (NEW_NBYTES // 32))
+    client.wait(client.commit(granted.lease, [0], [sums]), 5.0)
+    client.close()
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        if store.figures().get("disk_flush_stored", 0) > before.get("disk_flush_stored", 0):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def check_disk(store: ChaosStore, account: Account) -> None:
+    """The disk is within its limit and in use: what is stored now is written, and found after a restart."""
+    digests = (random.randbytes(32) for _ in iter(int, 1))
+    end_s, digest = time.monotonic() + ALIVE_S, next(digests)
+    while not is_written(store, digest, 1.0):  # a tier that is left alone drops what it gets
+        if time.monotonic() > end_s:
+            account.wrong.append(f"nothing is written to the disk any more: {store.figures()}")
+            return
+        digest = next(digests)
+    if (status := store.end()) != 0:
+        account.wrong.append(f"the store ended with {status}")
+    if (nbytes := store.trouble.nbytes()) > LIMIT_NBYTES:
+        account.wrong.append(f"{nbytes} bytes are on a disk limited to {LIMIT_NBYTES}")
+    store.start()
+    end_s = time.monotonic() + 20.0
+    while time.monotonic() < end_s:
+        with suppress(KVKeepError):
+            client = store.client()
+            found = client.wait(client.fetch([digest], 5.0), 10.0)
+            client.close()
+            if isinstance(found, m.Matched) and found.sources == {"disk": 1}:
+                return
+        time.sleep(0.1)
+    account.wrong.append("what was written last is not found after a restart")
 
 
 def pools_left() -> list[str]:
@@ -224,11 +291,11 @@ def main() -> int:
         driver.join(60.0)
         if driver.is_alive():
             account.wrong.append("an engine did not come to its end")
+    store.trouble.end()
     now = settled(store, account)
-    assert store.process is not None
-    store.process.terminate()
-    if store.process.wait(30.0) != 0:
-        account.wrong.append(f"the store ended with {store.process.returncode}")
+    check_disk(store, account)
+    if (status := store.end()) != 0:
+        account.wrong.append(f"the store ended with {status}")
     if left := pools_left():
         account.wrong.append(f"processes {left} still map a pool")
     took_s = sorted(account.took_s) or [0.0]

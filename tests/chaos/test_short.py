@@ -17,6 +17,6 @@ def test_a_short_run_ends_well(command: tuple[str, ...]) -> None:
     script, *arguments = command
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / script), *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
