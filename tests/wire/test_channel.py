@@ -226,13 +226,13 @@ def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
             TierWalk(Store(Index(FreeList(ROOM * CHUNK), lru()), ROOM * CHUNK), region.array), bytes(16), region.fd
         )
         loop = ends.enter_context(contextlib.closing(asyncio.new_event_loop()))
-        server._loop, server._over = loop, asyncio.Event()
+        server.begin(loop)
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
         for one in itertools.chain(*pairs):
             ends.enter_context(one)
         (lost, _), (again, _) = pairs
         for _, theirs in pairs:
-            server._accept(theirs)
+            server.accept(theirs)
         holder = ends.enter_context(subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE))
         pidfd = os.pidfd_open(holder.pid)
         ends.callback(os.close, pidfd)

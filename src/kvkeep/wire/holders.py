@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvkeep.errors import WireError
-
 MAX_HOLDERS = 250  # the kernel passes 253 descriptors in one message
 Process = tuple[str, int]
 
@@ -59,18 +57,15 @@ def open_handles(pids: Iterable[int]) -> list[int]:
     return fds
 
 
-def holders_of(fds: Sequence[int], count: int) -> Holders:
-    """The `count` processes of a session, of which these are the pidfds; owns them. WireError if one is something else.
+def is_pidfd(fd: int) -> bool:
+    """Whether the descriptor is a process's: no file, pipe or memory can have a link of these names."""
+    link = os.readlink(f"/proc/self/fd/{fd}")
+    return link == "anon_inode:[pidfd]" or link.startswith("pidfd:")
 
-    Fewer than `count` leave a doubt.
-    """
-    holders = Holders(dict.fromkeys(fds), doubt=len(fds) < count)
-    for fd in fds:
-        if "pidfd" not in os.readlink(f"/proc/self/fd/{fd}"):
-            holders.close()
-            raise WireError("a holder's descriptor is no pidfd")
-        holders.alive[fd] = _process(fd)
-    return holders
+
+def holders_of(fds: Sequence[int], count: int) -> Holders:
+    """The `count` processes of a session, of which these are the pidfds; owns them. Fewer of them leave a doubt."""
+    return Holders({fd: _process(fd) for fd in fds}, doubt=len(fds) < count)
 
 
 def _process(fd: int) -> Process | None:

@@ -37,6 +37,7 @@ from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.open import disk_options, open_tiers
 from kvkeep.wire.identities import Identities
 from kvkeep.wire.listening import listen, unlink_own
+from kvkeep.wire.peer import credentials_of
 from kvkeep.wire.server import Server
 from kvkeep.wire.systemd import notify
 
@@ -125,7 +126,10 @@ def start_private(options: StoreOptions) -> Child:
 
 
 def join_shared(path: str, limit_s: float) -> socket.socket:
-    """A connection to the shared store at `path`; StoreGone if none answers there."""
+    """A connection to the shared store at `path`.
+
+    StoreGone if none answers there, ConfigError for one of another user: whoever runs a store can give wrong bytes.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(limit_s)
     try:
@@ -135,6 +139,13 @@ def join_shared(path: str, limit_s: float) -> socket.socket:
         raise StoreGone(
             f"no store answers at {path} ({error}): start one with `kvkeep serve --socket {path}`"
         ) from error
+    owner = credentials_of(sock).uid
+    if owner not in (os.getuid(), 0):
+        sock.close()
+        raise ConfigError(
+            f"store: the store at {path} is run by user {owner} and not by this user ({os.getuid()}) or root, so that "
+            "what it gives cannot be trusted; join one that you run, or run both as one user"
+        )
     return sock
 
 

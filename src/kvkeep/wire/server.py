@@ -1,32 +1,35 @@
 """The store's end of the channel: one event loop over sockets, one reader of frames a client.
 
-Any bytes from any client are a typed error for that client and nothing for the others; a client that does not read is
-disconnected once its unsent answers are over a bound. Knows nothing about pools or keys beyond handing them on.
+Any bytes from any client are a typed error for that client and nothing for the others. A client gets a bounded part of
+each turn of the loop; one that does not read is disconnected once its unsent answers are over a bound, one that says
+no hello in time is too. Knows nothing about pools or keys beyond handing them on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
-from kvkeep.core.index import Outcome
-from kvkeep.core.key import NAMESPACE_NBYTES
+import msgspec
+
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.states import FoundState, StateFetches
+from kvkeep.store.states import StateFetches
 from kvkeep.store.store import Store
 from kvkeep.store.waiting import Found, Limits
 from kvkeep.store.walk import TierWalk
 from kvkeep.wire import messages as m
-from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
+from kvkeep.wire.answers import Answers, Checks, state_of
+from kvkeep.wire.frames import framed
 from kvkeep.wire.holders import MAX_HOLDERS, Holders, holders_of
+from kvkeep.wire.lingering import Lingering
+from kvkeep.wire.peer import Peer, credentials_of
+from kvkeep.wire.reception import Reception
 
 log = logging.getLogger("kvkeep.store")
 
@@ -34,24 +37,10 @@ MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_DEADLINE_S = 3600.0
 MAX_PID = 2**22  # the kernel's own limit
-_OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
-
-
-@dataclass
-class Peer:
-    """One connected client: its socket, what it sent, what it has not read yet, its session once it said hello.
-
-    `fds` are descriptors that came before its hello, `holders` what they are after it.
-    """
-
-    sock: socket.socket
-    pid: int
-    frames: FrameReader = field(default_factory=FrameReader)
-    unsent: bytearray = field(default_factory=bytearray)
-    session: Session | None = None
-    fds: list[int] = field(default_factory=list)
-    holders: Holders = field(default_factory=Holders)
-    writing: bool = False
+HELLO_LIMIT_S = 5.0
+TURN_FRAMES, TURN_S = 32, 1e-3  # what one client gets before the others get theirs
+MAX_ERRANDS = 4  # of one client: clears, discards and checks that are under way
+MAX_FETCHES = 4096  # of one client: lookups that are not answered
 
 
 @dataclass
@@ -66,14 +55,16 @@ class Server:
     pool_fd: int
     private: socket.socket | None = None
     listener: socket.socket | None = None
+    hello_limit_s: float = HELLO_LIMIT_S
     _peers: dict[int, Peer] = field(default_factory=dict)
-    _graves: dict[int, Holders] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], object] = lambda: None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _reception: Reception | None = None
 
     def __post_init__(self) -> None:
         self.states = StateFetches(self.walk.promotions)
+        self.answers = Answers(self.walk)
 
     @property
     def store(self) -> Store:
@@ -82,17 +73,24 @@ class Server:
 
     async def serve(self) -> None:
         """Runs until it is told to stop or its only client is gone."""
-        self._loop = asyncio.get_running_loop()
-        self._over = asyncio.Event()
+        self.begin(asyncio.get_running_loop())
         self._wake = lambda: self._loop.call_soon_threadsafe(self._over.set)
         if self.private is not None:
-            self._accept(self.private)
-        if self.listener is not None:
-            self.listener.setblocking(False)
-            self._loop.add_reader(self.listener, self._welcome_client)
+            self.accept(self.private)
+        if self._reception is not None:
+            self._reception.open()
         if not self._stopping.is_set() and (self.listener is not None or self._peers):
             await self._over.wait()
         self._close()
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Makes what needs the loop."""
+        self._loop = loop
+        self._over = asyncio.Event()
+        self._lingering = Lingering(self.store, self._loop)
+        if self.listener is not None:
+            self._reception = Reception(self.listener, loop, self.accept, self._full)
+        self._checks = Checks(self.answers.checked, self._loop)
 
     def stop(self) -> None:
         """Ends `serve`; also from another thread, and before it has begun."""
@@ -101,67 +99,95 @@ class Server:
 
     def _close(self) -> None:
         self._wake = lambda: None
-        if self.listener is not None:
-            self._loop.remove_reader(self.listener)
+        if self._reception is not None:
+            self._reception.close()
         for peer in self._peers.values():
             self._unwatch(peer)
-            self._forget(peer)
-        for grave in self._graves.values():
-            self._unwatch_all(grave)
+            peer.close()
+        self._lingering.close()
 
-    def _welcome_client(self) -> None:
-        assert self.listener is not None
-        try:
-            sock, _ = self.listener.accept()
-        except OSError as error:  # the client is gone again, or descriptors are short: the others are served on
-            log.warning("a client could not be taken: %s", error)
-            return
-        if len(self._peers) >= MAX_CLIENTS:
-            sock.close()
-            return
-        self._accept(sock)
+    # ---- who comes
 
-    def _accept(self, sock: socket.socket) -> None:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, uid, _ = struct.unpack("3i", credentials)
-        if uid not in (os.getuid(), 0):
-            log.warning("refused a client of user %d: the pool belongs to user %d", uid, os.getuid())
-            sock.close()
-            return
+    def accept(self, sock: socket.socket) -> None:
+        """Takes in a connected client."""
         sock.setblocking(False)
-        peer = Peer(sock, pid)
+        peer = Peer(sock, credentials_of(sock).pid)
         self._peers[sock.fileno()] = peer
         self._loop.add_reader(sock, self._turn, peer)
+        if sock is not self.private:
+            self._loop.call_later(self.hello_limit_s, self._expect_hello, peer)
+
+    def _full(self) -> str:
+        """Why nobody else can be taken in; empty if there is room, which a client that has said nothing gives up."""
+        silent = next((peer for peer in self._peers.values() if peer.session is None), None)
+        if len(self._peers) < MAX_CLIENTS:
+            return ""
+        if silent is None:
+            return f"{MAX_CLIENTS} clients are connected, and no more are taken"
+        self._drop(silent, "others wait for its place and it has said no hello")
+        return ""
+
+    def _expect_hello(self, peer: Peer) -> None:
+        if peer.session is None and not peer.closed:
+            self._refuse(peer, WireError(f"no hello within {self.hello_limit_s:.0f} s"))
+
+    # ---- a client's turn
 
     def _turn(self, peer: Peer) -> None:
-        """Reads what one client sent and answers it; an error ends that client only."""
+        """Reads what one client sent and answers a part of it; an error ends that client only."""
+        peer.due = False
+        if peer.closed:
+            return
         try:
             if peer.unsent:
                 self._flush(peer)
-            data = self._received(peer)
-            if data == b"":
+            if not peer.paused and not peer.receive():
                 self._drop(peer, "its end of the socket was closed")
                 return
-            for payload in peer.frames.feed(data or b""):
-                self._answer(peer, m.decoded_by_store(payload))
-                if peer.sock.fileno() < 0:
-                    return
+            waits = self._answer_some(peer)
         except WireError as error:
             self._refuse(peer, error)
+            return
+        if not peer.closed:
+            self._pace(peer, waits)
 
-    def _received(self, peer: Peer) -> bytes | None:
-        try:
-            if peer.session is not None:
-                return peer.sock.recv(READ_NBYTES)
-            data, fds, _, _ = socket.recv_fds(peer.sock, READ_NBYTES, MAX_HOLDERS, socket.MSG_CMSG_CLOEXEC)
-            peer.fds += fds
-            if len(peer.fds) > MAX_HOLDERS:
-                raise WireError(f"more than {MAX_HOLDERS} descriptors")
-            return data
-        except (BlockingIOError, InterruptedError):
-            return None
-        except OSError:
-            return b""
+    def _answer_some(self, peer: Peer) -> bool:
+        """Answers at most a turn's worth; whether the next frame waits for an errand or a lookup of this client."""
+        until_s = self._loop.time() + TURN_S
+        for _ in range(TURN_FRAMES):
+            if not peer.asked or self._loop.time() > until_s:
+                return False
+            message = m.decoded_by_store(peer.asked[0])
+            if _is_too_much(peer, message):
+                return True
+            peer.asked.popleft()
+            self._answer(peer, message)
+            if peer.closed:
+                return False
+        return False
+
+    def _pace(self, peer: Peer, waits: bool) -> None:
+        """Reads nothing more of a client that has frames left; it gets its next turn after the others."""
+        if peer.paused != bool(peer.asked):
+            peer.paused = bool(peer.asked)
+            if peer.paused:
+                self._loop.remove_reader(peer.sock)
+            else:
+                self._loop.add_reader(peer.sock, self._turn, peer)
+        if waits and peer.hung_up():
+            self._drop(peer, "its end of the socket was closed")
+        elif peer.paused and not waits:
+            self._again(peer)
+
+    def _again(self, peer: Peer) -> None:
+        if not peer.due:
+            peer.due = True
+            self._loop.call_soon(self._turn, peer)
+
+    def _eased(self, peer: Peer) -> None:
+        """An errand or a lookup of a client has ended: what waits for it goes on."""
+        if peer.paused:
+            self._again(peer)
 
     def _answer(self, peer: Peer, message: m.ToStore) -> None:
         if isinstance(message, m.Hello):
@@ -180,38 +206,65 @@ class Server:
         elif isinstance(message, m.Clear):
             namespaces = self.store.namespaces_of(session, message.everything)  # now: a rename may be the next message
             count = self.store.clear(session, message.everything)
-            self._go(self._clear(peer, session, namespaces, m.Cleared(message.call, count)))
+            self._errand(peer, self._clear(namespaces), m.Cleared(message.call, count))
+        elif isinstance(message, m.Discard):
+            digests = m.split_digests(message.digests)
+            self.store.discard(session, digests)
+            keys = [key for side in session.sides for key in self.store.keys(side, digests)]
+            self._errand(peer, self.walk.discard(keys))
+        elif isinstance(message, m.AskStats) and message.check:
+            self._check(peer, message.call)
         else:
-            answer = self._asked(session, message)
+            answer = self.answers.asked(session, message)
             if answer is not None:
                 self._send(peer, answer)
 
     def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
         def answer(found: Found, state: m.HeldState | None = None) -> None:
-            why = found.why.value if found.why is not None else ""
-            try:
-                fetched, words = found.fetched, dict(found.words)
-                matched = m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words, *self._fill())
-                self._send(peer, matched)
-            except WireError as error:
-                self._refuse(peer, error)
+            why, fill = found.why.value if found.why is not None else "", self.answers.fill()
+            fetched, words = found.fetched, dict(found.words)
+            self._told(peer, m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words, *fill))
+            peer.fetches -= 1
+            self._eased(peer)
 
+        peer.fetches += 1
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
         limits = Limits(deadline_s, min(MAX_DEADLINE_S, asked.limit_s), asked.early)
         digests = m.split_digests(asked.digests)
         if session.states is None:
             self.walk.promotions.fetch(session, digests, limits, answer)
         else:
-            self.states.fetch(session, digests, limits, lambda found: answer(found.run, _state_of(found)))
+            self.states.fetch(session, digests, limits, lambda found: answer(found.run, state_of(found)))
 
-    async def _clear(self, peer: Peer, session: Session, namespaces: Sequence[bytes | None], answer: m.Cleared) -> None:
+    def _errand(self, peer: Peer, steps: Coroutine[None, None, None], answer: m.FromStore | None = None) -> None:
+        """Does what takes longer than a turn, and then answers."""
+        peer.errands += 1
+
+        async def do() -> None:
+            try:
+                await steps
+            finally:
+                peer.errands -= 1
+            if answer is not None:
+                self._told(peer, answer)
+            self._eased(peer)
+
+        task = self._loop.create_task(do())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _clear(self, namespaces: Sequence[bytes | None]) -> None:
         for namespace in namespaces:
             await self.walk.clear(namespace)
-        if peer.session is session:
-            try:
-                self._send(peer, answer)
-            except WireError as error:
-                self._refuse(peer, error)
+
+    def _check(self, peer: Peer, call: int) -> None:
+        def answer(stats: m.Stats) -> None:
+            peer.errands -= 1
+            self._told(peer, msgspec.structs.replace(stats, call=call))
+            self._eased(peer)
+
+        peer.errands += 1
+        self._checks.ask(answer)
 
     def _hello(self, peer: Peer, hello: m.Hello) -> None:
         if hello.version != m.VERSION:
@@ -222,9 +275,7 @@ class Server:
             raise WireError("a holder is no process id")
         fds, peer.fds = peer.fds, []
         peer.holders = holders_of(fds, len(set(hello.holders)))
-        old = self._graves.get(hello.resumes)
-        if old is not None and old.within(peer.holders):
-            self._bury(self.store.lingering[hello.resumes])
+        self._lingering.resume(hello.resumes, peer.holders)
         opening = Opening(
             hello.name,
             hello.namespace,
@@ -241,65 +292,23 @@ class Server:
             socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd])
         except OSError as error:
             raise WireError(f"the pool could not be handed over: {error}") from error
-        log.info("session %d opened by %s (pid %d)", peer.session.number, hello.name, peer.pid)
+        name = peer.session.opening.name
+        log.info("session %d opened by %s (pid %d)", peer.session.number, name, peer.pid)
+        if peer.holders.doubt:
+            log.warning("session %d (%s): a process of it cannot be watched (no pidfd)", peer.session.number, name)
         if hello.identity:
-            self._named(peer.session, hello.identity)
+            self.answers.named(peer.session, hello.identity)
 
-    def _asked(self, session: Session, message: m.ToStore) -> m.FromStore | None:
-        """The answer to a message of an open session, None where it has none."""
-        store = self.store
-        match message:
-            case m.Reserve():
-                side = session.states if message.states else session
-                if side is None:
-                    raise WireError("it has no states")
-                lease, places = store.reserve(side, m.split_digests(message.digests))
-                offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
-                return m.Granted(message.call, lease, offsets)
-            case m.Commit():
-                side = session.side_of(message.lease)
-                entries = store.written(side, message.lease, message.places)
-                done = store.commit(side, message.lease, message.places, message.sums)
-                self.walk.committed(side, list(itertools.compress(entries, done)))
-                return m.Committed(message.call, done, *self._fill())
-            case m.Release():
-                store.release(session.side_of(message.lease), message.lease)
-            case m.Discard():
-                digests = m.split_digests(message.digests)
-                store.discard(session, digests)
-                self._go(self.walk.discard([key for side in session.sides for key in store.keys(side, digests)]))
-            case m.Rename():
-                self._rename(session, message)
-            case m.AskStats():
-                figures = store.figures() | self.walk.figures()
-                return m.Stats(message.call, figures, *((store.index.check(), self._known()) if message.check else ()))
-        return None
+    # ---- what goes back
 
-    def _rename(self, session: Session, asked: m.Rename) -> None:
-        if asked.namespace != session.namespace:
-            log.info(
-                "session %d (%s) is in a namespace of its own from here on%s; what it leaves behind stays for others",
-                session.number,
-                session.opening.name,
-                "" if asked.lasting else ", which ends with it and goes to no disk",
-            )
-        self.store.rename(session, asked.namespace, asked.lasting)
-        self.store.namespaces.name(session.namespace, session.opening.name, asked.identity)
-
-    def _fill(self) -> tuple[int, int]:
-        """The bytes of the pool that hold chunks, and those that leases hold."""
-        stats = self.store.index.stats()
-        return stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes, stats.pinned_nbytes
-
-    def _named(self, session: Session, identity: str) -> None:
-        """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
-        apart = self.store.namespaces.name(session.namespace, session.opening.name, identity)
-        if apart:
-            log.info("session %d shares nothing with the one before: %s", session.number, "; ".join(apart))
-
-    def _known(self) -> list[m.Known]:
-        counts = self.store.index.prefixes(NAMESPACE_NBYTES)
-        return [m.Known(one, *named, counts[one]) for one, named in self.store.namespaces.known.items()]
+    def _told(self, peer: Peer, answer: m.FromStore) -> None:
+        """Sends an answer that has taken a while, if its client is still there."""
+        if peer.session is None:
+            return
+        try:
+            self._send(peer, answer)
+        except WireError as error:
+            self._refuse(peer, error)
 
     def _send(self, peer: Peer, answer: m.FromStore) -> None:
         peer.unsent += framed(m.encoded(answer))
@@ -308,13 +317,7 @@ class Server:
             raise WireError("it does not read its answers")
 
     def _flush(self, peer: Peer) -> None:
-        try:
-            sent = peer.sock.send(peer.unsent)
-            del peer.unsent[:sent]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            raise WireError(f"its socket failed: {error}") from error
+        peer.send()
         if peer.writing != bool(peer.unsent):
             peer.writing = bool(peer.unsent)
             if peer.writing:
@@ -330,11 +333,6 @@ class Server:
             log.debug("the refusal could not be sent: %s", failure)
         self._drop(peer, str(error))
 
-    def _go(self, steps: Coroutine[None, None, None]) -> None:
-        task = self._loop.create_task(steps)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _unwatch(self, peer: Peer) -> None:
         self._loop.remove_reader(peer.sock)
         self._loop.remove_writer(peer.sock)
@@ -346,51 +344,19 @@ class Server:
         del self._peers[peer.sock.fileno()]
         holders, peer.holders = peer.holders, Holders()
         session, peer.session = peer.session, None
-        self._forget(peer)
+        peer.close()
         if self.listener is None and not self._peers:
             self._over.set()
         if session is None:
             holders.close()
             return
         self.states.forget(session)
-        self.store.linger(session)
-        self._await_deaths(session, holders)
-
-    def _forget(self, peer: Peer) -> None:
-        """Gives back what a client that is gone had open."""
-        peer.sock.close()
-        peer.holders.close()
-        for fd in peer.fds:
-            os.close(fd)
-        peer.fds.clear()
-
-    def _await_deaths(self, session: Session, holders: Holders) -> None:
-        """Gives a lingering session's memory back when every process that may touch it has ended."""
-        self._graves[session.number] = holders
-        for pidfd in holders.alive:
-            self._loop.add_reader(pidfd, self._died, session, pidfd)
-        if holders.gone or not any(side.leases for side in session.sides):
-            self._bury(session)
-
-    def _died(self, session: Session, pidfd: int) -> None:
-        holders = self._graves[session.number]  # a session that was resumed in the same turn is not called any more
-        self._loop.remove_reader(pidfd)
-        holders.died(pidfd)
-        if holders.gone:
-            self._bury(session)
-
-    def _bury(self, session: Session) -> None:
-        self._unwatch_all(self._graves.pop(session.number))
-        self.store.close(session)
-
-    def _unwatch_all(self, holders: Holders) -> None:
-        for pidfd in holders.alive:
-            self._loop.remove_reader(pidfd)
-        holders.close()
+        self._lingering.add(session, holders)
 
 
-def _state_of(found: FoundState) -> m.HeldState | None:
-    if found.state is None:
-        return None
-    lease, offsets, sums = found.state.fetched
-    return m.HeldState(lease, offsets[0], sums.get(0, b""), next(iter(found.state.sources)))
+def _is_too_much(peer: Peer, message: m.ToStore) -> bool:
+    """Whether a message must wait until something that its client asked for before has ended."""
+    if isinstance(message, m.Fetch):
+        return peer.fetches >= MAX_FETCHES
+    heavy = isinstance(message, m.Clear | m.Discard) or (isinstance(message, m.AskStats) and message.check)
+    return heavy and peer.errands >= MAX_ERRANDS

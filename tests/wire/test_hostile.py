@@ -1,0 +1,331 @@
+"""Clients that mean no good, or know no better: what they cost is theirs, and the others are served on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.testing.store_thread import RunningStore, shared_store
+from kvkeep.wire import messages as m
+from kvkeep.wire import reception as reception_module
+from kvkeep.wire import server as server_module
+from kvkeep.wire.answers import Checks
+from kvkeep.wire.client import Client, Joining
+from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.holders import Holders
+from kvkeep.wire.lingering import Lingering
+from kvkeep.wire.peer import Credentials
+from kvkeep.wire.process import StoreOptions, join_shared
+from kvkeep.wire.server import MAX_ERRANDS, TURN_FRAMES
+
+CHUNK, ROOM, LIMIT_S = 4096, 16, 20.0
+NAMESPACE = b"n" * 16
+
+
+def hello(name: str = "good", namespace: bytes = NAMESPACE) -> m.Hello:
+    return m.Hello(m.VERSION, name, namespace, "", CHUNK, [os.getpid()])
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "store"
+
+
+@pytest.fixture
+def running(path: Path) -> Iterator[RunningStore]:
+    with shared_store(path, StoreOptions(ROOM * CHUNK)) as running:
+        yield running
+
+
+@pytest.fixture
+def good(path: Path, running: RunningStore) -> Iterator[Client]:
+    client = join(path)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def raw(path: Path, running: RunningStore) -> Iterator[socket.socket]:
+    with join_shared(str(path), LIMIT_S) as sock:
+        yield sock
+
+
+def join(path: Path) -> Client:
+    return Joining(join_shared(str(path), LIMIT_S), hello()).wait(LIMIT_S)
+
+
+def figures(client: Client, check: bool = True) -> dict[str, int]:
+    answer = client.wait(client.stats(check=check), LIMIT_S)
+    assert isinstance(answer, m.Stats), client.why_gone
+    assert answer.problem == ""
+    return answer.figures
+
+
+def last_words(sock: socket.socket) -> str:
+    """The text of the refusal before the end of file."""
+    reader, got = FrameReader(), []
+    while data := sock.recv(1 << 16):
+        got += reader.feed(data)
+    refused = m.decoded_by_client(got[-1])
+    assert isinstance(refused, m.Refused)
+    return refused.text
+
+
+def welcomed(raw: socket.socket) -> None:
+    """The hostile client says its hello like anybody else."""
+    raw.sendall(framed(m.encoded(hello("hostile"))))
+    data, fds, _, _ = socket.recv_fds(raw, 1 << 16, 4)
+    assert data
+    for fd in fds:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def standing_still(running: RunningStore) -> Iterator[None]:
+    """The store's loop stands still, so that all that is sent meanwhile is there at once when it goes on."""
+    begun, gate = threading.Event(), threading.Event()
+    running.server._loop.call_soon_threadsafe(lambda: (begun.set(), gate.wait(LIMIT_S)))
+    assert begun.wait(LIMIT_S)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+# ---- descriptors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["memory", "fifo", "file"])
+def test_what_is_only_named_as_a_process_is_refused(
+    good: Client, raw: socket.socket, tmp_path: Path, what: str
+) -> None:
+    named = tmp_path / "anon_inode:[pidfd]"
+    if what == "memory":
+        fd = os.memfd_create("pidfd")
+    elif what == "fifo":
+        os.mkfifo(named)
+        fd = os.open(named, os.O_RDWR)
+    else:
+        fd = os.open(named, os.O_RDWR | os.O_CREAT)
+    socket.send_fds(raw, [framed(m.encoded(hello("hostile")))], [fd])
+    os.close(fd)
+    assert "no pidfd" in last_words(raw)
+    now = figures(good)
+    assert (now["sessions"], now["lingering"], now["quarantined_nbytes"]) == (1, 0, 0)
+
+
+def test_an_end_of_its_own_socket_does_not_keep_a_client_alive(good: Client, raw: socket.socket) -> None:
+    socket.send_fds(raw, [b"\0"], [raw.fileno()])
+    assert "no pidfd" in last_words(raw)
+
+
+def test_a_process_that_the_kernel_does_not_watch_is_a_doubt(
+    running: RunningStore, good: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = good.wait(good.reserve([bytes(32)]), LIMIT_S)
+    assert isinstance(answer, m.Granted)
+    with standing_still(running), contextlib.closing(asyncio.new_event_loop()) as loop:
+        store = running.store
+        (session,) = store.sessions.values()
+        lingering = Lingering(store, loop)
+        with caplog.at_level(logging.WARNING):
+            lingering.add(session, Holders({os.open(tmp_path / "file", os.O_CREAT): None}))
+        assert store.figures()["quarantined_nbytes"] == CHUNK, "memory that may still be written to is lent again"
+        assert "out of use until this store ends" in caplog.text
+        lingering.close()
+
+
+# ---- who says nothing ------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_says_no_hello_is_ended(running: RunningStore, good: Client, path: Path) -> None:
+    running.server.hello_limit_s = 0.01
+    with join_shared(str(path), LIMIT_S) as silent:
+        assert "no hello within" in last_words(silent)
+    assert figures(good)["sessions"] == 1, "who has said its hello stays"
+
+
+def test_silent_clients_give_their_places_up(good: Client, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 4)
+    with contextlib.ExitStack() as ends:
+        silent = [ends.enter_context(join_shared(str(path), LIMIT_S)) for _ in range(9)]
+        late = join(path)
+        assert figures(late)["sessions"] == 2
+        assert silent[0].recv(1) == b"", "the one that has been there longest goes first"
+        others = [join(path) for _ in range(2)]
+        with pytest.raises(KVKeepError, match="4 clients are connected, and no more are taken"):
+            join(path)
+        for client in (late, *others):
+            client.close()
+
+
+def test_without_descriptors_nobody_is_taken_in_for_a_while_and_the_log_says_so_once(
+    running: RunningStore,
+    good: Client,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(reception_module, "REST_S", 0.02)
+    reception = running.server._reception
+    assert reception is not None
+    listener, tries = reception.listener, []
+
+    class Short:
+        """A listener whose first accepts find no descriptor free."""
+
+        def fileno(self) -> int:
+            return listener.fileno()
+
+        def setblocking(self, flag: bool) -> None:
+            listener.setblocking(flag)
+
+        def accept(self) -> tuple[socket.socket, object]:
+            tries.append(1)
+            if len(tries) < 4:
+                raise OSError(errno.EMFILE, "too many open files")
+            return listener.accept()
+
+    with standing_still(running):
+        reception.listener = Short()  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING):
+        join(path).close()
+    assert len(tries) == 4, "it tries again without a rest"
+    assert caplog.text.count("raise the limit of open files") == 1
+    with standing_still(running):
+        reception.listener = listener
+
+
+# ---- cheap frames ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [m.AskStats(1), m.Fetch(1, b""), m.Release(7)], ids=["stats", "fetch", "release"])
+def test_a_flood_of_frames_gives_others_their_turn(
+    running: RunningStore, good: Client, raw: socket.socket, monkeypatch: pytest.MonkeyPatch, ask: m.ToStore
+) -> None:
+    welcomed(raw)
+    answered: list[str] = []
+    answer = running.server._answer
+    monkeypatch.setattr(
+        running.server,
+        "_answer",
+        lambda peer, message: (answered.append(peer.session.opening.name), answer(peer, message)),
+    )
+    flood = framed(m.encoded(ask)) * 3000
+    with standing_still(running):
+        raw.sendall(flood[: 60 << 10])
+        call = good.stats()
+    assert isinstance(good.wait(call, LIMIT_S), m.Stats)
+    assert answered.index("good") <= 2 * TURN_FRAMES
+
+
+def test_a_client_waits_for_what_takes_long_before_it_may_ask_for_more_of_it(
+    running: RunningStore, good: Client, raw: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    welcomed(raw)
+    under_way, most, gates = [], [], asyncio.Queue[None]()
+
+    async def slow(*_: object) -> None:
+        under_way.append(1)
+        most.append(len(under_way))
+        await gates.get()
+        under_way.pop()
+
+    monkeypatch.setattr(running.server.walk, "clear", slow)
+    monkeypatch.setattr(running.server.walk, "discard", slow)
+    raw.sendall(b"".join(framed(m.encoded(m.Clear(n))) + framed(m.encoded(m.Discard(bytes(32)))) for n in range(1, 51)))
+    assert figures(good)["sessions"] == 2, "the others are served meanwhile"
+    loop = running.server._loop
+    for _ in range(100):
+        loop.call_soon_threadsafe(gates.put_nowait, None)
+    reader, cleared = FrameReader(), 0
+    while cleared < 50:
+        cleared += sum(isinstance(m.decoded_by_client(frame), m.Cleared) for frame in reader.feed(raw.recv(1 << 16)))
+    assert max(most) <= MAX_ERRANDS
+
+
+def test_whoever_asks_for_a_check_meanwhile_shares_the_next_one() -> None:
+    class Loop:
+        """A loop whose time goes on when the test says so."""
+
+        def __init__(self) -> None:
+            self.now_s, self.calls = 0.0, list[tuple[float, Callable[[], None]]]()
+
+        def time(self) -> float:
+            return self.now_s
+
+        def call_at(self, when_s: float, call: Callable[[], None]) -> None:
+            self.calls.append((when_s, call))
+
+        def run(self) -> None:
+            self.now_s, call = self.calls.pop()
+            call()
+
+    loop, made, told = Loop(), [], []
+
+    def check() -> m.Stats:
+        made.append(loop.now_s)
+        loop.now_s += 0.01
+        return m.Stats(0, {"number": len(made)})
+
+    checks = Checks(check, loop)  # type: ignore[arg-type]
+    checks.ask(told.append)
+    loop.run()
+    for _ in range(1000):
+        checks.ask(told.append)
+    assert len(loop.calls) == 1
+    loop.run()
+    assert made == pytest.approx([0.0, 0.01 + 0.2])
+    assert [stats.figures["number"] for stats in told] == [1] + [2] * 1000, (
+        "an answer that was made before the question"
+    )
+
+
+# ---- whose store -----------------------------------------------------------------------------------------------
+
+LISTENS = """
+import os, socket, sys
+os.setgid(65534); os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX); sock.bind(sys.argv[1]); sock.listen()
+print("listening", flush=True); sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_store_of_another_user_is_not_joined() -> None:
+    folder = Path("/tmp") / f"kvkeep-test-{os.getpid()}"  # where another user may make a socket
+    folder.mkdir()
+    folder.chmod(0o777)
+    path = folder / "store"
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-c", LISTENS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"listening\n"
+            with pytest.raises(ConfigError, match="is run by user 65534"):
+                join_shared(str(path), LIMIT_S)
+            other.kill()
+    finally:
+        path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def test_a_client_of_another_user_is_told_why_it_is_refused(
+    running: RunningStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception_module, "credentials_of", lambda _: Credentials(7, 12345))
+    with join_shared(str(path), LIMIT_S) as sock:
+        assert "refuses clients of user 12345" in last_words(sock)
