@@ -1,4 +1,4 @@
-"""What a directory of records needs once: its lock and epochs at the start, a look through it, its order at the end.
+"""What a directory of records needs once: its lock at the start, a look through it, its order at the end.
 
 Runs in an I/O thread. Knows nothing about limits or who asks. Beside the records DIR holds `lock`, `epochs`, `order`
 (which keys in which order of use, and the bytes that they took: written by a clean end, gone before anything is stored)
@@ -17,16 +17,14 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvkeep.errors import CorruptChunk, TierOwned, TierUnavailable
+from kvkeep.errors import TierOwned, TierUnavailable
 from kvkeep.tiers.directio import Files, read_small, sync_directory, write_durably
-from kvkeep.tiers.epochs import Epochs, decode_epochs, encode_epochs, first_epochs
 from kvkeep.tiers.record import KEY_NBYTES, SUM_NBYTES
 from kvkeep.tiers.shelf import Shelf
 
 _HEX = {digits: re.compile(f"[0-9a-f]{{{digits}}}") for digits in (2, 32, 64)}
 _ORDER_HEAD = struct.Struct("<8sQ")
 _ORDER_MAGIC = b"kvorder1"
-_MAX_EPOCHS_NBYTES = 1 << 20
 _MAX_ORDER_NBYTES = 1 << 30
 
 
@@ -60,22 +58,6 @@ def lock_directory(files: Files, root: str) -> int:
         os.close(fd)
         raise TierOwned(f"{root} belongs to another process: give this one a directory of its own") from error
     return fd
-
-
-def read_epochs(shelf: Shelf, now_ns: int) -> Epochs:
-    """The directory's epochs; where there are none that can be read, new ones, and all that is there is old."""
-    octets = read_small(shelf.files, f"{shelf.root}/epochs", _MAX_EPOCHS_NBYTES)
-    try:
-        return decode_epochs(octets or b"")
-    except CorruptChunk:
-        epochs = first_epochs(now_ns)
-        write_epochs(shelf, epochs)
-        return epochs
-
-
-def write_epochs(shelf: Shelf, epochs: Epochs) -> None:
-    """Make the epochs durable; OSError where that is not certain."""
-    write_durably(shelf.files, shelf.state_path, f"{shelf.root}/epochs", encode_epochs(epochs))
 
 
 def read_order(shelf: Shelf) -> Order | None:

@@ -225,13 +225,17 @@ def write_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> None:
 
 def write_durably(files: Files, temporary: str, path: str, octets: bytes) -> None:
     """Put `octets` at `path`, whole and durable, whatever was there; on an OSError the old content may be left."""
-    fd = files.data.open(temporary, create=True, direct=False)
+    put_durably(files, files.data.open(temporary, create=True, direct=False), temporary, path, octets)
+
+
+def put_durably(files: Files, fd: int, temporary: str, path: str, octets: bytes) -> None:
+    """The same by way of a file that is open to be written, is no longer than `octets`, and is given up."""
     try:
         write_all(files.data, fd, [np.frombuffer(octets, np.uint8)])
         files.data.sync(fd)
         files.names.replace(temporary, path)
     except OSError:
-        _unlink_quietly(files, temporary)
+        unlink_quietly(files, temporary)
         raise
     finally:
         files.data.close(fd)
@@ -271,7 +275,7 @@ def takes_direct(files: Files, path: str) -> bool:
     try:
         fd = files.data.open(path, create=True, direct=True)
     except OSError:
-        _unlink_quietly(files, path)  # some file systems make the file and then refuse the flag
+        unlink_quietly(files, path)  # some file systems make the file and then refuse the flag
         return False
     try:
         out, back = aligned_bytes(ALIGN_NBYTES), aligned_bytes(ALIGN_NBYTES)
@@ -283,7 +287,7 @@ def takes_direct(files: Files, path: str) -> bool:
         return False
     finally:
         files.data.close(fd)
-        _unlink_quietly(files, path)
+        unlink_quietly(files, path)
 
 
 def direct_alignment(fd: int) -> int:
@@ -319,7 +323,8 @@ def _rest(buffers: Sequence[Bytes], done: int) -> list[Bytes]:
     return rest
 
 
-def _unlink_quietly(files: Files, path: str) -> None:
+def unlink_quietly(files: Files, path: str) -> None:
+    """Removes a name if that can be done."""
     try:
         files.names.unlink(path)
     except OSError:

@@ -70,7 +70,7 @@ class DiskTier:
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """As `Tier.store`."""
-        return await self._spread(writes, _key_of, lambda drive: drive.stores.store)
+        return await self._spread(writes, _key_of, lambda drive: drive.store)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """As `Tier.delete`."""

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.core.policy import policy_by_name
@@ -24,12 +24,11 @@ from kvkeep.tiers.boot import (
     find_records,
     is_empty,
     lock_directory,
-    read_epochs,
     read_order,
-    write_epochs,
     write_order,
 )
 from kvkeep.tiers.directio import Files, takes_direct
+from kvkeep.tiers.epoch_file import EpochFile
 from kvkeep.tiers.epochs import Epochs
 from kvkeep.tiers.holding import DiskOptions, Errand, Holding
 from kvkeep.tiers.ledger import Ledger
@@ -37,9 +36,14 @@ from kvkeep.tiers.loads import Loads
 from kvkeep.tiers.shelf import Shelf
 from kvkeep.tiers.stores import Stores
 from kvkeep.tiers.threads import IoThreads, Urgency
+from kvkeep.tiers.tier import Stored, Write
 
 log = logging.getLogger("kvkeep.disk")
 
+_NOT_DURABLE = (
+    "what was cleared in {} may be found again after a restart, since its epochs cannot be written: {}; "
+    "make room there, or let kvkeep write to it, and clear again"
+)
 _SLICE = 1000  # records that are taken in before others get the loop
 
 
@@ -48,6 +52,7 @@ class Started(NamedTuple):
 
     lock_fd: int
     shelf: Shelf
+    epoch_file: EpochFile
     epochs: Epochs
     order: Order | None
     is_empty: bool
@@ -64,9 +69,19 @@ class Drive:
     clock_ns: Callable[[], int]
     now_s: Callable[[], float]
     scan_s: float = -1.0  # how long the look through took; below 0: it is not over
+    _durable: Epochs = field(init=False)  # the epochs that the disk has
     _clears: int = 0
     _persisting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _scan: Errand = field(default_factory=Errand)
+
+    def __post_init__(self) -> None:
+        self._durable = self.started.epochs
+
+    async def store(self, writes: Sequence[Write]) -> list[Stored]:
+        """Keep chunks; epochs that could not be made durable are tried again, for which these do not wait."""
+        if not self._is_durable and not self._persisting.locked():
+            self.holding.begin(lambda _: self._catch_up())
+        return await self.stores.store(writes)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """Forget chunks; also those that are being written."""
@@ -81,7 +96,10 @@ class Drive:
         await self.holding.bury((entry, None) for entry in doomed)
 
     async def clear(self, namespace: bytes | None) -> None:
-        """Forget a namespace, or everything: raise its epoch, make that durable, then delete; goes on if cancelled."""
+        """Forget a namespace, or everything: raise its epoch, make that durable, then delete; goes on if cancelled.
+
+        Where it cannot be made durable, what can be deleted is deleted, and it raises TierUnavailable.
+        """
         task = self.holding.begin(lambda _: self._clear(namespace)).task
         assert task is not None, "an errand has begun"
         await asyncio.wait([task])
@@ -92,10 +110,11 @@ class Drive:
         self._clears += 1
         try:
             holding.epochs = holding.epochs.raised(namespace, self.clock_ns())
-            await self._persist()
+            await self._catch_up()
             live = list(holding.ledger.live.values())
             doomed = [one for one in live if namespace is None or one.key[:NAMESPACE_NBYTES] == namespace]
             await holding.bury([(holding.ledger.kill(one), None) for one in doomed])
+            await self._persist()  # where it failed before: a full disk has room now
         finally:
             self._clears -= 1
         await self._settle_epochs()
@@ -113,14 +132,28 @@ class Drive:
             log.warning("%s does not answer; it stays locked until this process ends", holding.shelf.root)
             holding.threads.close()
             return
+        if not self._is_durable:
+            await self._in_the_end(asyncio.ensure_future(self._persist()))
+        left = None
         if holding.ledger.settled and not holding.unburied:
             left = Order([], holding.ledger.used_nbytes)._replace(keys=list(holding.ledger.order()))
-            job = holding.threads.submit(Urgency.STORE, lambda _: write_order(holding.shelf, left))
-            await asyncio.wait([job.done], timeout=limit_s)
-            if job.done.done() and job.done.exception() is not None:
-                log.warning("%s: the order of use is lost: %s", holding.shelf.root, job.done.exception())
+        await self._in_the_end(holding.threads.submit(Urgency.STORE, lambda _: self._leave(left)).done)
         holding.threads.close()
         os.close(self.started.lock_fd)
+
+    def _leave(self, order: Order | None) -> None:
+        """In a thread: what the next start finds."""
+        try:
+            if order is not None:
+                write_order(self.holding.shelf, order)
+        finally:
+            self.started.epoch_file.close()
+
+    async def _in_the_end(self, work: asyncio.Future[Any]) -> None:
+        """Waits for one more piece of work; what went wrong is said, since nobody asks any more."""
+        await asyncio.wait([work], timeout=self.holding.options.close_s)
+        if work.done() and not work.cancelled() and work.exception() is not None:
+            log.warning("%s did not end well: %s", self.holding.shelf.root, work.exception())
 
     async def looked_through(self) -> None:
         """Returns when what an earlier boot left is known, or cannot be."""
@@ -188,12 +221,29 @@ class Drive:
 
     # ---- epochs
 
+    @property
+    def _is_durable(self) -> bool:
+        return self._durable is self.holding.epochs
+
     async def _persist(self) -> None:
-        """The epochs of now are durable, or TierUnavailable."""
+        """The epochs of now are durable, or TierUnavailable; of many that wait for it one writes."""
         holding = self.holding
         async with self._persisting:
+            if self._is_durable:
+                return
             epochs = holding.epochs
-            await holding.carry_out(lambda: write_epochs(holding.shelf, epochs))
+            try:
+                await holding.carry_out(lambda: self.started.epoch_file.write(epochs))
+            except TierUnavailable as error:
+                raise TierUnavailable(_NOT_DURABLE.format(holding.shelf.root, error)) from error
+            self._durable = epochs
+
+    async def _catch_up(self) -> None:
+        """The same; where it fails that is noted, and it is tried again later."""
+        try:
+            await self._persist()
+        except TierUnavailable as error:
+            self.holding.failed(str(error))
 
     async def _settle_epochs(self) -> None:
         """Notes that no old record lies about, once that is so; losing the note costs a look at headers."""
@@ -201,10 +251,7 @@ class Drive:
         if self._clears or not holding.complete or holding.unburied or not holding.epochs.unsettled:
             return
         holding.epochs = holding.epochs.settled()
-        try:
-            await self._persist()
-        except TierUnavailable as error:
-            holding.failed(f"the epochs cannot be written: {error}")
+        await self._catch_up()
 
 
 async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Callable[[], int]) -> Drive:
@@ -262,7 +309,8 @@ def _start(shelf: Shelf, direct: bool, now_ns: int) -> Started:
     lock_fd = lock_directory(shelf.files, shelf.root)
     try:
         shelf = shelf._replace(direct=direct and takes_direct(shelf.files, shelf.state_path))
-        return Started(lock_fd, shelf, read_epochs(shelf, now_ns), read_order(shelf), is_empty(shelf))
+        order, empty, epoch_file = read_order(shelf), is_empty(shelf), EpochFile(shelf)
+        return Started(lock_fd, shelf, epoch_file, epoch_file.read(now_ns), order, empty)
     except OSError:
         os.close(lock_fd)
         raise

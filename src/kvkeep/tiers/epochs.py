@@ -13,6 +13,7 @@ from kvkeep.errors import CorruptChunk
 
 _MAX_NAMESPACES = 4096
 _EVERYTHING = "*"
+_SUM_LINE_NBYTES = len("\n") + 32 + len("\n")
 
 
 class Epochs(msgspec.Struct, frozen=True):
@@ -54,9 +55,9 @@ def first_epochs(now_ns: int) -> Epochs:
     return Epochs(now_ns, now_ns, {}, frozenset([_EVERYTHING]))
 
 
-def encode_epochs(epochs: Epochs) -> bytes:
-    """One line of JSON, then its xxh3-128 in hex."""
-    line = msgspec.json.encode(epochs, order="deterministic")
+def encode_epochs(epochs: Epochs, nbytes: int = 0) -> bytes:
+    """One line of JSON, filled up with spaces so that all are `nbytes` if they are fewer, then its xxh3-128 in hex."""
+    line = msgspec.json.encode(epochs, order="deterministic").ljust(nbytes - _SUM_LINE_NBYTES)
     return line + b"\n" + xxhash.xxh3_128_hexdigest(line).encode() + b"\n"
 
 
