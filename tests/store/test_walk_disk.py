@@ -1,0 +1,84 @@
+"""The walk over a real disk tier whose reads of one record hang: nobody else waits, and the disk goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+import kvkeep.tiers.open as tiers_open
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.store import Store, Why
+from kvkeep.store.waiting import Found, Limits
+from kvkeep.store.walk import TierWalk
+from kvkeep.testing.faulty_files import FaultyDisk
+from kvkeep.testing.tier_conformance import key, write_of
+from kvkeep.tiers.directio import aligned_bytes
+from kvkeep.tiers.disk import DiskTier, open_disk
+from kvkeep.tiers.holding import DiskOptions
+from kvkeep.tiers.tier import Tier
+
+SIZES = (4096,)
+CHUNK, ROOM = 4096, 16
+WRITES = [write_of(key(number), SIZES) for number in range(8)]
+SOON_S, EVER_S = 0.05, 30.0
+
+
+async def asked(walk: TierWalk, session: Session, *numbers: int, deadline_s: float) -> Found:
+    """The answer to a fetch, its lease released."""
+    found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+    digests = [WRITES[number].key[16:] for number in numbers]
+    walk.promotions.fetch(session, digests, Limits(deadline_s), found.set_result)
+    answer = await found
+    walk.store.release(session, answer.fetched.lease)
+    return answer
+
+
+def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FaultyDisk()
+    memory = aligned_bytes(ROOM * CHUNK)
+    store = Store(Index(FreeList(memory.nbytes), policy_by_name("lru")), memory.nbytes)
+    walk = TierWalk(store, memory)
+
+    async def take(name: str, tier: Tier, figures: Callable[[], Mapping[str, int]], reads: int) -> None:
+        assert isinstance(tier, DiskTier)
+        await tier.looked_through()
+        await tier.store(WRITES)
+        await walk.admit(name, tier, figures, reads)
+
+    async def scene() -> None:
+        await tiers_open.open_tiers(options, take)
+        session = store.open(Opening("test", WRITES[0].key[:16], "", CHUNK, (), 0, SIZES))
+        (path,) = tmp_path.glob(f"*/*/{WRITES[0].key[16:].hex()}")
+        disk.hanging = frozenset({f"readv {path}"})
+        assert (await asked(walk, session, 0, 1, deadline_s=SOON_S)).took_s >= SOON_S
+        late = await asked(walk, session, 0, 1, deadline_s=EVER_S)
+        assert (late.fetched.offsets, late.why) == ([], Why.NOT_LOADED), "nobody waits for it again"
+        while not (other := await asked(walk, session, 2, 3, deadline_s=EVER_S)).fetched.offsets:
+            await asyncio.sleep(SOON_S)  # it is left alone for a while
+        assert (len(other.fetched.offsets), other.sources["disk"] > 0) == (2, True)
+        assert walk.figures()["disk_quarantined_nbytes"] > 0, "while the read hangs"
+        disk.hanging, held = frozenset(), disk.wake
+        held.set()
+        while walk.figures()["disk_quarantined_nbytes"]:
+            await asyncio.sleep(SOON_S)
+        assert len((await asked(walk, session, 0, 1, deadline_s=EVER_S)).fetched.offsets) == 2
+        await walk.aclose(0.0)
+
+    options = DiskOptions(directories=(str(tmp_path),), limit_nbytes=1 << 20, min_free_nbytes=0)
+    monkeypatch.setattr(tiers_open, "open_disk", lambda options: open_disk(options, disk.files))
+    tmp_path.chmod(0o700)
+
+    async def limited() -> None:
+        async with asyncio.timeout(60):
+            await scene()
+
+    asyncio.run(limited())
+    assert disk.waiting == 1
