@@ -15,6 +15,7 @@ and is never caught.
       TierError         a place below the pool does not do what it was asked
         TierUnavailable   it as a whole does not work: closed, gone, read-only
           TierOwned         its directory belongs to another process
+        TierBusy          it works, and more is asked of it than may wait
         CorruptChunk      bytes that are no record, or not the record that they should be
 """
 
@@ -81,6 +82,12 @@ class TierUnavailable(TierError):
     """A tier does not work as a whole, now or any more."""
 
     code = "tier-unavailable"
+
+
+class TierBusy(TierError):
+    """A tier works and has too much to do: kvkeep asks more of it than it lets wait."""
+
+    code = "tier-busy"
 
 
 class TierOwned(TierUnavailable):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvkeep.errors import TierBusy
 from kvkeep.store.sessions import Opening
 from kvkeep.store.store import Why
 from kvkeep.testing.gate_tier import ManualLoop
@@ -343,6 +344,18 @@ def test_a_tier_that_hangs_in_a_clear_holds_nobody_up_for_long(house: House, ver
     assert house.slow.chunks == {}
     assert house.walk.loads[0].breaker.failures == 1
     house.fast.open(verb)
+
+
+def test_a_tier_of_which_we_ask_too_much_has_not_failed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def busy(_: object) -> None:
+        raise TierBusy("too much is waiting")
+
+    house.on(house.slow, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.fast, "clear", busy)
+        house.loop.run_until_complete(house.walk.clear(house.session.namespace))
+    assert house.slow.chunks == {}
+    assert house.walk.loads[0].breaker.failures == 0
 
 
 # ---- writes ----------------------------------------------------------------------------------------------------

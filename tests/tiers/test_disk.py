@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.errors import TierOwned, TierUnavailable
+from kvkeep.errors import TierBusy, TierOwned, TierUnavailable
 from kvkeep.testing.faulty_files import FaultyDisk
 from kvkeep.testing.tier_conformance import holds, key, memory_for, write_of
 from kvkeep.tiers.disk import DiskOptions, DiskTier, open_disk
@@ -369,6 +369,26 @@ def test_too_much_waiting_is_shed(run: Any, opened: Any) -> None:
             there = await loads
             assert 2 <= sum(there) <= 4
             assert tier.figures().shed == 9 - sum(there)
+
+    run(test)
+
+
+def test_a_clear_before_which_too_much_waits_says_so(run: Any, opened: Any) -> None:
+    async def test() -> None:
+        disk = FaultyDisk()
+        async with opened(disk.files, queue_jobs=1, threads=2) as tier:
+            await tier.store(WRITES[:4])
+            disk.hanging = frozenset({"unlink"})
+            deletes = []
+            for taken, write in enumerate(WRITES[:4], 1):
+                deletes.append(asyncio.ensure_future(tier.delete([write.key])))
+                while disk.waiting < min(taken, 2):  # a thread takes it, while there is one
+                    await asyncio.sleep(0)
+            with pytest.raises(TierBusy):
+                await tier.clear(None)
+            disk.hanging = frozenset()
+            disk.wake.set()
+            await asyncio.gather(*deletes)
 
     run(test)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvkeep.core.index import Entry
-from kvkeep.errors import TierError, TierUnavailable
+from kvkeep.errors import TierBusy, TierError, TierUnavailable
 from kvkeep.memory.words import Words
 from kvkeep.store.fetch import Promotions
 from kvkeep.store.flush import Flush, FlushOptions
@@ -166,7 +166,7 @@ class TierWalk:
         """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone."""
         for one in self.loads:
             failure = await self._within(VERB_LIMIT_S, verb(one.tier))
-            if failure is not None:
+            if failure is not None and not isinstance(failure, TierBusy):
                 one.overdue((), str(failure))
 
     async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:

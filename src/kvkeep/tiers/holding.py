@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from kvkeep.core.key import NAMESPACE_NBYTES
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.tiers.directio import Inode
 from kvkeep.tiers.epochs import Epochs
 from kvkeep.tiers.ledger import Entry, Ledger
@@ -165,14 +165,16 @@ class Holding:
                 self.unburied[key] = self.ledger.kill(entry)
 
     async def carry_out(self, call: Callable[[], None]) -> None:
-        """Runs a call in a thread; TierUnavailable where it failed, or never ran."""
+        """Runs a call in a thread; TierUnavailable where it failed, TierBusy where too much waits for the threads."""
 
         def called(_: Scratch) -> bool:
             call()
             return True
 
         if not await self.threads.submit(Urgency.DELETE, called).done:
-            raise TierUnavailable(f"{self.shelf.root} is closed, or too much is waiting for it")
+            if self.closed:
+                raise TierUnavailable(f"{self.shelf.root} is closed")
+            raise TierBusy(f"too much is waiting for {self.shelf.root}")
 
     async def bury(self, doomed: Iterable[tuple[Entry, Inode | None]]) -> None:
         """Removes the files of dying records, only the named ones where an inode is given; goes on if cancelled."""

@@ -230,6 +230,7 @@ class Joining:
             # the first bytes of a socket: its buffer takes them all
             socket.send_fds(self._sock, [framed(m.encoded(hello))], pidfds)
         except OSError as error:
+            self.poll()  # a store that refuses says why before it closes
             raise self._given_up(StoreGone(f"the store did not take our hello: {error}")) from error
         finally:
             for fd in pidfds:
