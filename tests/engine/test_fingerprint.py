@@ -15,7 +15,6 @@ import pytest
 
 from kvkeep.engine.fingerprint import (
     WEIGHT_SUFFIXES,
-    Adapters,
     changed_since,
     default_memory,
     fingerprint,
@@ -139,59 +138,6 @@ def test_a_link_to_anything_else_is_read(tmp_path: Path, place: str, name: str) 
     (folder / "model.bin").symlink_to(target)
     (plain / "model.bin").write_bytes(b"content")
     assert of(folder) == of(plain)
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    made = tmp_path / "adapter"
-    made.mkdir()
-    (made / "adapter_model.safetensors").write_bytes(b"first")
-    (made / "adapter_config.json").write_text("{}")
-    return made
-
-
-def test_an_adapter_keeps_its_content(adapter: Path) -> None:
-    adapters = Adapters(None)
-    first = adapters.fingerprint(1, str(adapter), reload=False)
-    assert first is not None
-    assert adapters.fingerprint(1, str(adapter), reload=False) == first
-    assert adapters.fingerprint(1, str(adapter), reload=True) == first
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_that_was_replaced_in_place_is_in_doubt_until_it_is_reloaded(adapter: Path, name: str) -> None:
-    adapters = Adapters(None)
-    first = adapters.fingerprint(1, str(adapter), reload=False)
-    (adapter / "new").write_bytes(b"other")
-    os.replace(adapter / "new", adapter / name)
-    assert adapters.fingerprint(1, str(adapter), reload=False) is None
-    assert adapters.fingerprint(1, str(adapter), reload=False) is None, "the doubt does not wear off"
-    second = adapters.fingerprint(1, str(adapter), reload=True)
-    assert second not in {None, first}
-    assert adapters.fingerprint(1, str(adapter), reload=False) == second
-
-
-def test_a_file_that_is_added_puts_an_adapter_in_doubt(adapter: Path) -> None:
-    adapters = Adapters(None)
-    assert adapters.fingerprint(1, str(adapter), reload=False) is not None
-    (adapter / "more.bin").write_bytes(b"")
-    assert adapters.fingerprint(1, str(adapter), reload=False) is None
-
-
-def test_another_number_is_another_load(adapter: Path) -> None:
-    adapters = Adapters(None)
-    first = adapters.fingerprint(1, str(adapter), reload=False)
-    (adapter / "adapter_model.safetensors").write_bytes(b"second")
-    second = adapters.fingerprint(2, str(adapter), reload=False)
-    assert second not in {None, first}
-    assert adapters.fingerprint(1, str(adapter), reload=False) is None
-
-
-def test_an_adapter_that_is_not_there_has_no_content(tmp_path: Path) -> None:
-    assert Adapters(None).fingerprint(1, str(tmp_path / "nowhere"), reload=False) is None
 
 
 # ---- weights that change while an engine starts ----------------------------------------------------------------

@@ -714,6 +714,31 @@ def test_a_reset_leaves_others_what_it_had_stored_if_anybody_may_find_it(bench: 
     assert bench.match(asking("again", range(600))) == 512
 
 
+def test_nothing_is_given_to_or_kept_of_a_request_that_another_adapter_computes(bench: Bench) -> None:
+    bench.keep(range(512))
+    doubted, other = asking("doubted", range(2000, 2600)), asking("other", range(4000, 4600))
+    matched = asking("matched", range(600))
+    assert bench.planner.match(matched, 0) == 512
+    for request in (doubted, other):
+        assert bench.planner.match(request, 0) == 0
+        bench.admit(request)
+    plans = [bench.plan(request, 600) for request in (doubted, other)]
+    assert [len(plan.stores) for plan in plans] == [2, 2]
+    bench.planner.doubt(["doubted", "matched", "unknown"])
+    for plan in plans:
+        bench.done(plan)
+    assert bench.figures()["chunks"] == 4, "the other's are kept"
+    assert bench.plan(doubted, 600).stores == ()
+    assert bench.planner.match(matched, 0) == 0
+    bench.admit(matched)
+    assert bench.misses()["adapter"] == 1
+    assert bench.match(asking("again", range(2000, 2600))) == 0
+    assert bench.match(asking("other again", range(4000, 4600))) == 512
+    for name in ("doubted", "other", "matched", "again", "other again"):
+        bench.planner.ended(name)
+    assert bench.at_rest()
+
+
 def test_a_question_from_before_a_reset_is_not_answered_by_old_weights(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):

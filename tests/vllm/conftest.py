@@ -150,6 +150,10 @@ JOBS = {
     "speculation-plain": Job("speculation"),
     "lora": Job("adapters", keep={}, options=LORA),
     "lora-plain": Job("adapters", options=LORA),
+    "early-lora": Job("early_adapter", keep={}, options=LORA, disk="early-lora"),
+    "early-lora-plain": Job("early_adapter", options=LORA),
+    "early-lora-again": Job("early_adapter_again", keep={}, options=LORA, disk="early-lora", after="early-lora"),
+    "early-lora-again-plain": Job("early_adapter_again", options=LORA, after="early-lora-plain"),
     "hybrid": Job("windows", "hybrid", keep={}),
     "hybrid-plain": Job("windows", "hybrid"),
     "tiny-across": Job("answers", keep=ACROSS, env=OUTERMOST),
@@ -204,7 +208,7 @@ class Runs:
             job = JOBS[name]
             if job.cpu_flag not in Path("/proc/cpuinfo").read_text():
                 pytest.skip(f"vLLM runs the engine {name} only on a CPU with {job.cpu_flag}")
-            if job.scenario == "adapters":
+            if "adapter" in job.scenario:
                 self._make_adapters()
             if job.after:
                 self(job.after)

@@ -150,10 +150,22 @@ def test_adapters_are_never_shared_and_each_finds_its_own(runs):
 
 def test_an_adapter_replaced_at_the_same_path_finds_nothing_of_the_old_one(runs):
     keep = runs("lora")
-    assert [keep.external(step) for step in ("stale", "replaced", "replaced again")] == [0, 0, 512]
+    steps = ("stale", "replaced", "replaced again", "replaced once more")
+    # what counts is what the engine holds, not the files; and of a request that loads its adapter nothing is known before
+    assert [keep.external(step) for step in steps] == [512, 0, 0, 512]
+    assert keep.answers("stale")[0]["tokens"] == keep.answers("first")[0]["tokens"]
     assert keep.answers("replaced")[0]["tokens"] != keep.answers("first")[0]["tokens"]
-    assert keep.figure("miss_adapter") == 1  # the files are new and the engine has not loaded them: not kept
-    check_same(runs, "lora", "stale", "replaced", "replaced again")
+    assert keep.figure("miss_adapter") == 3  # the first request of each adapter, and the one that loads one anew
+    check_same(runs, "lora", *steps)
+
+
+def test_an_adapter_whose_files_are_replaced_before_its_first_request_is_what_was_loaded(runs):
+    keep, again = runs("early-lora"), runs("early-lora-again")
+    assert [run.external(step) for run in (keep, again) for step in ("early cold", "early warm")] == [0, 512, 0, 512]
+    assert keep.answers("early cold")[0]["tokens"] != again.answers("early cold")[0]["tokens"]
+    assert [run.figure("miss_adapter") for run in (keep, again)] == [1, 1]
+    for name in ("early-lora", "early-lora-again"):
+        check_same(runs, name, "early cold", "early warm")
 
 
 @pytest.mark.parametrize(("tokens", "reused"), [(500, 256), (512, 511), (1023, 768), (1024, 1023), (1030, 1024)])

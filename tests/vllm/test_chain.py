@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvkeep.engine.adapters import Adapters, Expected, Loaded, Resident
 from kvkeep.telemetry import Miss
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
@@ -30,14 +31,18 @@ def hasher(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def requests():
-    """Translates, over block hashes; the fingerprint of an adapter is what its path is, "?" for one in doubt."""
+    """Translates, over block hashes; adapters 1 and 2 are loaded, of different contents, and 3 is not."""
     from kvkeep.engine.vllm_chain import ChainKind, Requests
 
-    class Adapters:
-        def fingerprint(self, adapter_id: int, path: str, again: bool) -> str | None:
-            return {"/a": "aa", "/b": "bb"}.get(path)
+    made = Requests(Adapters(), ChainKind(BLOCK))
+    load(made, {1: "aa", 2: "bb"})
+    return made
 
-    return Requests(Adapters(), ChainKind(BLOCK))
+
+def load(requests, digests: dict[int, str]) -> list[str]:
+    """A step is over by whose end these have been loaded; the requests that are in doubt then."""
+    loads = [Loaded(0, number, digest) for number, digest in digests.items()]
+    return requests.step_over(loads, [Resident(0, frozenset({1, 2}))])
 
 
 def request(hasher, name="r", tokens=TOKENS, salt=None, lora=None, resumable=False):
@@ -54,10 +59,10 @@ def digests(translated, tokens=None):
     return BlockChain(CHUNK, translated.block_hashes).extend(translated.tokens if tokens is None else tokens)
 
 
-def lora(name: str, path: str):
+def lora(name: str, number: int, path: str = "/a"):
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(name, 1, path)
+    return LoRARequest(name, number, path)
 
 
 def test_the_digests_are_those_of_vllms_blocks_and_grow_with_its_tokens(hasher, requests):
@@ -79,9 +84,9 @@ def test_salts_adapters_names_and_contents_all_separate(hasher, requests):
         request(hasher, "plain"),
         request(hasher, "salt a", salt="a"),
         request(hasher, "salt b", salt="b"),
-        request(hasher, "first", lora=lora("first", "/a")),
-        request(hasher, "another name", lora=lora("second", "/a")),
-        request(hasher, "another content", lora=lora("first", "/b")),
+        request(hasher, "first", lora=lora("first", 1)),
+        request(hasher, "another name", lora=lora("second", 1)),
+        request(hasher, "another content", lora=lora("first", 2)),
     ]
     firsts = [digests(requests.translated(one)) for one in made]
     assert all(len(one) == 3 for one in firsts)
@@ -89,19 +94,49 @@ def test_salts_adapters_names_and_contents_all_separate(hasher, requests):
 
 
 def test_an_adapter_that_was_replaced_in_place_separates_although_vllms_hashes_are_the_same(hasher, requests):
-    from kvkeep.engine.vllm_chain import ChainKind, Requests
-
-    one, again = (request(hasher, name, lora=lora("first", "/a")) for name in ("before", "after"))
+    one, again = (request(hasher, name, lora=lora("first", 1)) for name in ("before", "after"))
     assert one.block_hashes == again.block_hashes
-    replaced = Requests(SimpleNamespace(fingerprint=lambda *_: "cc"), ChainKind(BLOCK))
-    assert not {*digests(requests.translated(one))} & {*digests(replaced.translated(again))}
+    before = digests(requests.translated(one))
+    load(requests, {})
+    load(requests, {1: "cc"})
+    requests.own_cache_emptied()
+    requests.drop("before")
+    load(requests, {})
+    assert not {*before} & {*digests(requests.translated(again))}
+
+
+def test_what_another_adapter_computes_is_in_doubt_from_then_on(hasher, requests):
+    made = [
+        request(hasher, "plain"),
+        request(hasher, "first", lora=lora("first", 1)),
+        request(hasher, "second", lora=lora("second", 2)),
+    ]
+    roots = [requests.translated(one).root for one in made]
+    assert requests.expected(["plain", "first"]) == {"first": Expected(1, ("aa",))}
+    assert load(requests, {}) == []
+    assert load(requests, {1: "aa", 2: "cc"}) == ["second"]
+    assert load(requests, {2: "bb"}) == []
+    assert [requests.translated(one).root for one in made] == [*roots[:2], Miss.ADAPTER]
+    requests.drop("second")
+    assert load(requests, {2: "dd"}) == []
+
+
+def test_a_request_begins_with_what_is_loaded_when_it_is_first_asked_for(hasher, requests):
+    """Of many that arrive together only those of the first step come before the load."""
+    early, late = (request(hasher, name, lora=lora("third", 3)) for name in ("early", "late"))
+    requests.add(early)
+    requests.add(late)
+    assert requests.translated(early).root is Miss.ADAPTER
+    requests.step_over([Loaded(0, 3, "cc")], [Resident(0, frozenset({3}))])
+    assert requests.translated(early).root is Miss.ADAPTER
+    assert isinstance(requests.translated(late).root, bytes)
 
 
 def test_what_is_in_doubt_is_not_kept_and_says_why(hasher, requests):
     from vllm.utils.hashing import sha256_cbor
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 
-    assert requests.translated(request(hasher, "doubt", lora=lora("first", "/?"))).root is Miss.ADAPTER
+    assert requests.translated(request(hasher, "doubt", lora=lora("third", 3))).root is Miss.ADAPTER
     wider = get_request_block_hasher(2 * BLOCK, sha256_cbor)
     assert requests.translated(request(wider, "wider")).root is Miss.HASHES
     assert requests.translated(request(hasher, "session", resumable=True)).root is Miss.SESSION

@@ -1,4 +1,4 @@
-"""What the content of weight files is, as one digest: of a model's folder or of an adapter's.
+"""What the content of weight files is, as one digest, and whether they have changed since a moment.
 
 Knows nothing about models or engines. Hashing is done once for a file: its digest is remembered by device, inode, size
 and times. In a hub's cache, where a file is a link to a blob that is named by its SHA-256, the name is the digest.
@@ -21,7 +21,6 @@ from typing import NamedTuple
 from kvkeep.home import cache_file
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-ADAPTER_SUFFIXES = (*WEIGHT_SUFFIXES, ".json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_REMEMBERED = 4096
 MAX_LINKS = 40  # as the kernel
@@ -179,25 +178,3 @@ def _remember(memory: Path | None, known: dict[str, str]) -> None:
         os.replace(file.name, memory)
     except OSError:
         return  # it is only a shortcut
-
-
-class Adapters:
-    """The content of every adapter that an engine has loaded, as it was when it was first seen.
-
-    A file can be replaced in place. Then it is in doubt which content the engine holds, until a request asks for a
-    reload: such an adapter is not kept (None).
-    """
-
-    def __init__(self, memory: Path | None) -> None:
-        self._memory = memory
-        self._seen: dict[tuple[int, str], tuple[tuple[Signature, ...], str | None]] = {}
-
-    def fingerprint(self, number: int, path: str, reload: bool) -> str | None:
-        """The adapter's content; None if it cannot be read or has changed since the engine loaded it."""
-        now = signatures(Path(path), ADAPTER_SUFFIXES)
-        seen = self._seen.get((number, path))
-        if seen is None or reload:
-            seen = (now, fingerprint(Path(path), ADAPTER_SUFFIXES, self._memory))
-            self._seen[number, path] = seen
-        signature, content = seen
-        return content if signature == now else None

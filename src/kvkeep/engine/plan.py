@@ -70,6 +70,11 @@ class StepPlan:
     state_offsets: tuple[int, ...] = ()
     wait_s: float = 0.0
 
+    @property
+    def loaded(self) -> set[str]:
+        """The requests that it loads for."""
+        return {op.request for op in self.loads} | {trip.loads[0].request for trip in self.trips}
+
     def offset_of(self, op: LoadOp | StoreOp, rank: int) -> int:
         """Where a rank's part of what the op copies is in the pool."""
         return op.offset + (self.state_offsets if op.state else self.shard_offsets)[rank]

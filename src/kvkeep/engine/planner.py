@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvkeep.core.key import BlockChain, Chain, Digests
@@ -279,6 +279,14 @@ class Planner:
         self._steps.taint()
         self._lookups.forget_failures()
         self._link.begin_anew(namespace, identity)
+
+    def doubt(self, names: Iterable[str]) -> None:
+        """Not the adapter that their digests name computes these requests: nothing is given to them or kept of them."""
+        for record in [self._records[name] for name in names if name in self._records]:
+            self._drop_match(record)
+            self._lookups.drop(record, self._link.client)
+            self._stores.stop(record)
+            record.keeps, record.why = False, Miss.ADAPTER
 
     def close(self) -> None:
         """Ends the session; the engine's workers have stopped."""

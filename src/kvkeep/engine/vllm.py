@@ -38,12 +38,13 @@ from kvkeep.config import Config, load_config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
+from kvkeep.engine.adapters import Adapters
 from kvkeep.engine.device_worker import DeviceWorker
-from kvkeep.engine.fingerprint import Adapters, default_memory
 from kvkeep.engine.link import Link, source_of
 from kvkeep.engine.open_rank import early_loads, open_rank, wish_of
-from kvkeep.engine.plan import RankInfo, Report, Scheduled, StepPlan
+from kvkeep.engine.plan import RankInfo, Report
 from kvkeep.engine.planner import Planner, PlannerOptions
+from kvkeep.engine.vllm_adapters import RankAdapters
 from kvkeep.engine.vllm_cache import OwnCache
 from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_log import join_log, leave_log
@@ -80,7 +81,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self.identity: Identity | None = None
         self._info: RankInfo | None = None
         self._writes_early = facts.writes_early(vllm_config)
-        self._requests = Requests(Adapters(default_memory()))
+        self._requests = Requests()
+        self._adapters = RankAdapters(vllm_config.parallel_config.rank, vllm_config.lora_config)
         self._differences = Differences()
         self._fails_whole = facts.fails_whole(kv_cache_config)
         self._groups = facts.kept_groups(kv_cache_config)
@@ -168,7 +170,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Starts the step's loads."""
         if self.worker is not None:
-            self.worker.start_loads(self._plan())
+            sent = self._sent()
+            self.worker.start_loads(self._adapters.checked(sent.plan, sent.expected))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Returns when what the step loads of this layer is there."""
@@ -178,12 +181,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Hands the layer's part of the step's stores over, where they are made by layer."""
         if self.worker is not None:
-            self.worker.save_layer(self._plan(), layer_name)
+            self.worker.save_layer(self._sent().plan, layer_name)
 
     def wait_for_save(self) -> None:
         """Runs the step's stores. No block needs to be held: what writes to one later comes after its copy."""
         if self.worker is not None:
-            self.worker.start_stores(self._plan())
+            self.worker.start_stores(self._sent().plan)
             if self._writes_early:
                 self.worker.before_writes()
 
@@ -191,7 +194,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The requests whose asynchronous loads have ended; what failed is named by block where that is enough."""
         if self.worker is None:
             return KVConnectorTransferResults()
-        self.worker.poll(self._plan())
+        self.worker.poll(self._sent().plan)
         loaded = self.worker.results.take_loaded()
         failed = {name for name, arrived in loaded.items() if not arrived and self._fails_whole}
         return KVConnectorTransferResults(finished_recving=set(loaded), failed_recving=failed)
@@ -206,7 +209,8 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What this rank has finished since the last step."""
         report = self.worker.results.take_report() if self.worker is not None else Report()
-        return ReportMeta(report) if report else None
+        loads, resident = self._adapters.take()
+        return ReportMeta(report, loads, resident) if report or loads or resident else None
 
     # ---- scheduler -----------------------------------------------------------------------------------------
 
@@ -220,7 +224,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         layout = ChunkLayout(shards)
         weights = facts.weights_fingerprint(self._vllm_config, self.config.outlived)
         kind = chain_kind(self.config.chain, layout.chunk_tokens, self._vllm_config, self._kv_cache_config)
-        self._requests.kind = kind
+        self._requests = Requests(Adapters(len(shards)), kind)
         self.identity = facts.identity(
             self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights, kind
         )
@@ -265,10 +269,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._own_cache = OwnCache(kv_cache_manager)
 
     def on_new_request(self, request: VllmRequest) -> None:
-        """Remembers the request and, while the engine is about to load it, the content of its adapter."""
+        """Remembers the request; with an adapter it may begin with another content than that of now."""
         self._notice_reset()
         self._requests.add(request)
-        if self.planner is not None:
+        if self.planner is not None and request.lora_request is None:
             self.planner.expect(self._requests.translated(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -298,25 +302,21 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._notice_reset()
         if self.planner is None:
             return PlanMeta()
-        state = scheduler_output.kv_connector_block_state
-        steps = []
-        for name, count in scheduler_output.num_scheduled_tokens.items():
-            request = self._requests.known.get(name)
-            if request is not None:
-                start = request.num_computed_tokens
-                final = min(start + count, request.num_tokens)
-                left = self._groups.left_behind(state.boundary_state_offloads.get(name, ()))
-                steps.append(Scheduled(name, final, request.all_token_ids, start, left))
-        ordered = self._groups.tables
-        return PlanMeta(self.planner.plan_step(steps, lambda name: ordered(state.get_block_ids(name) or ())))
+        state, ordered = scheduler_output.kv_connector_block_state, self._groups.tables
+        steps = self._requests.scheduled(scheduler_output, self._groups.left_behind)
+        plan = self.planner.plan_step(steps, lambda name: ordered(state.get_block_ids(name) or ()))
+        return PlanMeta(plan, self._requests.expected(plan.loaded))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """The step's output is in: what all ranks stored becomes readable, what failed is forgotten by vLLM too."""
         self._notice_reset()
-        if self.planner is not None:
-            self.planner.step_over()
-        meta = connector_output.kv_connector_worker_meta
-        if self.planner is None or not isinstance(meta, ReportMeta):
+        found = connector_output.kv_connector_worker_meta
+        meta = found if isinstance(found, ReportMeta) else ReportMeta()
+        if self.planner is None:
+            return
+        self.planner.step_over()
+        self.planner.doubt(self._requests.step_over(meta.loads, meta.resident))
+        if not meta.report:
             return
         forget = self.planner.step_done(meta.report, self._kv_cache_manager.get_block_ids)
         if forget:
@@ -347,15 +347,20 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def reset_cache(self) -> bool | None:
         """The engine's cache is void or its weights are new: a new epoch begins, under a name that nobody else has."""
-        if self._own_cache is not None:
-            self._own_cache.was_emptied()  # vLLM empties its own before it asks for this
+        self._was_emptied()  # vLLM empties its own before it asks for this
         self._begin_epoch()
         return True
 
+    def _was_emptied(self) -> bool:
+        """Whether vLLM has emptied its own cache since this was last asked."""
+        emptied = self._own_cache is not None and self._own_cache.was_emptied()
+        if emptied:
+            self._requests.own_cache_emptied()
+        return emptied
+
     def _notice_reset(self) -> None:
         """Begins an epoch where vLLM has emptied its own cache and, as is its default, has not told its connector."""
-        emptied = self._own_cache is not None and self._own_cache.was_emptied()
-        if emptied and self.config.local_reset == "forget":
+        if self._was_emptied() and self.config.local_reset == "forget":
             log.info(
                 "kvkeep: vLLM's prefix cache was reset, its weights may be others: what was kept is given no more "
                 '(local_reset = "keep" would keep it)'
@@ -379,10 +384,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             leave_log()
             self._open = False
 
-    def _plan(self) -> StepPlan:
+    def _sent(self) -> PlanMeta:
         meta = self._get_connector_metadata()
         assert isinstance(meta, PlanMeta)
-        return meta.plan
+        return meta
 
 
 def _config(extra: Mapping[str, object] | None) -> Config:

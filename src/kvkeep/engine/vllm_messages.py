@@ -13,26 +13,30 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvkeep.engine.adapters import Expected, Loaded, Resident
 from kvkeep.engine.plan import RankInfo, Report, StepPlan
 
 
 @dataclass
 class PlanMeta(KVConnectorMetadata):
-    """A step's plan on its way to the workers."""
+    """A step's plan on its way to the workers; `expected` has what they must have loaded for the requests it names."""
 
     plan: StepPlan = field(default_factory=StepPlan)
+    expected: dict[str, Expected] = field(default_factory=dict)
 
 
 @dataclass
 class ReportMeta(KVConnectorWorkerMetadata):
-    """The workers' reports on their way to the planner."""
+    """The workers' reports, and the adapters that they have loaded, on their way to the planner."""
 
     report: Report = field(default_factory=Report)
+    loads: list[Loaded] = field(default_factory=list)
+    resident: list[Resident] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Both workers' reports as one."""
         assert isinstance(other, ReportMeta)
-        return ReportMeta(self.report.merged(other.report))
+        return ReportMeta(self.report.merged(other.report), self.loads + other.loads, self.resident + other.resident)
 
 
 @dataclass

@@ -18,10 +18,8 @@ from engine import Engine
 def main(job: dict) -> None:
     """Asks everything that the scenario asks."""
     engine = Engine(Path(job["model"]), job["keep"], job["options"])
-    if job["scenario"] == "adapters":
-        scenarios.adapters(engine, Path(job["folder"]))
-    else:
-        getattr(scenarios, job["scenario"])(engine)
+    folder = (Path(job["folder"]),) if "adapter" in job["scenario"] else ()
+    getattr(scenarios, job["scenario"])(engine, *folder)
     engine.finish(shutdown=job["shutdown"])
     Path(job["facts"]).write_text(json.dumps(engine.facts))
     if not job["shutdown"]:

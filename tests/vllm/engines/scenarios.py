@@ -51,11 +51,11 @@ def salts(engine: Engine) -> None:
     engine.reset()
 
 
-def twice(engine: Engine, name: str, *prompts: list[int], new_tokens: int = 8) -> None:
+def twice(engine: Engine, name: str, *prompts: list[int], new_tokens: int = 8, lora: LoRARequest | None = None) -> None:
     """Cold, then warm."""
-    engine.ask(f"{name} cold", *prompts, new_tokens=new_tokens)
+    engine.ask(f"{name} cold", *prompts, new_tokens=new_tokens, lora=lora)
     engine.leave_it_to_kvkeep()
-    engine.ask(f"{name} warm", *prompts, new_tokens=new_tokens)
+    engine.ask(f"{name} warm", *prompts, new_tokens=new_tokens, lora=lora)
     engine.leave_it_to_kvkeep()
 
 
@@ -113,22 +113,60 @@ def abort_in_mid_prefill(engine: Engine, prompt: list[int]) -> None:
 def adapters(engine: Engine, folder: Path) -> None:
     """One prompt without an adapter and with two; then another adapter's files in the first one's folder."""
     prompt = random_tokens(600, 60)
-    place = folder / f"adapter-{'kept' if engine.keep is not None else 'plain'}"
-    shutil.copytree(folder / "lora-1", place)
+    place = put_adapter(folder, engine.keep is not None, "adapter")
     first, second = LoRARequest("first", 1, str(place)), LoRARequest("second", 2, str(folder / "lora-2"))
+    meet(engine, first, second)
     for again in ("", " again"):
         for name, lora in (("none", None), ("first", first), ("second", second)):
             engine.ask(f"{name}{again}", prompt, lora=lora)
         engine.leave_it_to_kvkeep()
-    for file in (folder / "lora-3").iterdir():
-        shutil.copyfile(file, place / file.name)
+    replace_adapter(place, folder / "lora-3")
     engine.reset()
     engine.ask("stale", prompt, lora=first)  # the files are new, what the engine holds is not
     engine.reset()
     engine.ask("replaced", prompt, lora=LoRARequest("first", 1, str(place), load_inplace=True))
     engine.leave_it_to_kvkeep()
-    engine.ask("replaced again", prompt, lora=first)
+    for name in ("replaced again", "replaced once more"):
+        engine.ask(name, prompt, lora=first)
+        engine.leave_it_to_kvkeep()
     engine.reset()
+
+
+def early_adapter(engine: Engine, folder: Path) -> None:
+    """An adapter that is loaded before any request asks for it, and whose files are replaced in between."""
+    place = put_adapter(folder, engine.keep is not None, "early")
+    early = LoRARequest("early", 1, str(place))
+    engine.llm.llm_engine.add_lora(early)
+    replace_adapter(place, folder / "lora-3")
+    meet(engine, early)
+    twice(engine, "early", random_tokens(600, 60), lora=early)
+
+
+def early_adapter_again(engine: Engine, folder: Path) -> None:
+    """What `early_adapter` asked, of an engine that really loads the new files."""
+    early = LoRARequest("early", 1, str(folder / f"early-{'kept' if engine.keep is not None else 'plain'}"))
+    meet(engine, early)
+    twice(engine, "early", random_tokens(600, 60), lora=early)
+
+
+def put_adapter(folder: Path, kept: bool, name: str) -> Path:
+    """The first adapter in a folder of its own."""
+    place = folder / f"{name}-{'kept' if kept else 'plain'}"
+    shutil.copytree(folder / "lora-1", place)
+    return place
+
+
+def replace_adapter(place: Path, other: Path) -> None:
+    """Another adapter's files in the place of what is there, as rsync does it."""
+    for file in other.iterdir():
+        shutil.copyfile(file, place / f".{file.name}")
+        (place / f".{file.name}").rename(place / file.name)
+
+
+def meet(engine: Engine, *loras: LoRARequest) -> None:
+    """A first request with each adapter: with it the engine loads it, or says that it has."""
+    for lora in loras:
+        engine.ask(f"meets {lora.lora_name}", random_tokens(40, lora.lora_int_id), lora=lora)
 
 
 def changed_weights(engine: Engine) -> None:

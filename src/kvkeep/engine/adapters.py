@@ -1,0 +1,104 @@
+"""Which adapters an engine's ranks have loaded, by content, and whether an adapter's name stands for one content alone.
+
+The engine's own prefix cache knows an adapter by name and path. So where two contents have been computed under the same
+ones, a request may get blocks of either from it, and nothing of that adapter is kept until that cache is emptied. Knows
+nothing about files or tensors, nor about what is done with a request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+MAX_ADAPTERS = 4096
+
+
+class Adapter(NamedTuple):
+    """An adapter as a request names it. `anew`: each step that computes the request loads it again."""
+
+    number: int
+    name: str
+    path: str
+    anew: bool = False
+
+
+class Loaded(NamedTuple):
+    """One rank has loaded an adapter; `digest` is that of its tensors, "" if it cannot be known."""
+
+    rank: int
+    number: int
+    digest: str
+
+
+class Resident(NamedTuple):
+    """The numbers of the adapters that one rank has just now; of others the next load is still to come."""
+
+    rank: int
+    numbers: frozenset[int]
+
+
+class Expected(NamedTuple):
+    """What each rank must have loaded for a request to get what was kept."""
+
+    number: int
+    digests: tuple[str, ...]
+
+
+class Adapters:
+    """What the ranks of one engine have told of their loads, and which contents have been computed with."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = range(ranks)
+        self._digests: OrderedDict[int, dict[int, str]] = OrderedDict()
+        self._resident: dict[int, frozenset[int]] = {}
+        self._used: set[Adapter] = set()
+        self._computed: dict[tuple[object, ...], set[bytes]] = {}
+        self._all_seen = True  # no adapter is used that the last report did not count
+
+    def told(self, loads: Iterable[Loaded], resident: Iterable[Resident]) -> None:
+        """A step is over; takes in what ranks have loaded by its end."""
+        for rank, number, digest in loads:
+            self._digests.setdefault(number, {})[rank] = digest
+            self._digests.move_to_end(number)
+            self._all_seen = False
+            if len(self._digests) > MAX_ADAPTERS:
+                self._digests.popitem(last=False)
+        self._resident.update(dict(resident))
+        for adapter in () if self._all_seen else self._used:
+            content = self._content(adapter.number)
+            if content is not None:
+                self._computed.setdefault(adapter[1:3], set()).add(content)
+        self._all_seen = True
+
+    def emptied(self, used: Iterable[Adapter]) -> None:
+        """The engine's own cache holds nothing; `used` are the adapters of requests that go on."""
+        self._computed.clear()
+        self._used = set(used)
+        self._all_seen = False
+
+    def begin(self, adapter: Adapter) -> bytes | None:
+        """What a request with this adapter begins with, on all ranks together; None if that is in doubt.
+
+        It is before each load, and where the engine's own cache may hold blocks of another content of this name.
+        """
+        self._used.add(adapter)
+        self._all_seen = False
+        resident = all(adapter.number in self._resident.get(rank, frozenset()) for rank in self._ranks)
+        content = self._content(adapter.number)
+        return content if resident and not adapter.anew and self.is_still(adapter, content) else None
+
+    def is_still(self, adapter: Adapter, content: bytes | None) -> bool:
+        """Whether nothing else has been loaded in its place, nor computed under its name."""
+        return self._content(adapter.number) == content and not self._computed.get(adapter[1:3], set()) - {content}
+
+    def expected(self, adapter: Adapter) -> Expected:
+        """What each rank must have for a request to get what was kept under this adapter's content."""
+        digests = self._digests.get(adapter.number, {})
+        return Expected(adapter.number, tuple(digests.get(rank, "") for rank in self._ranks))
+
+    def _content(self, number: int) -> bytes | None:
+        digests = self.expected(Adapter(number, "", "")).digests
+        return hashlib.sha256(json.dumps(digests).encode()).digest() if all(digests) else None
