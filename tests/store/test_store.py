@@ -10,7 +10,7 @@ from kvkeep.core.index import Index, Outcome
 from kvkeep.core.policy import lru
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, Session, WriteLease
-from kvkeep.store.store import Fetched, Reservation, Store
+from kvkeep.store.store import MAX_RANGES, Fetched, Reservation, Store
 from kvkeep.testing.doubles import ManualClock
 
 NBYTES = 8192
@@ -483,6 +483,9 @@ class Sessions(RuleBasedStateMachine):
         figures = self.store.figures()
         assert figures["used_nbytes"] <= self.store.pool_nbytes
         assert figures["quarantined_nbytes"] == sum(one.held_nbytes for one in self.away)
+        for one in [*self.open, *self.away]:
+            writing = [lease.nbytes for lease in one.leases.values() if isinstance(lease, WriteLease)]
+            assert one.reserved_nbytes == sum(writing)
         assert all(one.pinned_nbytes <= self.share * self.store.pool_nbytes for one in self.open)
 
     def teardown(self) -> None:
@@ -496,14 +499,151 @@ TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def sized(ranges: int, count: int, verify_every: int = 1) -> tuple[Store, Session]:
+    """A store with room for `count` chunks of so many ranges, and a session that says their sizes."""
+    sizes = (4096,) * ranges
+    store = Store(Index(FreeList(count * sum(sizes)), lru()), count * sum(sizes), 1.0)
+    return store, store.open(Opening("test", NAMESPACES[0], "", sum(sizes), (), verify_every, sizes))
+
+
 def test_one_answer_carries_no_more_sums_than_a_frame_takes() -> None:
-    sizes = (4096,) * 65_536
-    pool_nbytes = 8 * sum(sizes)
-    store = Store(Index(FreeList(pool_nbytes), lru()), pool_nbytes, 1.0)
-    session = store.open(Opening("test", b"n" * 16, "", sum(sizes), (), 1, sizes))
-    digests = [bytes([number]) * 32 for number in range(4)]
-    lease = store.reserve(session, digests).lease
-    assert all(store.commit(session, lease, range(4), [bytes(16 * len(sizes))] * 4))
-    fetched = store.fetch(session, digests)
-    assert len(fetched.offsets) == 2
+    store, session = sized(MAX_RANGES, 8)
+    lease = store.reserve(session, DIGESTS).lease
+    assert all(store.commit(session, lease, range(6), [bytes(16 * MAX_RANGES)] * 6))
+    fetched = store.fetch(session, DIGESTS)
+    assert len(fetched.offsets) == 4
     assert sum(map(len, fetched.sums.values())) <= 2 << 20
+
+
+def test_nor_does_it_where_nobody_said_how_many_sums_there_are() -> None:
+    store = make(40)
+    session = opened(store, verify_every=1)
+    digests = [bytes([n]) * 32 for n in range(40)]
+    lease = store.reserve(session, digests).lease
+    assert all(store.commit(session, lease, range(40), [bytes(64 << 10)] * 40))
+    fetched = store.fetch(session, digests)
+    assert len(fetched.offsets) == 32
+    assert sum(map(len, fetched.sums.values())) <= 2 << 20
+
+
+@pytest.mark.parametrize("ranges", [(MAX_RANGES + 1, 1), (1, MAX_RANGES + 1)], ids=["chunk", "state"])
+def test_a_chunk_of_more_ranges_than_an_answer_could_carry_is_refused(ranges: tuple[int, int]) -> None:
+    store, (of_chunk, of_state) = make(), ranges
+    with pytest.raises(WireError, match="32769 ranges is over the bound of 32768"):
+        store.open(Opening("test", NAMESPACES[0], "", 4096 * of_chunk, (), 0, (4096,) * of_chunk, (4096,) * of_state))
+    assert not store.sessions
+
+
+@pytest.mark.parametrize("sums", [b"", bytes(31), bytes(33), bytes(1 << 20)], ids=len)
+def test_sums_that_are_not_one_a_range_are_refused_before_anything_is_committed(sums: bytes) -> None:
+    store, session = sized(2, 8)
+    lease = store.reserve(session, DIGESTS[:2]).lease
+    with pytest.raises(WireError, match="bytes of sums for 2 ranges"):
+        store.commit(session, lease, [0, 1], [bytes(32), sums])
+    assert store.figures()["chunks"] == 0
+    assert store.commit(session, lease, [0, 1], [bytes(32)] * 2) == [True, True]
+
+
+def test_a_states_sums_are_one_for_each_of_its_own_ranges() -> None:
+    store = make()
+    session = store.open(Opening("test", NAMESPACES[0], "", NBYTES, (), 1, (4096, 4096), (4096,)))
+    assert session.states is not None
+    lease = store.reserve(session.states, DIGESTS[:1]).lease
+    with pytest.raises(WireError, match="32 bytes of sums for 1 ranges"):
+        store.commit(session.states, lease, [0], [bytes(32)])
+    assert store.commit(session.states, lease, [0], [bytes(16)]) == [True]
+
+
+def test_sums_of_unknown_ranges_have_a_bound() -> None:
+    store = make()
+    session = opened(store)
+    lease = store.reserve(session, DIGESTS[:2]).lease
+    with pytest.raises(WireError, match="65537 bytes of sums"):
+        store.commit(session, lease, [0, 1], [b"", bytes((64 << 10) + 1)])
+    assert store.figures()["chunks"] == 0
+
+
+def test_who_says_how_many_ranges_there_are_never_gets_sums_of_another_number() -> None:
+    """Else somebody who does not say it could make the others' answers longer than a frame."""
+    store, session = sized(2, 8)
+    plain = opened(store)
+    lease = store.reserve(plain, DIGESTS[:2]).lease
+    assert store.commit(plain, lease, [0, 1], [bytes(32), bytes(64 << 10)]) == [True, True]
+    assert len(store.fetch(session, DIGESTS[:2]).offsets) == 1
+    assert len(store.fetch(plain, DIGESTS[:2]).offsets) == 2
+
+
+# ---- who may reserve how much
+
+
+def joined(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: tuple[int, ...]) -> Session:
+    return store.open(Opening("engine", namespace, "", NBYTES, (1,), owner=owner, **more))
+
+
+def room_for(store: Store, session: Session, numbers: range) -> int:
+    """How many of these chunks the session gets room for."""
+    return sum(isinstance(one, int) for one in store.reserve(session, [bytes([n]) * 32 for n in numbers]).places)
+
+
+def test_beside_another_client_a_client_reserves_no_more_than_its_share() -> None:
+    store = make(max_pinned_share=0.5)
+    hog = joined(store, 1)
+    assert room_for(store, hog, range(3)) == 3
+    other = joined(store, 2)
+    got = store.reserve(hog, [bytes([n]) * 32 for n in range(2, 6)])
+    assert [isinstance(one, int) for one in got.places] == [False, True, False, False]
+    assert [got.places[0], *got.places[2:]] == [Outcome.BUSY, Outcome.NO_ROOM, Outcome.NO_ROOM]
+    assert room_for(store, hog, range(10, 12)) == 0
+    assert room_for(store, other, range(20, 28)) == 4, "the others have their share"
+    store.close(other)
+    assert room_for(store, hog, range(10, 18)) == 4, "alone it may use all that is free"
+
+
+def test_what_is_committed_or_given_up_is_not_in_the_share() -> None:
+    store = make(max_pinned_share=0.5)
+    session, _ = joined(store, 1), joined(store, 2)
+    got = store.reserve(session, DIGESTS[:4])
+    assert store.commit(session, got.lease, [0], SUMS[:1]) == [True]
+    assert room_for(store, session, range(10, 14)) == 1
+    store.release(session, got.lease)
+    assert room_for(store, session, range(20, 24)) == 3
+
+
+def test_a_cleared_chunk_stays_in_its_writers_share_until_its_memory_is_back() -> None:
+    store = make(max_pinned_share=0.5)
+    session, _ = joined(store, 1), joined(store, 2)
+    got = store.reserve(session, DIGESTS[:4])
+    store.clear(session, everything=False)
+    assert room_for(store, session, range(10, 14)) == 0
+    assert store.commit(session, got.lease, range(4), SUMS[:4]) == [False] * 4
+    assert room_for(store, session, range(10, 14)) == 4
+
+
+@pytest.mark.parametrize("owner", [7, 0], ids=["one process", "nobody knows"])
+def test_a_process_has_one_share_however_often_it_comes_back(owner: int) -> None:
+    store = make(max_pinned_share=0.5)
+    joined(store, 2)
+    first, second = joined(store, owner), joined(store, owner)
+    assert room_for(store, first, range(2)) == 2
+    assert room_for(store, second, range(10, 18)) == (2 if owner else 4)
+    store.linger(first)
+    again = joined(store, owner)
+    assert room_for(store, again, range(20, 28)) == (0 if owner else 2)
+    store.close(first)
+    store.close(second)
+    assert room_for(store, again, range(30, 38)) == (4 if owner else 2)
+    assert store.figures()["quarantined_nbytes"] == 0
+
+
+def test_states_are_in_the_share() -> None:
+    store = make(max_pinned_share=0.5)
+    session, _ = joined(store, 1, sizes=(4096, 4096), state_sizes=(4096, 4096)), joined(store, 2)
+    assert session.states is not None
+    assert room_for(store, session.states, range(3)) == 3
+    assert room_for(store, session, range(10, 14)) == 1
+
+
+def test_who_only_looks_takes_no_share_from_others() -> None:
+    store = make(max_pinned_share=0.5)
+    opened(store)  # names no process: it can hold nothing beyond its connection
+    assert room_for(store, joined(store, 1), range(8)) == 8

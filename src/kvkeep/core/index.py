@@ -177,8 +177,8 @@ class Index:
                 if entry.key not in self._spared:
                     self._policy.show(entry.key)
 
-    def reserve(self, keys: Sequence[bytes], nbytes: int, owner: int) -> list[Entry | Outcome]:
-        """Get an entry of nbytes to write for each absent key; owner is the lease's id.
+    def reserve(self, keys: Sequence[bytes], nbytes: int, owner: int, most: int | None = None) -> list[Entry | Outcome]:
+        """Get an entry of nbytes to write for each absent key, or for the first `most`; owner is the lease's id.
 
         If all absent keys fit into free and evictable bytes, as few entries as needed are evicted, none of them
         named in keys. If not, nothing is evicted and the first keys get what is free. Where all extents have one
@@ -190,7 +190,7 @@ class Index:
             raise ValueError("an owner is a lease's id, which is never 0")
         entries, policy = self._entries, self._policy
         unique = dict.fromkeys(keys)
-        absent = [key for key in unique if key not in entries]
+        absent = [key for key in unique if key not in entries][:most]
         extents = self._lend(len(absent), nbytes, unique)
         fresh = {key: Entry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
         # The place is given now, tail first, and not at commit: steps commit a prompt's head first.

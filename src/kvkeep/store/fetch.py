@@ -20,7 +20,7 @@ from kvkeep.store.breaker import Gate
 from kvkeep.store.early import Early
 from kvkeep.store.loads import Coming, Loads
 from kvkeep.store.sessions import Session
-from kvkeep.store.store import Fetched, Store, Why
+from kvkeep.store.store import Fetched, Store, Why, is_shaped
 from kvkeep.store.waiting import Found, Limits, Waiting
 
 POOL = "pool"
@@ -178,11 +178,11 @@ class Promotions:
     def _plan(self, waiting: Waiting, first: int, where: Sequence[int | None]) -> list[int]:
         """Holds what the pool has by now and joins what is coming; the places that have to be loaded, in order."""
         wanted: list[int] = []
-        index = self.store.index
+        index, shape = self.store.index, self.store.shape(waiting.session)
         for place, tier in enumerate(where, first):
             key = waiting.keys[place]
             entry = index.hold(key)
-            if entry is not None and entry.nbytes == self.store.taken(waiting.session):
+            if entry is not None and is_shaped(entry, shape):
                 waiting.held[place], waiting.sources[place] = entry, POOL
                 continue
             if entry is not None:  # of another shape: not what was asked for

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Entry
 from kvkeep.store.early import Early
 
+SUM_NBYTES = 16
+
 
 @dataclass(frozen=True)
 class Opening:
     """What a planner says of itself when its session opens (in bytes; holders are pids).
 
     `sizes` are those of a chunk's ranges with their padding, in order; without them its chunks stay in the pool.
-    `state_sizes` are those of a state's ranges; empty: there are no states.
+    `state_sizes` are those of a state's ranges; empty: there are no states. `owner` is the pid of the process at the
+    other end as the kernel says it; 0: nobody knows.
     """
 
     name: str
@@ -28,6 +31,12 @@ class Opening:
     verify_every: int = 0
     sizes: tuple[int, ...] = ()
     state_sizes: tuple[int, ...] = ()
+    owner: int = 0
+
+    @property
+    def sums_nbytes(self) -> int:
+        """The length of a chunk's sums; 0: nothing is known of its ranges."""
+        return SUM_NBYTES * len(self.sizes)
 
 
 @dataclass
@@ -53,11 +62,17 @@ class WriteLease:
     entries: dict[int, Entry]
     alive_s: float = 0.0
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it holds."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
 
 @dataclass
 class Session:
     """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin.
 
+    `client` is the same for all sessions of one process. `reserved_nbytes` are what its write leases hold.
     `states` holds what it keeps of states: these have sizes and a namespace of their own, and chunks' digests.
     `lasting`: somebody may find its keys again once it has left its namespace.
     """
@@ -65,7 +80,9 @@ class Session:
     number: int
     opening: Opening
     namespace: bytes
+    client: int
     leases: dict[int, ReadLease | WriteLease] = field(default_factory=dict)
+    reserved_nbytes: int = 0
     pinned_nbytes: int = 0
     promised_nbytes: int = 0
     fetched_chunks: int = 0
@@ -84,6 +101,4 @@ class Session:
     @property
     def held_nbytes(self) -> int:
         """Bytes of all its leases, read and write, states' too."""
-        leases = [lease for side in self.sides for lease in side.leases.values()]
-        writing = sum(one.nbytes for lease in leases if isinstance(lease, WriteLease) for one in lease.entries.values())
-        return sum(side.pinned_nbytes for side in self.sides) + writing
+        return sum(side.pinned_nbytes + side.reserved_nbytes for side in self.sides)

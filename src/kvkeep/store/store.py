@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -18,12 +19,13 @@ from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
 from kvkeep.store.early import Early
 from kvkeep.store.namespaces import Namespaces
-from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
+from kvkeep.store.sessions import SUM_NBYTES, Opening, ReadLease, Session, WriteLease
 
 NAMESPACE_NBYTES = 16
 DIGEST_NBYTES = 32
-SUM_NBYTES = 16
 MAX_SUMS_NBYTES = 2 << 20  # of one answer: a frame has a bound
+MAX_RANGES = 32 << 10  # of a chunk, or of a state: a record holds more, and four chunks' sums fit an answer
+MAX_UNSIZED_SUMS_NBYTES = 64 << 10  # of a chunk of which nobody said how many ranges it has
 
 
 class Why(Enum):
@@ -60,6 +62,7 @@ class Reservation(NamedTuple):
 class Store:
     """`pool_nbytes` of memory under `index`; waiting requests of one session may pin `max_pinned_share` of it.
 
+    A client may have as much of it reserved, or held by what is left of its ended sessions, while another is there.
     A chunk that is asked for while another lease has been writing it for more than `lease_time_s` changes its writer;
     the memory of the first one stays where it is until that lease ends. Those in `late` change theirs at once: a tier
     that hangs reads them.
@@ -78,19 +81,16 @@ class Store:
     namespaces: Namespaces = field(default_factory=Namespaces)
     _last: int = 0
     _writing: dict[int, WriteLease] = field(default_factory=dict)
+    _quarantined: Counter[int] = field(default_factory=Counter)  # bytes of lingering sessions, by client
 
     def open(self, opening: Opening) -> Session:
         """A new session; WireError if what it says of itself cannot be right."""
-        check_namespace(opening.namespace)
-        if opening.chunk_nbytes <= 0 or opening.verify_every < 0:
-            raise WireError("chunk_nbytes must be positive and verify_every not negative")
-        if opening.sizes and (sum(opening.sizes) != opening.chunk_nbytes or not all(map(_is_padded, opening.sizes))):
-            raise WireError("the sizes of a chunk's ranges must be padded and add up to chunk_nbytes")
-        if not all(map(_is_padded, opening.state_sizes)):
-            raise WireError("the sizes of a state's ranges must be padded")
-        session = Session(self.next_lease(), opening, opening.namespace)
+        _check(opening)
+        number = self.next_lease()
+        session = Session(number, opening, opening.namespace, opening.owner or -number)
         if opening.state_sizes:
-            session.states = Session(self.next_lease(), opening_of_states(opening), states_of(opening.namespace))
+            of_states = opening_of_states(opening)
+            session.states = Session(self.next_lease(), of_states, states_of(opening.namespace), session.client)
         self.sessions[session.number] = session
         return session
 
@@ -102,18 +102,31 @@ class Store:
         """What a chunk of this session takes in the pool (bytes)."""
         return padded_nbytes(session.opening.chunk_nbytes)
 
+    def shape(self, session: Session) -> tuple[int, int]:
+        """What a readable chunk of this session takes in the pool, and its sums (0: any); see `is_shaped`."""
+        return self.taken(session), session.opening.sums_nbytes
+
     def room(self, session: Session) -> int:
         """How many chunks more the session may pin, and of how many one answer can carry the sums to verify."""
         pinned_nbytes = session.pinned_nbytes + session.promised_nbytes
         room = max(0, (int(self.pool_nbytes * self.max_pinned_share) - pinned_nbytes) // self.taken(session))
-        every, sums_nbytes = session.opening.verify_every, SUM_NBYTES * len(session.opening.sizes)
-        return min(room, every * (MAX_SUMS_NBYTES // sums_nbytes)) if every and sums_nbytes else room
+        every, sums_nbytes = session.opening.verify_every, session.opening.sums_nbytes or MAX_UNSIZED_SUMS_NBYTES
+        return min(room, every * (MAX_SUMS_NBYTES // sums_nbytes)) if every else room
+
+    def reservable_nbytes(self, session: Session) -> int:
+        """What its client may reserve more: of its share while another client is there, else of the whole pool."""
+        others = (one for one in self.sessions.values() if one.client != session.client and one.opening.holders)
+        if next(others, None) is None:
+            return self.pool_nbytes
+        own = [side for one in self.sessions.values() if one.client == session.client for side in one.sides]
+        held_nbytes = self._quarantined[session.client] + sum(side.reserved_nbytes for side in own)
+        return max(0, int(self.pool_nbytes * self.max_pinned_share) - held_nbytes)
 
     def pin(self, session: Session, keys: Sequence[bytes]) -> list[Entry]:
-        """Pins the longest run of present chunks; one of another size under the same key is not what was asked for."""
-        taken = self.taken(session)
+        """Pins the longest run of present chunks that are of the session's shape."""
+        shape = self.shape(session)
         entries = self.index.pin_prefix(keys)
-        fitting = next((place for place, one in enumerate(entries) if one.nbytes != taken), len(entries))
+        fitting = next((place for place, entry in enumerate(entries) if not is_shaped(entry, shape)), len(entries))
         self.index.unpin(entries[fitting:])
         return entries[:fitting]
 
@@ -130,16 +143,18 @@ class Store:
         return Fetched(lease, [entry.offset for entry in entries], self._sampled(session, entries))
 
     def reserve(self, session: Session, digests: Sequence[bytes]) -> Reservation:
-        """Room for the chunks that are absent; what cannot fit evicts nothing."""
+        """Room for the chunks that are absent, within its client's share; what cannot fit evicts nothing."""
         if not self.lending:
             return Reservation(0, [Outcome.NO_ROOM] * len(digests))
         lease = self.next_lease()
         keys = self.keys(session, digests)
         self.revoke_overdue(keys)
-        got = self.index.reserve(keys, session.opening.chunk_nbytes, lease)
+        most = self.reservable_nbytes(session) // self.taken(session)
+        got = self.index.reserve(keys, session.opening.chunk_nbytes, lease, most)
         entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
         if entries:
-            session.leases[lease] = self._writing[lease] = WriteLease(entries, self.clock())
+            held = session.leases[lease] = self._writing[lease] = WriteLease(entries, self.clock())
+            session.reserved_nbytes += held.nbytes
         places = [one.offset if isinstance(one, Entry) else one for one in got]
         return Reservation(lease if entries else 0, places)
 
@@ -160,14 +175,19 @@ class Store:
         return [held.entries.get(place) if isinstance(held, WriteLease) else None for place in places]
 
     def commit(self, session: Session, lease: int, places: Sequence[int], sums: Sequence[bytes]) -> list[bool]:
-        """Makes reserved chunks readable; False where the chunk was cleared meanwhile or is not this lease's."""
+        """Makes reserved chunks readable; False where the chunk was cleared meanwhile or is not this lease's.
+
+        WireError, and nothing is committed, if a chunk's sums are not one for each of its ranges.
+        """
         held = session.leases.get(lease)
         if not isinstance(held, WriteLease) or len(places) != len(sums):
             return [False] * len(places)
+        _check_sums(session.opening, sums)
         held.alive_s = self.clock()
         done = []
         for place, sum_ in zip(places, sums, strict=True):
             entry = held.entries.pop(place, None)
+            session.reserved_nbytes -= entry.nbytes if entry is not None else 0
             done.append(entry is not None and self.index.commit(entry, sum_))
         return done
 
@@ -181,6 +201,7 @@ class Store:
             for one in held.early:
                 one.end(self.index)
         elif held is not None:
+            session.reserved_nbytes -= held.nbytes
             for entry in held.entries.values():
                 self.index.abandon(entry)
 
@@ -218,7 +239,8 @@ class Store:
     def close(self, session: Session) -> None:
         """The session ended and none of its processes touches its memory: everything comes back."""
         self.sessions.pop(session.number, None)
-        self.lingering.pop(session.number, None)
+        if self.lingering.pop(session.number, None) is not None:
+            self._quarantine(session, -session.held_nbytes)
         for side in session.sides:
             for lease in list(side.leases):
                 self.release(side, lease)
@@ -228,6 +250,7 @@ class Store:
         """The session ended, its processes may still be at work: its keys in the making go, its memory stays."""
         self.sessions.pop(session.number, None)
         self.lingering[session.number] = session
+        self._quarantine(session, session.held_nbytes)
         for lease in [lease for side in session.sides for lease in side.leases.values()]:
             if isinstance(lease, WriteLease):
                 for entry in lease.entries.values():
@@ -243,13 +266,18 @@ class Store:
             "writing_nbytes": stats.writing_nbytes,
             "dead_nbytes": stats.dead_nbytes,
             "pinned_nbytes": stats.pinned_nbytes,
-            "quarantined_nbytes": sum(session.held_nbytes for session in self.lingering.values()),
+            "quarantined_nbytes": self._quarantined.total(),
             "chunks": stats.committed_entries,
             "evictions": stats.evictions,
             "revoked": self.revoked,
             "sessions": len(self.sessions),
             "lingering": len(self.lingering),
         }
+
+    def _quarantine(self, session: Session, nbytes: int) -> None:
+        self._quarantined[session.client] += nbytes
+        if not self._quarantined[session.client]:
+            del self._quarantined[session.client]
 
     def _leave(self, namespaces: Sequence[bytes]) -> None:
         """Drops what nobody can find any more: of those of these namespaces that no session is in."""
@@ -269,6 +297,12 @@ class Store:
         return {place: sums for place in places if (sums := entries[place].sums) is not None}
 
 
+def is_shaped(entry: Entry, shape: tuple[int, int]) -> bool:
+    """Whether a readable chunk is of a session's shape: another one under the same key is not what was asked for."""
+    nbytes, sums_nbytes = shape
+    return entry.nbytes == nbytes and (not sums_nbytes or len(entry.sums or b"") == sums_nbytes)
+
+
 def check_namespace(namespace: bytes) -> None:
     """WireError if it is none."""
     if len(namespace) != NAMESPACE_NBYTES:
@@ -284,6 +318,34 @@ def opening_of_states(opening: Opening) -> Opening:
     """What a session with states says of these."""
     sizes = opening.state_sizes
     return replace(opening, chunk_nbytes=sum(sizes), sizes=sizes, state_sizes=())
+
+
+def _check(opening: Opening) -> None:
+    """WireError if what a planner says of itself cannot be right, or is more than a store takes."""
+    check_namespace(opening.namespace)
+    if opening.chunk_nbytes <= 0 or opening.verify_every < 0:
+        raise WireError("chunk_nbytes must be positive and verify_every not negative")
+    ranges = max(len(opening.sizes), len(opening.state_sizes))
+    if ranges > MAX_RANGES:
+        raise WireError(
+            f"a chunk or state of {ranges} ranges is over the bound of {MAX_RANGES}: make the ranges larger"
+        )
+    if opening.sizes and (sum(opening.sizes) != opening.chunk_nbytes or not all(map(_is_padded, opening.sizes))):
+        raise WireError("the sizes of a chunk's ranges must be padded and add up to chunk_nbytes")
+    if not all(map(_is_padded, opening.state_sizes)):
+        raise WireError("the sizes of a state's ranges must be padded")
+
+
+def _check_sums(opening: Opening, sums: Sequence[bytes]) -> None:
+    """WireError if these are no sums of chunks of such an opening: others would verify with them, and be sent them."""
+    expected = opening.sums_nbytes
+    for sum_ in sums:
+        if expected and len(sum_) != expected:
+            raise WireError(f"{len(sum_)} bytes of sums for {len(opening.sizes)} ranges: each has {SUM_NBYTES} bytes")
+        if len(sum_) > MAX_UNSIZED_SUMS_NBYTES and not expected:
+            raise WireError(
+                f"{len(sum_)} bytes of sums for a chunk: at most {MAX_UNSIZED_SUMS_NBYTES} without its sizes"
+            )
 
 
 def _is_padded(nbytes: int) -> bool:

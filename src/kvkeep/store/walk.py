@@ -18,8 +18,8 @@ from kvkeep.memory.words import Words
 from kvkeep.store.fetch import Promotions
 from kvkeep.store.flush import Flush, FlushOptions
 from kvkeep.store.loads import Loads
-from kvkeep.store.sessions import Session
-from kvkeep.store.store import NAMESPACE_NBYTES, SUM_NBYTES, Store
+from kvkeep.store.sessions import SUM_NBYTES, Session
+from kvkeep.store.store import NAMESPACE_NBYTES, Store
 from kvkeep.tiers.tier import Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -98,8 +98,11 @@ class TierWalk:
                 yield entry.key, sizes
 
     def committed(self, session: Session, entries: Sequence[Entry | None]) -> None:
-        """These became readable in the pool: every tier gets them, if anybody can find them after the session."""
-        if not session.lasting:
+        """These became readable in the pool: every tier gets them, if anybody can find them after the session.
+
+        A session that does not say what their ranges are keeps them in the pool.
+        """
+        if not session.lasting or not session.opening.sizes:
             return
         sizes = session.opening.sizes
         self._sizes.pop(session.namespace, None)
