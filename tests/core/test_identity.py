@@ -136,6 +136,12 @@ def test_the_number_and_the_order_of_groups_count():
     ]
 
 
+@pytest.mark.parametrize("text", ["x ", " ", "x", "\n\n", "x \n y\n"])
+def test_what_is_no_field_is_nothing(text: str):
+    assert told_apart(text, "a  1") == ["a: nothing here, 1 there"]
+    assert told_apart("a  1", text) == ["a: 1 here, nothing there"]
+
+
 def test_long_tuples_with_the_same_ends_are_told_apart():
     def with_layers(*names: str) -> Identity:
         return replaced(groups=(msgspec.structs.replace(FULL, layers=names),))

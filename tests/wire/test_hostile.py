@@ -14,16 +14,18 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.store.namespaces import MOST
 from kvkeep.testing.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire import reception as reception_module
 from kvkeep.wire import server as server_module
 from kvkeep.wire.answers import Checks
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.frames import FrameReader, framed
+from kvkeep.wire.frames import MAX_FRAME_NBYTES, FrameReader, framed
 from kvkeep.wire.holders import Holders
 from kvkeep.wire.lingering import Lingering
 from kvkeep.wire.peer import Credentials
@@ -299,6 +301,40 @@ def test_whoever_asks_for_a_check_meanwhile_shares_the_next_one() -> None:
     assert [stats.figures["number"] for stats in told] == [1] + [2] * 1000, (
         "an answer that was made before the question"
     )
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("char", ["\x1b", "😀", "x", "\n"])
+def test_no_names_are_too_long_to_be_told(good: Client, path: Path, char: str) -> None:
+    """All known namespaces, each with the longest name and identity, are one answer."""
+    known = [bytes([n]) * 16 for n in range(MOST)]
+    for namespace in known:
+        asked = msgspec.structs.replace(hello(char * 300, namespace), identity=char * (20 << 10))
+        Joining(join_shared(str(path), LIMIT_S), asked).wait(LIMIT_S).close()
+    good.rename(known[0], char * (900 << 10))
+    answer = good.wait(good.stats(check=True), LIMIT_S)
+    assert isinstance(answer, m.Stats), good.why_gone
+    assert {one.namespace for one in answer.known} == {*known}
+    assert len(m.encoded(answer)) < MAX_FRAME_NBYTES // 2
+
+
+def test_a_name_forges_no_line_of_the_log(good: Client, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        Joining(join_shared(str(path), LIMIT_S), hello("x\n\x1b[2Jsession 1 opened by root")).wait(LIMIT_S).close()
+        assert figures(good)["sessions"] == 1
+    assert r"opened by x\n\x1b[2Jsession 1" in caplog.text
+    assert "\x1b" not in caplog.text
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_an_identity_of_anything_ends_nothing(good: Client, path: Path) -> None:
+    for n, identity in enumerate((" ", "x ", "\n \n", "\x0b \x1c")):
+        asked = msgspec.structs.replace(hello("same", bytes([n]) * 16), identity=identity)
+        client = Joining(join_shared(str(path), LIMIT_S), asked).wait(LIMIT_S)
+        assert figures(client)["sessions"] == 2
+        client.close()
 
 
 # ---- whose store -----------------------------------------------------------------------------------------------

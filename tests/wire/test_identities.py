@@ -38,6 +38,15 @@ def test_what_cannot_be_read_is_nothing(tmp_path: Path, octets: bytes) -> None:
     assert read_identities(tmp_path) == {}
 
 
+def test_what_is_read_is_as_plain_as_what_a_client_says(tmp_path: Path) -> None:
+    write_identities(tmp_path, {bytes(16): Named("a\nb\x1b" + "x" * 999, "m  1\n\x1b" + "😀" * 9999)})
+    (named,) = read_identities(tmp_path).values()
+    assert named.name.startswith(r"a\nb\x1bx")
+    assert len(named.name) == 256
+    assert named.identity.startswith("m  1\n" + r"\x1b😀")
+    assert len(named.identity.encode()) <= 16 << 10
+
+
 @pytest.mark.parametrize("where", [FILE, f".{FILE}"])
 def test_a_link_leads_nowhere(tmp_path: Path, where: str) -> None:
     """What it names is neither read nor written over; the link makes room for the file."""
@@ -69,7 +78,7 @@ def test_what_would_be_too_long_to_be_read_is_cut_to_what_was_named_last(tmp_pat
     names = {bytes([n]) * 16: Named(chr(1) * (MAX_NBYTES // 18), "") for n in range(9)}  # six bytes a character
     write_identities(tmp_path, names)
     assert (tmp_path / FILE).stat().st_size <= MAX_NBYTES
-    assert list(read_identities(tmp_path).items()) == list(names.items())[-2:]
+    assert list(read_identities(tmp_path)) == list(names)[-2:]
 
 
 def lived(folder: Path, namespace: bytes, identity: str) -> str:

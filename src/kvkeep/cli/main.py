@@ -15,9 +15,9 @@ import kvkeep
 from kvkeep.cli.bench import bench
 from kvkeep.cli.check import check
 from kvkeep.cli.doctor import doctor
-from kvkeep.cli.plain import plain
 from kvkeep.cli.serve import serve, stats
 from kvkeep.errors import KVKeepError
+from kvkeep.store.namespaces import plain
 
 
 class CommandGroup(TyperGroup):

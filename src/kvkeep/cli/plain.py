@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-
-def plain(text: str) -> str:
-    """The text on one line, with what a terminal would obey (ESC, a new line, a change of direction) written out."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+from kvkeep.store.namespaces import plain
 
 
 def cell(*lines: str) -> Text:

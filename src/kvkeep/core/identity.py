@@ -97,13 +97,19 @@ def described(identity: Identity) -> str:
 
 
 def told_apart(here: str, there: str) -> list[str]:
-    """Do as `differing` for two texts that `described` made, perhaps in other processes or versions."""
-    ours, theirs = (dict(line.split(None, 1) for line in text.splitlines() if " " in line) for text in (here, there))
+    """Do as `differing` for two texts that `described` made, perhaps in other processes or versions; else for any."""
+    ours, theirs = _said(here), _said(there)
     return [
         f"{name}: {ours.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
         for name in dict.fromkeys([*ours, *theirs])
         if ours.get(name) != theirs.get(name)
     ]
+
+
+def _said(text: str) -> dict[str, str]:
+    """Read a field a line; what is no name and a value is nothing."""
+    parts = (line.split(None, 1) for line in text.splitlines())
+    return {part[0]: part[1] for part in parts if len(part) == 2}
 
 
 def _fields(identity: Identity) -> dict[str, Any]:

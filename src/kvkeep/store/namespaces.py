@@ -13,14 +13,38 @@ from typing import NamedTuple
 from kvkeep.core.identity import told_apart
 
 MOST = 64  # the ones named last
-MAX_IDENTITY_CHARS = 16 << 10
+MAX_NAME_CHARS = 256
+MAX_IDENTITY_NBYTES = 16 << 10  # as UTF-8; those of `MOST` namespaces fit one answer
 
 
 class Named(NamedTuple):
-    """A namespace as its last session told it: that one's name, and its identity for people."""
+    """A namespace as its last session told it: that one's name, and its identity for people; see `plainly_named`."""
 
     name: str
     identity: str
+
+
+def plain(text: str) -> str:
+    """The text on one line, with what a terminal would obey (ESC, a new line, a change of direction) written out."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def plain_name(name: str) -> str:
+    """What others call themselves, on one line and cut, so that it can be logged and shown."""
+    return plain(name[:MAX_NAME_CHARS])[:MAX_NAME_CHARS]
+
+
+def plain_identity(identity: str) -> str:
+    """What others say that they are, a field a line and cut, so that it can be shown."""
+    lines = identity[:MAX_IDENTITY_NBYTES].split("\n")
+    return "\n".join(map(plain, lines)).encode()[:MAX_IDENTITY_NBYTES].decode(errors="ignore")
+
+
+def plainly_named(name: str, identity: str) -> Named:
+    """A namespace in words that can be logged, shown and sent, whoever said them."""
+    return Named(plain_name(name), plain_identity(identity))
 
 
 @dataclass
@@ -32,8 +56,8 @@ class Namespaces:
 
     def name(self, namespace: bytes, name: str, identity: str) -> list[str]:
         """Notes one. Where it was not known: what tells it from the latest of this name, a field a line."""
-        here = Named(name, identity[:MAX_IDENTITY_CHARS])
-        like = _latest(self.known, name)
+        here = plainly_named(name, identity)
+        like = _latest(self.known, here.name)
         was_known = self.known.pop(namespace, None) is not None
         self.known[namespace] = here
         self._bound()
@@ -49,6 +73,7 @@ class Namespaces:
 
     def recall(self, earlier: Mapping[bytes, Named]) -> list[str]:
         """Takes in what was known in an earlier life; for each that is new since then, what tells it from those."""
+        earlier = {one: plainly_named(*named) for one, named in earlier.items()}
         lines = []
         for namespace, here in self.known.items():
             like = _latest(earlier, here.name)

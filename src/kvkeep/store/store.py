@@ -18,7 +18,7 @@ from kvkeep.core.index import Entry, Index, Outcome
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
 from kvkeep.store.early import Early
-from kvkeep.store.namespaces import Namespaces
+from kvkeep.store.namespaces import Namespaces, plain_identity, plain_name
 from kvkeep.store.sessions import SUM_NBYTES, Opening, ReadLease, Session, WriteLease
 
 NAMESPACE_NBYTES = 16
@@ -86,6 +86,7 @@ class Store:
     def open(self, opening: Opening) -> Session:
         """A new session; WireError if what it says of itself cannot be right."""
         _check(opening)
+        opening = replace(opening, name=plain_name(opening.name), identity=plain_identity(opening.identity))
         number = self.next_lease()
         session = Session(number, opening, opening.namespace, opening.owner or -number)
         if opening.state_sizes:

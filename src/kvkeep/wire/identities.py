@@ -19,12 +19,12 @@ from pathlib import Path
 
 import msgspec
 
-from kvkeep.store.namespaces import MAX_IDENTITY_CHARS, MOST, Named, Namespaces
+from kvkeep.store.namespaces import MAX_IDENTITY_NBYTES, MOST, Named, Namespaces, plainly_named
 
 log = logging.getLogger("kvkeep.store")
 
 FILE = "identities.json"
-MAX_NBYTES = 8 * MOST * MAX_IDENTITY_CHARS
+MAX_NBYTES = 8 * MOST * MAX_IDENTITY_NBYTES
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ def load_identities(directory: Path) -> dict[bytes, Named]:
         lines = msgspec.json.decode(octets, type=list[Line])
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    return {bytes.fromhex(line.namespace): Named(line.name, line.identity[:MAX_IDENTITY_CHARS]) for line in lines}
+    return {bytes.fromhex(line.namespace): plainly_named(line.name, line.identity) for line in lines[-MOST:]}
 
 
 def read_identities(directory: Path) -> dict[bytes, Named]:
