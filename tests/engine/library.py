@@ -146,8 +146,8 @@ def library(
     ) as engine:
         if device:
             engine.lookup(range(CHUNK))  # maps the pool
-            pool = engine._line._pool
+            pool = engine._line._mapped._pool
             assert pool is not None
-            pool._populating.join(10.0)
+            pool.populated.wait(10.0)
             assert (pool.pin is not None and pool.pin.pinned_nbytes > 0) == locked
         yield Library(engine, groups, source)

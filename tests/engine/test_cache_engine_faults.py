@@ -110,6 +110,16 @@ def test_a_killed_store_is_a_miss_half_way_and_is_found_again():
         lib.settled()
 
 
+def test_a_dead_store_leaves_no_memory_behind_in_a_program_that_makes_no_call():
+    with private(ManualClock()) as (lib, source):
+        lib.engine._line._mapped._late_s = 0.0
+        pool = lib.engine._line._mapped._pool
+        assert pool is not None
+        kill(source)
+        until(lambda: pool.wait(0.0))
+        assert lib.engine.lookup(TOKENS) == 0
+
+
 def test_a_store_that_stands_still_costs_a_deadline_and_no_more():
     with private(ManualClock(), deadline_s=0.15) as (lib, source):
         assert source._child is not None
@@ -141,7 +151,7 @@ class Impostor:
         welcome = Welcome(VERSION, b"b" * 16, 1, os.getpid(), 4096)
         with tempfile.TemporaryFile() as file:
             file.truncate(4096)
-            socket.send_fds(self.theirs, [framed(encoded(welcome))], [file.fileno()])
+            socket.send_fds(self.theirs, [framed(encoded(welcome))], [file.fileno()] * 2)
         return ours
 
     def end(self, wait: bool) -> None:

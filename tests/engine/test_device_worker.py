@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,14 +15,14 @@ from kvkeep.engine.device_worker import DeviceWorker, Mode
 from kvkeep.engine.mapped import MappedPool
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
 from kvkeep.memory.pin import PinCalls
-from kvkeep.memory.pool import Lease
+from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
 from kvkeep.testing.device_doubles import LOCKS, HeldDevice
 from kvkeep.testing.doubles import HeldCopier
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks, seal_ranges
-from kvkeep.wire.handoff import PoolDoor, send_pool
+from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
 
 NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS, LAYERS = 16, 4, 8, 3
 FIRST, SECOND = b"boot number one.", b"boot number two."
@@ -36,11 +37,13 @@ class Locks:
     def __init__(self, refusal: str = "") -> None:
         self.refusal = refusal
         self.locked: set[int] = set()
+        self.some = threading.Event()
         self.calls = PinCalls(self.lock, self.unlock)
 
     def lock(self, address: int, nbytes: int) -> str:
         if not self.refusal:
             self.locked.add(address)
+            self.some.set()
         return self.refusal
 
     def unlock(self, address: int) -> str:
@@ -62,6 +65,7 @@ class OneRank:
             Rank(0, self.device.transfer(self.groups, CHUNK_TOKENS), self.pool), self.settler, mode
         )
         self.regions: list[Region] = []
+        self.pools: list[Pool] = []
 
     def settler(self) -> Copier:
         self.settlers.append(HeldCopier())
@@ -70,18 +74,18 @@ class OneRank:
     def hand(self, boot: bytes = FIRST) -> Region:
         """A new pool, mapped and (if it can be) page-locked."""
         self.regions.append(Region.create(POOL_NBYTES))
-        send_pool(self.door.path, self.regions[-1].fd, boot, 5.0)
+        send_pool(self.door.path, HandedPool(boot, self.regions[-1].fd, self.regions[-1].fd), 5.0)
         lease = self.pool.lease(boot, 0, self.worker._rank.shard)
         assert lease is not None
         lease.close()
         assert self.pool._pool is not None
-        self.pool._pool._populating.join(LIMIT_S)
+        self.pools.append(self.pool._pool)
+        self.pools[-1].populated.wait(LIMIT_S)
         return self.regions[-1]
 
     def retired(self) -> None:
-        """A pool that was replaced has ended, but for its leases."""
-        for thread in self.pool._threads:
-            thread.join(LIMIT_S)
+        """A pool that was replaced has ended, unless one of its leases has not."""
+        self.pools[0].wait(LIMIT_S)
 
     def fill(self, block_id: int, value: int) -> None:
         for number, cache in enumerate(self.caches.values()):
@@ -385,6 +389,7 @@ def test_the_pool_is_locked_until_its_last_copy_is_over_and_again_at_a_new_boot(
     assert len(locks.locked) == 2, "unlocked under a copy"
     one.settle()
     assert one.told().stores
+    one.retired()
     assert len(locks.locked) == 1
     assert not locks.locked & first
     one.worker.start_stores(storing(gather(0, 1, 2), step=2, boot=SECOND))
@@ -396,13 +401,9 @@ def test_the_pool_is_locked_until_its_last_copy_is_over_and_again_at_a_new_boot(
 def test_a_pool_is_taken_and_locked_before_a_step_needs_it() -> None:
     locks = Locks()
     one = OneRank(calls=locks.calls)
-    one.pool.watch()
     region = Region.create(POOL_NBYTES)
-    send_pool(one.door.path, region.fd, FIRST, 5.0)
-    one.retired()
-    assert one.pool._pool is not None
-    one.pool._pool._populating.join(LIMIT_S)
-    assert len(locks.locked) == 1
+    send_pool(one.door.path, HandedPool(FIRST, region.fd, region.fd), 5.0)
+    assert locks.some.wait(LIMIT_S)
     one.close()
     assert not locks.locked
     region.close()
@@ -410,9 +411,8 @@ def test_a_pool_is_taken_and_locked_before_a_step_needs_it() -> None:
 
 def test_nobody_watches_for_a_pool_after_the_end() -> None:
     one = OneRank()
-    one.pool.watch()
     one.close()
-    assert not any(thread.is_alive() for thread in one.pool._threads)
+    assert not one.pool._thread.is_alive()
 
 
 def test_a_pool_that_cannot_be_locked_works_through_staging_copies_and_says_so(

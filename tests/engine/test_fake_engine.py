@@ -71,7 +71,7 @@ class Bench:
             assert isinstance(worker, DeviceWorker)
             pool = worker._rank.pool._pool
             assert pool is not None
-            pool._populating.join(10.0)
+            pool.populated.wait(10.0)
 
     def wrap(self, rank: int, inner: Transfer) -> Transfer:
         if self.on_device:

@@ -7,12 +7,12 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 
@@ -32,7 +32,6 @@ from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp
 from kvkeep.engine.planner import Planner, PlannerOptions
 from kvkeep.engine.worker import Worker
 from kvkeep.errors import BlockError, KVKeepError, StoreGone
-from kvkeep.memory.region import Region
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles import ManualClock
 from kvkeep.testing.store_thread import ThreadSource, shared_store
@@ -264,7 +263,8 @@ def rank() -> Iterator[Rank]:
 
 
 def test_a_worker_of_a_new_boot_neither_loads_nor_stores_for_the_old_one(line: Line, rank: Rank) -> None:
-    line.doors.append(rank.door.path)
+    beside = Rank()
+    line.doors += [rank.door.path, beside.door.path]
     assert not rank.stores(b"any boot at all.", 1, 1, 2), "there is no pool yet"
     assert not rank.loads(b"any boot at all.", 2, 3, 4)
     first = line.started()
@@ -278,16 +278,28 @@ def test_a_worker_of_a_new_boot_neither_loads_nor_stores_for_the_old_one(line: L
     assert line.link.live(idle=True) is None
     second = line.found_again()
     new = second.welcome.boot
-    with Region.attach(os.dup(second.pool_fd)) as pool:
-        assert rank.stores(new, 6, 5, 6)
-        held = np.array(pool.array[:8])
-        assert held.tolist() == rank.cache[5:7].flatten().tolist()
-        before = rank.cache.clone()
-        assert not rank.stores(old, 7, 1, 2)
-        assert not rank.loads(old, 8, 7, 8)
-        assert pool.array[:8].tolist() == held.tolist()
-        assert torch.equal(rank.cache, before)
-        assert rank.loads(new, 9, 7, 8)
+    assert rank.stores(new, 6, 5, 6)
+    before = rank.cache.clone()
+    assert not rank.stores(old, 7, 1, 2)
+    assert not rank.loads(old, 8, 7, 8)
+    assert torch.equal(rank.cache, before)
+    assert beside.loads(new, 9, 7, 8)
+    assert beside.cache[7:9].tolist() == rank.cache[5:7].tolist(), "what was stored for the new store has changed"
+    assert rank.loads(new, 9, 7, 8)
+    beside.worker.close()
+
+
+def test_stores_that_come_and_go_while_no_step_copies_fill_no_door(thread_line: Line, rank: Rank) -> None:
+    thread_line.doors.append(rank.door.path)
+    client = thread_line.started()
+    for _ in range(10):
+        client.lose("on purpose")
+        assert thread_line.link.live(idle=True) is None
+        client = thread_line.found_again()
+        end_s = time.monotonic() + LIMIT_S
+        while not rank.worker._mapped.has(client.welcome.boot):
+            assert time.monotonic() < end_s, "it is not taken before a step asks for it"
+    assert rank.stores(client.welcome.boot, 1, 1, 2)
 
 
 def test_a_plan_with_wrong_blocks_is_refused_before_anything_is_copied(thread_line: Line, rank: Rank) -> None:

@@ -24,7 +24,7 @@ from kvkeep.trace import Trace
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.wire.handoff import PoolDoor, send_pool
+from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
 
 NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 16, 4, 8
 FIRST, SECOND = b"boot number one.", b"boot number two."
@@ -49,7 +49,7 @@ class Rank:
     def hand(self, boot: bytes) -> Region:
         """A new pool at the door."""
         self.pools.append(Region.create(POOL_NBYTES))
-        send_pool(self.door.path, self.pools[-1].fd, boot, 5.0)
+        send_pool(self.door.path, HandedPool(boot, self.pools[-1].fd, self.pools[-1].fd), 5.0)
         return self.pools[-1]
 
     def load(self, *ops: LoadOp, boot: bytes = FIRST, step: int = 1) -> Report:
@@ -214,7 +214,7 @@ def test_a_plan_is_checked_before_anything_is_copied(rank: Rank, block_id: int) 
 def test_a_descriptor_that_is_no_pool_is_no_pool(rank: Rank, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(POOL_NBYTES))
     fd = os.open(tmp_path / "file", os.O_RDWR)
-    send_pool(rank.door.path, fd, FIRST, 5.0)
+    send_pool(rank.door.path, HandedPool(FIRST, fd, fd), 5.0)
     os.close(fd)
     assert rank.load(scatter(0, 1)).loads == [LoadsDone(1, rank.rank, (0,))]
     rank.hand(FIRST)

@@ -119,10 +119,13 @@ def run(other: FakeEngine, name: str, prompt: tuple[int, ...]) -> None:
 
 
 def check_pool(store: Store, other: FakeEngine) -> int:
-    client = other.link.client
-    assert client is not None
-    with Region.attach(os.dup(client.pool_fd)) as region:
-        return other.check_pool(region.array)
+    client = store.client()
+    pool = client.take_pool()
+    os.close(pool.life)
+    with Region.attach(pool.fd) as region:
+        checked = other.check_pool(region.array)
+    client.close()
+    return checked
 
 
 def test_a_process_that_is_stopped_anywhere_and_goes_on_harms_nobody(store: Store) -> None:

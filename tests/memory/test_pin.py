@@ -106,7 +106,7 @@ def test_nothing_is_locked_after_the_end(caplog: pytest.LogCaptureFixture):
 
 def pool_with(device: Device | None, until: Callable[[Pool], bool]) -> Pool:
     pool = Pool(b"boot", Region.create(64 * mmap.PAGESIZE), device.calls if device is not None else None)
-    pool._populating.join(timeout=10.0)
+    pool.populated.wait(10.0)
     assert until(pool)
     return pool
 
@@ -120,6 +120,7 @@ def test_a_pool_locks_its_own_mapping_and_unlocks_it_before_it_goes():
         assert lease.views()[0].ctypes.data == address + 3 * mmap.PAGESIZE
         assert nbytes == pool.nbytes
     pool.close()
+    assert pool.wait(10.0)
     assert not device.locked
 
 
@@ -146,7 +147,9 @@ def test_memory_stays_locked_while_a_copy_may_be_under_way_in_it(lease_first: bo
         pool.close()
     else:
         pool.close()
+        assert not pool.wait(10.0)
         assert device.locked, "a lease is still open"
         second.views()[0][:] = 1
         second.close()
+    assert pool.wait(10.0)
     assert not device.locked

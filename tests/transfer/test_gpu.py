@@ -37,7 +37,7 @@ from kvkeep.transfer.rotary import Pairing, rotate_blocks, turn_between
 from kvkeep.transfer.transfer import Blocks, seal_ranges
 from kvkeep.transfer.turned_scatter import TurnedScatter
 from kvkeep.transfer.turning import Keys, Turning
-from kvkeep.wire.handoff import PoolDoor, send_pool
+from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -77,7 +77,7 @@ def locked(nbytes: int) -> np.ndarray:
 @pytest.fixture
 def pool() -> Iterator[Pool]:
     pool = Pool(b"boot", Region.create(64 << 20), CudaMemory(load_driver(), 0).calls)
-    pool._populating.join(timeout=30.0)
+    pool.populated.wait(30.0)
     assert pool.pin is not None
     assert pool.pin.refusal == ""
     yield pool
@@ -199,7 +199,7 @@ def test_the_pool_itself_is_read_and_written(way: str, pool: Pool):
 def test_a_chunk_may_cross_from_one_locked_piece_to_the_next(way: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Pin.__init__, "__defaults__", (4 << 20,))
     pool = Pool(b"boot", Region.create(16 << 20), CudaMemory(load_driver(), 0).calls)
-    pool._populating.join(timeout=30.0)
+    pool.populated.wait(30.0)
     cache = on_device(NB, 16, 1024)
     transfer = transfer_of([GroupCaches({"l": cache}, NB, 16, 0)], 64, way)
     with pool.lend((4 << 20) - 40960, transfer.shard) as lease:
@@ -317,13 +317,13 @@ class OneRank:
         self.shard = transfer.shard
         self.region = Region.create(4 * self.shard.nbytes)
         door = PoolDoor()
-        send_pool(door.path, self.region.fd, BOOT, 5.0)
+        send_pool(door.path, HandedPool(BOOT, self.region.fd, self.region.fd), 5.0)
         self.mapped = MappedPool(door, CudaMemory(load_driver(), 0).calls)
         lease = self.mapped.lease(BOOT, 0, self.shard)
         assert lease is not None
         lease.close()
         assert self.mapped._pool is not None
-        self.mapped._pool._populating.join(timeout=30.0)
+        self.mapped._pool.populated.wait(30.0)
         self.worker = DeviceWorker(Rank(0, transfer, self.mapped), ThreadCopier, mode)
 
     def told(self) -> Report:

@@ -28,7 +28,7 @@ from kvkeep.testing.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import framed
-from kvkeep.wire.handoff import BOOT_NBYTES, PoolDoor, send_pool
+from kvkeep.wire.handoff import BOOT_NBYTES, HandedPool, PoolDoor, send_pool
 from kvkeep.wire.listening import listen
 from kvkeep.wire.process import Child, StoreOptions, join_shared, start_private
 from kvkeep.wire.server import Server
@@ -266,21 +266,22 @@ def open_fds() -> int:
 
 
 def test_nobody_at_the_door(door: PoolDoor):
-    assert door.take() is None
+    assert door.take() == []
 
 
-def test_the_newest_boot_wins_and_the_older_descriptors_are_closed(door: PoolDoor):
+def test_all_pools_that_wait_are_given_in_their_order(door: PoolDoor):
     with Region.create(CHUNK) as old, Region.create(2 * CHUNK) as new:
         before = open_fds()
-        send_pool(door.path, old.fd, ONE, LIMIT_S)
-        send_pool(door.path, new.fd, TWO, LIMIT_S)
-        handed = door.take()
-        assert handed is not None
-        assert handed.boot == TWO
-        with Region.attach(handed.fd, 2 * CHUNK) as mine:
+        send_pool(door.path, HandedPool(ONE, old.fd, old.fd), LIMIT_S)
+        send_pool(door.path, HandedPool(TWO, new.fd, new.fd), LIMIT_S)
+        first, newest = door.take()
+        assert (first.boot, newest.boot) == (ONE, TWO)
+        first.close()
+        with Region.attach(newest.fd, 2 * CHUNK) as mine:
             new.array[5] = 77
             assert int(mine.array[5]) == 77
-        assert door.take() is None
+        os.close(newest.life)
+        assert door.take() == []
         assert open_fds() == before
 
 
@@ -288,8 +289,8 @@ def test_the_newest_boot_wins_and_the_older_descriptors_are_closed(door: PoolDoo
 def test_a_pool_without_a_whole_boot_is_none(door: PoolDoor, boot: bytes):
     with Region.create(CHUNK) as region:
         before = open_fds()
-        send_pool(door.path, region.fd, boot, LIMIT_S)
-        assert door.take() is None
+        send_pool(door.path, HandedPool(boot, region.fd, region.fd), LIMIT_S)
+        assert door.take() == []
         assert open_fds() == before
 
 
@@ -297,26 +298,25 @@ def test_a_boot_without_a_pool_is_none(door: PoolDoor):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect(door.path)
         sock.send(ONE)
-        assert door.take() is None
+        assert door.take() == []
 
 
 def test_a_sender_that_is_slow_is_not_turned_away(door: PoolDoor):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, Region.create(CHUNK) as region:
         sock.connect(door.path)
-        assert door.take() is None
-        socket.send_fds(sock, [ONE], [region.fd])
-        handed = door.take()
-        assert handed is not None
-        os.close(handed.fd)
+        assert door.take() == []
+        socket.send_fds(sock, [ONE], [region.fd] * 2)
+        (handed,) = door.take()
+        handed.close()
 
 
 def test_a_door_that_is_closed_is_out_of_reach(door: PoolDoor):
     door.close()
     door.close()
     assert not Path(door.path).parent.exists()
-    assert door.take() is None
+    assert door.take() == []
     with Region.create(CHUNK) as region, pytest.raises(StoreGone, match="did not take the pool"):
-        send_pool(door.path, region.fd, ONE, LIMIT_S)
+        send_pool(door.path, HandedPool(ONE, region.fd, region.fd), LIMIT_S)
 
 
 def test_the_folder_of_a_door_is_its_owner_s(door: PoolDoor):

@@ -392,7 +392,7 @@ def test_no_welcome_in_time(fake_store: tuple[socket.socket, Joining]) -> None:
 def welcomed(fake_store: tuple[socket.socket, Joining]) -> tuple[socket.socket, Client]:
     store, joining = fake_store
     with Region.create(CHUNK) as region:
-        socket.send_fds(store, [WELCOME], [region.fd])
+        socket.send_fds(store, [WELCOME], [region.fd] * 2)
     return store, joining.wait(LIMIT_S)
 
 

@@ -7,7 +7,6 @@ or layers.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from typing import NamedTuple
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.lookups import REASONS, STORE_SHARE
+from kvkeep.engine.mapped import MappedPool
 from kvkeep.errors import KVKeepError, StoreGone
 from kvkeep.memory.pin import PinCalls
-from kvkeep.memory.pool import Lease, Pool
-from kvkeep.memory.region import Region
+from kvkeep.memory.pool import Lease
 from kvkeep.memory.words import region_nbytes
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Answer, Call, Client
@@ -73,15 +72,16 @@ class Line:
 
     def __init__(self, link: Link, shard: ShardLayout, deadline_s: float, pin_calls: PinCalls | None = None) -> None:
         self._link = link
-        self._pin_calls = pin_calls
+        self._mapped = MappedPool(pin_calls=pin_calls)
         self._shard = shard
         self._deadline_s = deadline_s
         self._turn = threading.Lock()
-        self._pool: Pool | None = None
         self._pins: dict[str, Pin] = {}
         self._given_back: deque[Held] = deque()
         self._held = 0
         self._closed = False
+        with self._client():
+            """The pool is mapped now: a descriptor that waits for the first call keeps a dead store's memory."""
 
     def present(self, digests: Sequence[bytes], pin_id: str | None) -> int:
         """How many chunks are present from the first digest on; with `pin_id` they stay until it is unpinned."""
@@ -93,8 +93,10 @@ class Line:
                 return 0
             if pin_id is None:
                 client.release(answer.lease)
+            elif (found := self._found(client, answer)) is not None:
+                self._pins[pin_id] = Pin(digests[: len(answer.offsets)], found)
             else:
-                self._pins[pin_id] = Pin(digests[: len(answer.offsets)], self._found(client, answer))
+                return 0
             return len(answer.offsets)
 
     def unpin(self, pin_id: str) -> None:
@@ -117,7 +119,9 @@ class Line:
             answer = self._fetched(client, digests)
             if answer is None:
                 return Miss.DEADLINE if client.alive else Miss.STORE_GONE
-            return self._found(client, answer) if answer.lease else REASONS.get(answer.why, Miss.NOT_STORED)
+            if not answer.lease:
+                return REASONS.get(answer.why, Miss.NOT_STORED)
+            return self._found(client, answer) or Miss.STORE_GONE
 
     def reserve(self, digests: Sequence[bytes]) -> Room | None:
         """Room for the chunks that are absent. None: no answer in time."""
@@ -127,7 +131,7 @@ class Line:
                 return None
             places = [place for place, offset in enumerate(answer.offsets) if offset >= 0]
             held = self._hold(client, answer.lease, [answer.offsets[place] for place in places])
-            return Room(held, dict(zip(places, held.chunks, strict=True)), answer.offsets)
+            return Room(held, dict(zip(places, held.chunks, strict=True)), answer.offsets) if held is not None else None
 
     def commit(self, held: Held, places: Sequence[int], sums: Sequence[bytes]) -> int:
         """Makes written chunks readable, in as many messages as their sums need; how many of them are."""
@@ -183,9 +187,7 @@ class Line:
             if self._held and self._link.client is not None:
                 self._link.client.drop()
             self._link.close()
-            if self._pool is not None:
-                self._pool.close()  # whoever still holds a part of it keeps that mapped
-                self._pool = None
+        self._mapped.close()  # whoever still holds a part of it keeps it mapped
 
     @contextmanager
     def _client(self) -> Iterator[Client | None]:
@@ -230,11 +232,13 @@ class Line:
         """The client, its pool mapped. A session is resumed only while nothing is held: that frees what it lent."""
         self._drop_pins([pin_id for pin_id, pin in self._pins.items() if not pin.found.held.client.alive])
         client = self._link.live(idle=not self._held)
-        if client is not None and (self._pool is None or self._pool.boot != client.welcome.boot):
-            if self._pool is not None:
-                self._pool.close()
-            self._pool = _mapped(client, self._pin_calls)
-        return client if self._pool is not None else None
+        if client is not None and not self._mapped.has(client.welcome.boot):
+            try:
+                self._mapped.put(client.take_pool(), region_nbytes(client.welcome.pool_nbytes))
+            except KVKeepError as error:
+                client.lose(f"its pool cannot be used here: {error}")
+                return None
+        return client
 
     def _answer(self, client: Client | None, ask: Callable[[Client], Call]) -> Answer | None:
         """What the store answers within the deadline; one that is slow is not asked again before it has caught up."""
@@ -251,9 +255,9 @@ class Line:
         answer = self._answer(client, lambda one: one.fetch(digests, self._deadline_s * STORE_SHARE))
         return answer if isinstance(answer, Matched) else None
 
-    def _found(self, client: Client, answer: Matched) -> Found:
+    def _found(self, client: Client, answer: Matched) -> Found | None:
         held = self._hold(client, answer.lease, answer.offsets)
-        return Found(held, held.chunks, answer.sums, REASONS.get(answer.why))
+        return Found(held, held.chunks, answer.sums, REASONS.get(answer.why)) if held is not None else None
 
     def _part(self, found: Found, start: int, end: int) -> Found:
         """A part of a run for one more user of its lease."""
@@ -261,18 +265,14 @@ class Line:
         sums = {place - start: one for place, one in found.sums.items() if start <= place < end}
         return Found(found.held, found.chunks[start:end], sums)
 
-    def _hold(self, client: Client, lease: int, offsets: Sequence[int]) -> Held:
-        assert self._pool is not None, "no pool is mapped"
-        held = Held(client, lease, [self._pool.lease(offset, self._shard) for offset in offsets])
+    def _hold(self, client: Client, lease: int, offsets: Sequence[int]) -> Held | None:
+        """The lease with its memory; None if the store has ended since it answered, and its pool is gone."""
+        boot = client.welcome.boot
+        chunks = [chunk for offset in offsets if (chunk := self._mapped.lease(boot, offset, self._shard)) is not None]
+        if len(chunks) < len(offsets):
+            for chunk in chunks:
+                chunk.close()
+            client.release(lease)
+            return None
         self._held += 1
-        return held
-
-
-def _mapped(client: Client, pin_calls: PinCalls | None) -> Pool | None:
-    """The pool of a client's store in this process; a store whose pool cannot be mapped is as good as gone."""
-    try:
-        region = Region.attach(os.dup(client.pool_fd), region_nbytes(client.welcome.pool_nbytes))
-        return Pool(client.welcome.boot, region, pin_calls)
-    except (OSError, KVKeepError) as error:
-        client.lose(f"its pool cannot be used here: {error}")
-        return None
+        return Held(client, lease, chunks)

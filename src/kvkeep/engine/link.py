@@ -248,13 +248,23 @@ class Link:
         # a reset may have come between our hello and its welcome
         client.rename(now.namespace, now.identity, lasting=not self._anew)
         try:
-            for door in self.doors:
-                send_pool(door, client.pool_fd, client.welcome.boot, CONNECT_LIMIT_S)
+            self._hand_out(client)
         except StoreGone:
             client.drop()
             raise
         self.client = client
         log.info("kvkeep: store process %d, pool of %s", client.welcome.pid, size_text(client.welcome.pool_nbytes))
+
+    def _hand_out(self, client: Client) -> None:
+        """The pool goes to the workers; without any it stays with the client, for its user."""
+        if not self.doors:
+            return
+        pool = client.take_pool()
+        try:
+            for door in self.doors:
+                send_pool(door, pool, CONNECT_LIMIT_S)
+        finally:
+            pool.close()
 
     def _lost(self, why: str) -> None:
         self._silent_since_s = None

@@ -1,91 +1,174 @@
-"""The store's pool in a rank's process: mapped when it is handed over, page-locked where a device copies by itself.
+"""The store's pool in this process: mapped when it comes, page-locked where a device copies by itself, and let go.
 
-Knows nothing about plans, keys or copies. Every start of the store has a pool of its own; that of an earlier one is not
-lent again, and ends with its last lease.
+Knows nothing about plans, keys or copies. Every start of the store has a pool of its own. That of an earlier one is not
+lent again, and is unmapped when its last lease ends; so is that of a store that has ended, for the next one needs its
+room. An engine's thread does none of that: to free a pool takes 0.2 to 0.3 s a GiB.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
+import select
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import KVKeepError
 from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
-from kvkeep.wire.handoff import HandedPool, PoolDoor
+from kvkeep.wire.handoff import HandedPool, PoolDoor, close_all
 
 log = logging.getLogger("kvkeep")
 
-WATCH_S, LOOK_S = 600.0, 0.05
+LATE_S = 2.0  # a plan that was made before the planner knew of the store's end may come so much later
+END_LIMIT_S = 5.0
 
 
 class MappedPool:
-    """Pools come through `door`; `pin_calls` page-lock each of them (None: nothing needs to).
+    """Pools come through `door`, or by `put`; `pin_calls` page-lock each of them (None: nothing needs to).
 
-    A pool that another one replaces is unlocked by a thread: the caller is an engine's own.
+    A thread takes what comes and lets go of what has ended, whether or not the engine makes steps. A pool is asked for
+    `late_s` after its store has ended, and then no more.
     """
 
-    def __init__(self, door: PoolDoor, pin_calls: PinCalls | None = None) -> None:
+    def __init__(
+        self,
+        door: PoolDoor | None = None,
+        pin_calls: PinCalls | None = None,
+        late_s: float = LATE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._door = door
         self._pin_calls = pin_calls
+        self._late_s = late_s
+        self._clock = clock
         self._pool: Pool | None = None
+        self._life = -1
+        self._ended_s: float | None = None  # when the pool's store had ended, or the pool was last asked for since then
+        self._unused: list[int] = []  # descriptors that the thread closes: one may be the last of a pool
         self._turn = threading.Lock()
-        self._closing = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="kvkeep-mapped")
+        self._thread.start()
 
-    def watch(self) -> None:
-        """Takes the first pool when it comes, and not only when a step needs it: locking it takes a while."""
-        self._beside(self._watch)
+    def put(self, handed: HandedPool, nbytes: int) -> None:
+        """Maps a pool, and owns its descriptors from here on; KVKeepError unless it can be, and has `nbytes`."""
+        with self._turn:
+            self._swap(handed, nbytes)
+
+    def has(self, boot: bytes) -> bool:
+        """Whether that boot's pool is mapped."""
+        with self._turn:
+            return self._pool is not None and self._pool.boot == boot
 
     def lease(self, boot: bytes, offset: int, shard: ShardLayout, word: int = 0) -> Lease | None:
         """A lease on the shard at `offset` of that boot's pool, to be closed; None if that pool is not here.
 
         `word` is where its progress word is (0: it has none).
         """
-        if self._pool is None or self._pool.boot != boot:
-            self._look()
-        if self._pool is None or self._pool.boot != boot:
-            return None
-        return self._pool.lease(offset, shard, word)
+        with self._turn:
+            if self._pool is None or self._pool.boot != boot:
+                self._look()  # it may have come a moment before the plan that names it
+            if self._pool is None or self._pool.boot != boot:
+                return None
+            if self._ended_s is not None:
+                self._ended_s = self._clock()
+            return self._pool.lease(offset, shard, word)
 
     def close(self) -> None:
-        """Closes the door and ends the mapping; idempotent. Leases keep their part of it."""
-        self._closing.set()
-        for thread in self._threads:
-            thread.join(timeout=5.0)
-        self._door.close()
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        """Closes the door and ends the mapping, for which it waits a moment; idempotent. Leases keep the mapping."""
+        with self._turn:
+            if self._closing:
+                return
+            self._closing = True
+            pool = self._pool
+            self._let_go()
+            self._wake_up()
+        self._thread.join(END_LIMIT_S)
+        if self._door is not None:
+            self._door.close()
+        if pool is not None:
+            pool.wait(END_LIMIT_S)
+        if not self._thread.is_alive():
+            os.close(self._wake)
 
     def _watch(self) -> None:
-        for _ in range(int(WATCH_S / LOOK_S)):
-            if self._pool is None:
+        while True:
+            with self._turn:
                 self._look()
-            if self._pool is not None or self._closing.wait(LOOK_S):
+                left_s = self._left_s()
+                if left_s == 0:
+                    log.info("kvkeep: the store has ended: its pool is given back")
+                    self._let_go()
+                    left_s = math.inf
+                unused, self._unused = self._unused, []
+                life = self._life if self._ended_s is None else -1
+                doors = self._door.fds if self._door is not None else []
+                closing = self._closing
+            close_all(unused)
+            if closing:
                 return
+            _wait(self._wake, doors, life, left_s)
 
     def _look(self) -> None:
-        with self._turn:
-            handed = self._door.take()
-            if handed is not None:
+        """Takes what is at the door; the newest is mapped."""
+        for handed in self._door.take() if self._door is not None and not self._closing else ():
+            try:
                 self._swap(handed)
+            except KVKeepError as error:
+                log.error("kvkeep: the pool cannot be used here: %s", error)
 
-    def _beside(self, call: Callable[[], None]) -> None:
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(threading.Thread(target=call, daemon=True, name="kvkeep-pool"))
-        self._threads[-1].start()
+    def _left_s(self) -> float:
+        """How long the pool is still asked for; 0: no more, infinite: its store lives."""
+        if self._life < 0 or not _hung_up(self._life):
+            return math.inf
+        if self._ended_s is None:
+            self._ended_s = self._clock()
+        return max(0.0, self._ended_s + self._late_s - self._clock())
 
-    def _swap(self, handed: HandedPool) -> None:
-        old, self._pool = self._pool, None
-        if old is not None and old.pin is not None:
-            self._beside(old.close)
-        elif old is not None:
-            old.close()
-        try:
-            self._pool = Pool(handed.boot, Region.attach(handed.fd), self._pin_calls)
-        except KVKeepError as error:
-            log.error("kvkeep: the pool cannot be used here: %s", error)
+    def _swap(self, handed: HandedPool, nbytes: int | None = None) -> None:
+        if self._closing:
+            handed.close()
+            return
+        if self._pool is not None and self._pool.boot == handed.boot:
+            self._unused += [handed.fd, handed.life]  # the same pool again: a session was resumed
+        else:
+            self._let_go()
+            self._life = handed.life
+            self._pool = Pool(handed.boot, Region.attach(handed.fd, nbytes), self._pin_calls)
+        self._wake_up()
+
+    def _let_go(self) -> None:
+        """The pool is not lent any more; it ends with its last lease, on a thread of its own."""
+        if self._pool is not None:
+            self._pool.close()
+        if self._life >= 0:
+            self._unused.append(self._life)
+        self._pool, self._life, self._ended_s = None, -1, None
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+
+def _wait(wake: int, readable: Iterable[int], life: int, limit_s: float) -> None:
+    """Until one of these is readable, or `life` (-1: none) hung up, at most for `limit_s`; `wake` is drained."""
+    poll = select.poll()
+    for fd in (wake, *readable):
+        poll.register(fd, select.POLLIN)
+    if life >= 0:
+        poll.register(life, 0)
+    poll.poll(None if math.isinf(limit_s) else math.ceil(1000 * limit_s))
+    with suppress(BlockingIOError):
+        os.eventfd_read(wake)
+
+
+def _hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))

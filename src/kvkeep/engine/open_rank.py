@@ -44,9 +44,7 @@ def open_rank(
         log.info("kvkeep: transfer_mode %s: bulk, since layers are not computed whole", config.transfer_mode)
     transfer = opened.transfer
     if isinstance(transfer, DeviceTransfer):
-        pool = MappedPool(door, opened.pin_calls)
-        pool.watch()
-        return DeviceWorker(Rank(rank, transfer, pool), ThreadCopier, mode)
+        return DeviceWorker(Rank(rank, transfer, MappedPool(door, opened.pin_calls)), ThreadCopier, mode)
     by_cpu = isinstance(transfer, ReferenceTransfer)
     cores = spare_cores() if by_cpu and alone else frozenset()
     copier = ThreadCopier(cores) if cores else InlineCopier()

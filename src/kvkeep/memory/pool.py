@@ -43,6 +43,7 @@ class Lease:
         self._ended = ended
         self.pieces = pieces
         self.arrival = arrival
+        self._given_up = False
 
     def views(self, layers: range | None = None) -> list[Bytes]:
         """One writable view a range (with its padding); `layers` are numbers of ranges, None all of them."""
@@ -54,32 +55,34 @@ class Lease:
     @property
     def failed(self) -> bool:
         """Whether it was given up by whoever still filled it."""
-        return self.arrival is not None and self.arrival.failed
+        return self.arrival.failed if self.arrival is not None else self._given_up
 
     def close(self) -> None:
         """Ends the lease; idempotent. No copy may be under way in its memory."""
         ended, self._ended = self._ended, None
+        self._given_up, self._memory, self.arrival = self.failed, None, None
         if ended is not None:
-            ended()  # while the memory is still mapped
-        self._memory = None
+            ended()  # last: whoever unmaps the memory meets no view of ours
 
 
 class Pool:
     """The store's pool mapped into this process; `boot` says of which start of the store.
 
-    With `pin_calls` it is page-locked as well, as it is populated, until it is closed and no lease is left: a device
-    may still be copying.
+    With `pin_calls` it is page-locked as well, as it is populated. It has a thread of its own, which populates it and,
+    once it is closed and no lease is left, unlocks and unmaps it: either takes a while, and a device may still be
+    copying. `populated` is set when it has done what it could.
     """
 
     def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:
         self.boot = boot
         self.pin = Pin(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
         self._region = region
-        self._closing = threading.Event()
-        self._counting = threading.Lock()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._ended = False
         self._leases = 0
-        self._populating = threading.Thread(target=self._populate, daemon=True, name="kvkeep-populate")
-        self._populating.start()
+        self.populated = threading.Event()
+        threading.Thread(target=self._live, daemon=True, name="kvkeep-pool").start()
 
     @property
     def nbytes(self) -> int:
@@ -103,38 +106,49 @@ class Pool:
         """
         if not 0 <= offset <= self._region.nbytes - shard.nbytes:
             raise WireError(f"offset {offset} is outside of the pool")
-        memory = self._region.array[offset : offset + shard.nbytes]
-        arrival = arrival_at(self._region, word) if word else None
-        if self.pin is None:
-            return Lease(memory, shard, arrival=arrival)
-        with self._counting:
+        with self._changed:
+            if self._closing:
+                raise LeaseExpired("the pool is closed")
+            memory = self._region.array[offset : offset + shard.nbytes]
+            arrival = arrival_at(self._region, word) if word else None
             self._leases += 1
-        return Lease(memory, shard, self.pin.pieces(offset, shard.nbytes), self._lease_ended, arrival)
+        pieces = self.pin.pieces(offset, shard.nbytes) if self.pin is not None else ()
+        return Lease(memory, shard, pieces, self._lease_ended, arrival)
 
     def close(self) -> None:
-        """Ends the mapping once the thread that populates it has stopped; idempotent. Leases keep their part of it."""
-        with self._counting:
-            self._closing.set()
-        self._populating.join(timeout=5.0)
-        self._unpin_if_unused()
-        self._region.close()
+        """No lease is given any more; the mapping ends with the last one. Returns at once; idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def wait(self, limit_s: float) -> bool:
+        """Waits at most `limit_s` for the end of the mapping, and not for leases; whether it has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._leases, limit_s)
+            return self._ended
 
     def _lease_ended(self) -> None:
-        with self._counting:
+        with self._changed:
             self._leases -= 1
-        self._unpin_if_unused()
+            self._changed.notify_all()
 
-    def _unpin_if_unused(self) -> None:
-        with self._counting:
-            unused = self._closing.is_set() and not self._leases
-        if unused and self.pin is not None:
+    def _live(self) -> None:
+        self._populate()
+        self.populated.set()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing and not self._leases)
+        if self.pin is not None:
             self.pin.release()
+        self._region.close()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def _populate(self) -> None:
         """Fills this mapping's page table from the low end, in pieces and without the interpreter's lock."""
         region = self._region
         for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
-            if self._closing.is_set():
+            if self._closing:
                 return
             try:
                 end = min(start + POPULATE_PIECE_NBYTES, region.nbytes)

@@ -17,6 +17,7 @@ import msgspec
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
+from kvkeep.wire.handoff import HandedPool, close_all
 from kvkeep.wire.holders import open_handles
 
 MAX_UNSENT_NBYTES = 8 << 20
@@ -42,11 +43,15 @@ class Call:
 
 @dataclass
 class Client:
-    """A session with a store, from its welcome on. `pool_fd` is the pool's descriptor and belongs to the client."""
+    """A session with a store, from its welcome on.
+
+    `pool_fd` is the pool's descriptor, `life_fd` one that hangs up when the store has ended; both belong to the client.
+    """
 
     sock: socket.socket
     welcome: m.Welcome
     pool_fd: int
+    life_fd: int = -1
     clock: Callable[[], float] = time.monotonic
     alive: bool = True
     why_gone: str = ""
@@ -147,11 +152,16 @@ class Client:
         self.drop()
 
     def drop(self) -> None:
-        """Closes the socket and the pool's descriptor without a word; idempotent."""
+        """Closes the socket and the pool's descriptors without a word; idempotent."""
         self.lose("closed")
-        if self.pool_fd >= 0:
-            os.close(self.pool_fd)
-            self.pool_fd = -1
+        close_all((self.pool_fd, self.life_fd))
+        self.pool_fd = self.life_fd = -1
+
+    def take_pool(self) -> HandedPool:
+        """The pool, to whoever maps it or hands it on: a descriptor that is kept keeps a dead store's memory."""
+        handed = HandedPool(self.welcome.boot, self.pool_fd, self.life_fd)
+        self.pool_fd = self.life_fd = -1
+        return handed
 
     def _ask(self, message: Callable[[int], m.ToStore]) -> Call:
         self._last += 1
@@ -251,9 +261,10 @@ class Joining:
             welcome = m.decoded_by_client(payload)
             if isinstance(welcome, m.Refused):
                 raise self._given_up(WireError(f"the store refused the session: {welcome.text}"))
-            if not isinstance(welcome, m.Welcome) or len(self._fds) != 1:
+            if not isinstance(welcome, m.Welcome) or len(self._fds) != 2:
                 raise self._given_up(WireError("the store's welcome came without a pool"))
-            return Client(self._sock, welcome, self._fds[0])
+            pool_fd, life_fd = self._fds
+            return Client(self._sock, welcome, pool_fd, life_fd)
         return None
 
     def wait(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> Client:

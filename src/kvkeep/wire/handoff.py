@@ -1,8 +1,7 @@
 """How a worker gets the pool's descriptor from its planner: once a boot of the store, and nothing else.
 
-Knows nothing about what is done with the pool. The worker listens at a Unix socket in a folder of its own (0700) and
-looks there when it has a step to do; it never waits. A stale descriptor is never mixed up with a new one: the boot
-token comes in the same message.
+Knows nothing about what is done with the pool. The worker listens at a Unix socket in a folder of its own (0700). A
+stale descriptor is never mixed up with a new one: the boot token comes in the same message.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +20,22 @@ from kvkeep.errors import StoreGone
 
 BOOT_NBYTES = 16
 MAX_SENDERS = 16
+MAX_WAITING = 1  # senders that a stopped worker has not let in, and one more: each keeps a pool in memory
 
 
 class HandedPool(NamedTuple):
-    """The pool of one boot of the store: its token and its descriptor, which the receiver owns."""
+    """The pool of one boot of the store: its token, its descriptor, and one that hangs up when that store has ended.
+
+    Both descriptors belong to the receiver.
+    """
 
     boot: bytes
     fd: int
+    life: int
+
+    def close(self) -> None:
+        """Gives both back: it is not used."""
+        close_all((self.fd, self.life))
 
 
 class PoolDoor:
@@ -37,28 +46,32 @@ class PoolDoor:
         self.path = str(Path(self._folder) / "pool")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(self.path)
-        self._listener.listen(4)
+        self._listener.listen(MAX_WAITING)
         self._listener.setblocking(False)
         self._senders: list[socket.socket] = []
 
-    def take(self) -> HandedPool | None:
-        """The newest pool that has been handed over since the last look, or None. Returns at once."""
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that are readable when `take` may find something."""
+        doors = [self._listener] if len(self._senders) < MAX_SENDERS else []
+        return [sock.fileno() for sock in (*doors, *self._senders) if sock.fileno() >= 0]
+
+    def take(self) -> list[HandedPool]:
+        """All pools that have been handed over since the last look, the newest at the end. Returns at once."""
         self._welcome_senders()
-        newest: HandedPool | None = None
+        handed = []
         waiting = []
         for sock in self._senders:
             try:
-                handed = self._received(sock)
+                received = self._received(sock)
             except BlockingIOError:
                 waiting.append(sock)  # it is connected and has not sent yet
                 continue
             sock.close()
-            if handed is not None:
-                if newest is not None:
-                    os.close(newest.fd)
-                newest = handed
+            if received is not None:
+                handed.append(received)
         self._senders = waiting
-        return newest
+        return handed
 
     def _welcome_senders(self) -> None:
         while len(self._senders) < MAX_SENDERS:
@@ -79,26 +92,36 @@ class PoolDoor:
 
     def _received(self, sock: socket.socket) -> HandedPool | None:
         try:
-            boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 2, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             raise
         except OSError:
             return None
-        if len(boot) == BOOT_NBYTES and len(fds) == 1:
-            return HandedPool(boot, fds[0])
-        for fd in fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        if len(boot) == BOOT_NBYTES and len(fds) == 2:
+            return HandedPool(boot, *fds)
+        close_all(fds)
         return None
 
 
-def send_pool(path: str, pool_fd: int, boot: bytes, limit_s: float) -> None:
-    """Hands the pool to the worker that listens at `path`; StoreGone if it cannot be reached within `limit_s`."""
+def send_pool(path: str, pool: HandedPool, limit_s: float) -> None:
+    """Hands the pool to the worker that listens at `path`, which gets descriptors of its own.
+
+    StoreGone if it cannot be reached within `limit_s`, or if it is stopped and has others waiting.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.settimeout(limit_s)
             sock.connect(path)
-            fds = array.array("i", [pool_fd])
-            sock.sendmsg([boot], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+            fds = array.array("i", [pool.fd, pool.life])
+            sock.sendmsg([pool.boot], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    except BlockingIOError as error:
+        raise StoreGone(f"a worker has not taken the last pool at {path} yet") from error
     except OSError as error:
         raise StoreGone(f"a worker did not take the pool at {path}: {error}") from error
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Closes those of the descriptors that there are (-1: none)."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

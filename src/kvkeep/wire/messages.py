@@ -40,7 +40,10 @@ class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """The answer to Hello, with the pool's descriptor (SCM_RIGHTS). `boot` is new at every start of the store."""
+    """The answer to Hello. `boot` is new at every start of the store.
+
+    With it come two descriptors (SCM_RIGHTS): the pool's, and one that hangs up when the store has ended.
+    """
 
     version: int
     boot: bytes

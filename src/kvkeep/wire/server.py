@@ -65,6 +65,7 @@ class Server:
     def __post_init__(self) -> None:
         self.states = StateFetches(self.walk.promotions)
         self.answers = Answers(self.walk)
+        self._life = os.pipe()  # nobody writes to it: whoever has the other end sees when we have ended
 
     @property
     def store(self) -> Store:
@@ -105,6 +106,8 @@ class Server:
             self._unwatch(peer)
             peer.close()
         self._lingering.close()
+        for fd in self._life:
+            os.close(fd)
 
     # ---- who comes
 
@@ -289,7 +292,7 @@ class Server:
         peer.session = self.store.open(opening)
         welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
         try:
-            socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd])
+            socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd, self._life[0]])
         except OSError as error:
             raise WireError(f"the pool could not be handed over: {error}") from error
         name = peer.session.opening.name
