@@ -42,6 +42,12 @@ class LayoutMismatch(KVKeepError):
     code = "layout"
 
 
+class NotCanonical(KVKeepError, TypeError):
+    """A setting's value has no form that is the same in another process."""
+
+    code = "not-canonical"
+
+
 class LeaseExpired(KVKeepError):
     """Lent memory was touched after its lease had been closed."""
 

@@ -31,9 +31,11 @@ SLIDING = GroupIdentity(
 )
 IDENTITY = Identity(
     schema=SCHEMA,
+    layout=1,
     model="org/model",
     revision="main",
     weights="sha256:00",
+    files="sha256:01",
     load_format="auto",
     load_seed=None,
     epoch=0,
@@ -46,6 +48,8 @@ IDENTITY = Identity(
     max_model_len=None,
     engine="vllm",
     engine_version="0.32.0",
+    platform="cpu float8_e4m3fn",
+    settings={"model_config.hf_config.rms_norm_eps": "1e-05", "optimization_level": "2"},
     attention_backend="CPU_ATTN",
     kv_layout="NHD",
     instruction_set=None,
@@ -58,7 +62,7 @@ IDENTITY = Identity(
     hash_seed="vllm-none-hash",
     codec=None,
 )
-PLAIN_FIELDS = [name for name in Identity.__struct_fields__ if name != "groups"]
+PLAIN_FIELDS = [name for name in Identity.__struct_fields__ if name not in ("groups", "settings")]
 
 
 def replaced(**changes: Any) -> Identity:
@@ -82,7 +86,7 @@ def test_namespace_is_the_digest_of_the_canonical_map():
 
 def test_namespace_stays_what_it_was():
     # A change here makes every stored chunk unreachable: then SCHEMA must change too.
-    assert namespace(IDENTITY).hex() == "734a16ffe753a373232e1737c8c8fde1"
+    assert namespace(IDENTITY).hex() == "c5c2332cd03ea454c77a7484154b73ff"
 
 
 @pytest.mark.parametrize("name", PLAIN_FIELDS)
@@ -112,6 +116,28 @@ def test_described_identities_differ_as_they_do_themselves(name):
 def test_so_do_their_groups(name):
     changed = replaced(groups=(FULL, msgspec.structs.replace(SLIDING, **{name: other(getattr(SLIDING, name))})))
     assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
+
+
+def with_settings(**changes: str) -> Identity:
+    return replaced(settings={**IDENTITY.settings, **changes})
+
+
+def test_every_setting_changes_the_namespace_and_is_named():
+    other, more = with_settings(optimization_level="3"), with_settings(new="true")
+    assert len({namespace(one) for one in (IDENTITY, other, more)}) == 3
+    assert differing(IDENTITY, other) == ["optimization_level: 2 here, 3 there"]
+    assert differing(IDENTITY, more) == ["new: nothing here, true there"]
+    for changed in (other, more):
+        assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines", "[" + "1, " * 400 + "2]"])
+def test_a_setting_of_any_text_is_one_short_line_and_is_told_from_others(text):
+    longer = with_settings(new=text + " "), with_settings(new=text)
+    assert len(described(longer[0])) < len(described(IDENTITY)) + 60
+    (line,) = differing(*longer)
+    assert line.startswith("new: ")
+    assert told_apart(described(longer[0]), described(longer[1])) == [line]
 
 
 def test_a_field_that_only_one_text_has_is_named():
@@ -176,7 +202,7 @@ def test_an_unknown_field_is_refused_in_the_record_and_in_a_group():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("schema", 2), ("schema", 0), ("chain", "other"), ("hash_name", "sha256"), ("tp", "1"), ("model", None)],
+    [("schema", 1), ("schema", 0), ("chain", "other"), ("hash_name", "sha256"), ("tp", "1"), ("model", None)],
 )
 def test_another_schema_or_a_wrong_value_is_refused(name, value):
     with pytest.raises(msgspec.ValidationError, match=name):
@@ -186,7 +212,7 @@ def test_another_schema_or_a_wrong_value_is_refused(name, value):
 def test_described_has_a_line_for_every_field():
     lines = described(IDENTITY).splitlines()
     names = [line.split()[0] for line in lines]
-    expected = {*Identity.__struct_fields__} | {
+    expected = {*Identity.__struct_fields__, *IDENTITY.settings} - {"settings"} | {
         f"groups[{i}].{x}" for i in (0, 1) for x in GroupIdentity.__struct_fields__
     }
     assert set(names) == expected

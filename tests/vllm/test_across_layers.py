@@ -49,7 +49,7 @@ def test_chunks_of_joined_layers_never_meet_those_of_layers_apart():
     import torch
 
     from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
-    from kvkeep.engine.vllm_facts import worker_facts
+    from kvkeep.engine.vllm_identity import worker_facts
 
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     caches = {name: torch.zeros(5, 2, 16, 16) for name in ("l0", "l1")}

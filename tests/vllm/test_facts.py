@@ -143,19 +143,27 @@ def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> N
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """The name of the weights of a folder, to an engine that began so many seconds after their file was written."""
-    from kvkeep.engine import vllm_facts
+    from kvkeep.engine import vllm_identity
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
     config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(tmp_path)), load_config=SimpleNamespace(load_format="auto")
+        model_config=SimpleNamespace(
+            model=str(tmp_path),
+            model_weights="",
+            architectures=[],
+            multimodal_config=None,
+            trust_remote_code=False,
+            hf_config=None,
+        ),
+        load_config=SimpleNamespace(load_format="auto", model_loader_extra_config={}),
     )
-    monkeypatch.setattr(vllm_facts, "default_memory", lambda: None)
+    monkeypatch.setattr(vllm_identity, "default_memory", lambda: None)
 
     def name(after_s: int, outlived: bool = True) -> str:
         began_ns = max(path.stat().st_ctime_ns for path in (file, tmp_path)) + after_s * 10**9
-        monkeypatch.setattr(vllm_facts, "process_start_ns", lambda: began_ns)
-        return vllm_facts.weights_fingerprint(config, outlived)
+        monkeypatch.setattr(vllm_identity, "process_start_ns", lambda: began_ns)
+        return vllm_identity.fingerprints(config, outlived)[0]
 
     return name
 

@@ -15,8 +15,11 @@ import msgspec
 from kvkeep.core import cbor
 from kvkeep.core.key import NAMESPACE_NBYTES
 
-SCHEMA: Literal[1] = 1
+SCHEMA: Literal[2] = 2
 """The version of the record: a new one whenever a field is added, dropped or changes its meaning."""
+
+MAX_SHOWN_CHARS = 32
+"""How much of a setting is shown: there are hundreds, and what names a namespace for people has a bound."""
 
 
 class GroupIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,10 +36,12 @@ class GroupIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the bytes of a chunk depend on besides its tokens. No field has a default: none is forgotten."""
 
-    schema: Literal[1]
+    schema: Literal[2]
+    layout: int  # the version of the rules by which a chunk's bytes are arranged
     model: str
     revision: str | None
     weights: str  # fingerprint of the weight files' content
+    files: str  # fingerprint of the model's other files that shape what it computes or how images become input
     load_format: str
     load_seed: int | None  # where weights are drawn, not loaded
     epoch: int  # of the weights, counted up when they change at run time
@@ -49,6 +54,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_model_len: int | None  # only where it changes RoPE
     engine: str
     engine_version: str
+    platform: str  # and its variant of FP8
+    settings: dict[str, str]  # all the engine's settings but those that cannot matter: name to canonical JSON
     attention_backend: str
     kv_layout: str
     instruction_set: str | None  # only where bytes are packed by it
@@ -79,31 +86,22 @@ def namespace(identity: Identity) -> bytes:
 def differing(here: Identity, there: Identity) -> list[str]:
     """Name the fields that differ, with both values, as in "kv_dtype: 'bfloat16' here, 'float16' there".
 
-    Fields of a group are named "groups[1].window". Empty exactly if the identities are equal.
+    Fields of a group are named "groups[1].window", settings as the engine names them. Empty exactly if the
+    identities are equal.
     """
-    ours, theirs = _fields(here), _fields(there)
-    return [
-        f"{name}: {_shown(value)} here, {_shown(theirs[name])} there"
-        for name, value in ours.items()
-        if name in theirs and theirs[name] != value
-    ]
+    ours, theirs = _shown_fields(here), _shown_fields(there)
+    named = ours.keys() & theirs.keys() | here.settings.keys() | there.settings.keys()
+    return [line for line in _apart(ours, theirs) if line.partition(": ")[0] in named]
 
 
 def described(identity: Identity) -> str:
     """Return the identity for people, a field a line; never to be parsed back."""
-    fields = _fields(identity)
-    width = max(map(len, fields))
-    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in fields.items())
+    return "\n".join(f"{name}  {value}" for name, value in _shown_fields(identity).items())
 
 
 def told_apart(here: str, there: str) -> list[str]:
     """Do as `differing` for two texts that `described` made, perhaps in other processes or versions; else for any."""
-    ours, theirs = _said(here), _said(there)
-    return [
-        f"{name}: {ours.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
+    return _apart(_said(here), _said(there))
 
 
 def _said(text: str) -> dict[str, str]:
@@ -112,10 +110,26 @@ def _said(text: str) -> dict[str, str]:
     return {part[0]: part[1] for part in parts if len(part) == 2}
 
 
+def _apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name}: {ours.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _shown_fields(identity: Identity) -> dict[str, str]:
+    """Every field for people; the settings last, for a text that is too long is cut at its end."""
+    shown = {name: _shown(value) for name, value in _fields(identity).items()}
+    return shown | {name: _shown_setting(text) for name, text in sorted(identity.settings.items())}
+
+
 def _fields(identity: Identity) -> dict[str, Any]:
-    """Flatten an identity; "groups" becomes their number, so that a missing group differs by that alone."""
+    """Flatten an identity but for its settings; "groups" becomes their number."""
     fields: dict[str, Any] = {}
     for name, value in msgspec.structs.asdict(identity).items():
+        if name == "settings":
+            continue
         if name != "groups":
             fields[name] = value
             continue
@@ -130,3 +144,11 @@ def _shown(value: Any) -> str:
     if not isinstance(value, tuple) or len(value) <= 3:
         return repr(value)
     return f"{len(value)} from {value[0]!r} to {value[-1]!r} ({sha256(cbor.encode(value)).hexdigest()[:8]})"
+
+
+def _shown_setting(text: str) -> str:
+    """Write a setting for people: of a long one its beginning and a digest, in one line."""
+    plain = " ".join(text.split())
+    if plain and plain == text and len(plain) <= MAX_SHOWN_CHARS:
+        return plain
+    return f"{plain[:MAX_SHOWN_CHARS]}... ({sha256(text.encode()).hexdigest()[:8]})"

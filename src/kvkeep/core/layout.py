@@ -16,6 +16,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 ALIGN_NBYTES = 4096
+VERSION = 1
+"""The version of these rules: a new one whenever a byte of a chunk would lie elsewhere. Every identity has it."""
 
 
 class Range(NamedTuple):

@@ -19,6 +19,7 @@ from kvkeep import __version__
 from kvkeep.config import Config
 from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
 from kvkeep.core.key import DEFAULT_SEED
+from kvkeep.core.layout import VERSION as LAYOUT_VERSION
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.engine.by_layer import Means
 from kvkeep.engine.cache_engine import CacheEngine
@@ -104,9 +105,11 @@ def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) 
     dtypes = sorted({str(cache.dtype) for group in groups for cache in group.caches.values()})
     return Identity(
         schema=SCHEMA,
+        layout=LAYOUT_VERSION,
         model=model.name,
         revision=model.revision,
         weights=model.weights or f"not named: only this start, {secrets.token_hex(16)}",
+        files="",
         load_format="",
         load_seed=None,
         epoch=0,
@@ -119,6 +122,8 @@ def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) 
         max_model_len=None,
         engine="kvkeep.CacheEngine",
         engine_version=__version__,
+        platform="",
+        settings={},
         attention_backend=model.attention,
         kv_layout="; ".join([f"rank {model.rank}", model.notes, *map(_arrangement, groups)]),
         instruction_set=None,

@@ -38,6 +38,7 @@ from kvkeep.config import Config, load_config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine import vllm_facts as facts
+from kvkeep.engine import vllm_identity
 from kvkeep.engine.adapters import Adapters
 from kvkeep.engine.device_worker import DeviceWorker
 from kvkeep.engine.link import Link, source_of
@@ -143,7 +144,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         alone = self._vllm_config.parallel_config.world_size == 1
         whole = not facts.splits_batches(self._vllm_config)
         self.worker = open_rank(rank, opened, door, self.config, alone, whole)
-        found = facts.worker_facts(self._vllm_config, kv_caches, opened.transfer.shard)
+        found = vllm_identity.worker_facts(self._vllm_config, kv_caches, opened.transfer.shard)
         states = opened.states.shard if opened.states is not None else None
         self._info = RankInfo(
             rank, os.getpid(), door.path, opened.transfer.shard, found, states=states, early=self.worker.early
@@ -222,11 +223,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         shards = tuple(info.shard for info in ranks if info.shard is not None)
         layout = ChunkLayout(shards)
-        weights = facts.weights_fingerprint(self._vllm_config, self.config.outlived)
+        contents = vllm_identity.fingerprints(self._vllm_config, self.config.outlived)
         kind = chain_kind(self.config.chain, layout.chunk_tokens, self._vllm_config, self._kv_cache_config)
         self._requests = Requests(Adapters(len(shards)), kind)
-        self.identity = facts.identity(
-            self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, weights, kind
+        self.identity = vllm_identity.identity(
+            self._vllm_config, self._kv_cache_config, ranks, layout.chunk_tokens, contents, kind
         )
         states = tuple(info.states for info in ranks if info.states is not None)
         of_states = ChunkLayout(states) if states else None

@@ -5,18 +5,12 @@ Translates and decides nothing but what is refused: a kind of group that is not 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import vllm
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -28,11 +22,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
-from kvkeep.core.layout import ShardLayout, chunk_tokens_for
-from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, changed_since, default_memory, fingerprint, process_start_ns
-from kvkeep.engine.plan import RankInfo
-from kvkeep.engine.vllm_chain import ChainKind
+from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.pages import GroupCaches
 
@@ -214,120 +204,6 @@ def group_caches(
                 raise LayoutMismatch(f"{name}: its cache is a {type(tensor).__name__}, not one tensor")
         groups.append(GroupCaches(tensors, kv_cache_config.num_blocks, group.kv_cache_spec.block_size, window(group)))
     return groups
-
-
-def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor], shard: ShardLayout) -> dict[str, str]:
-    """The parts of the identity that exist only where the model is loaded; `shard` is how its chunks are arranged."""
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    backends, sets, scales = set(), set(), []
-    for name, layer in sorted(layers.items()):
-        backends.add(layer.get_attn_backend().get_name())
-        sets.add(str(getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None) or ""))
-        scales.append((name, getattr(layer, "_k_scale_float", None), getattr(layer, "_v_scale_float", None)))
-    shapes = [(name, str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(caches.items())]
-    shapes += [(name, "across layers", []) for name in sorted(shard.numbers.keys() - caches.keys())]
-    return {
-        "attention_backend": ",".join(sorted(backends)),
-        "instruction_set": ",".join(sorted(sets - {""})),
-        "kv_scales": hashlib.sha256(json.dumps(scales).encode()).hexdigest(),
-        "kv_dtype": ",".join(sorted({str(tensor.dtype) for tensor in caches.values()})),
-        "page_shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
-    }
-
-
-def identity(
-    vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
-    ranks: list[RankInfo],
-    tokens: int,
-    weights: str,
-    chain: ChainKind,
-) -> Identity:
-    """The identity record of everything this engine stores; `weights` as `weights_fingerprint` gives it."""
-    model, parallel, facts = vllm_config.model_config, vllm_config.parallel_config, ranks[0].facts
-    rope = _rope(model.hf_text_config)
-    layout = kv_cache_config.kv_cache_layout or ""
-    return Identity(
-        schema=SCHEMA,
-        model=str(model.model),
-        revision=model.revision,
-        weights=weights,
-        load_format=str(vllm_config.load_config.load_format),
-        load_seed=model.seed if str(vllm_config.load_config.load_format) == "dummy" else None,
-        epoch=0,
-        quantization=str(model.quantization) if model.quantization else None,
-        compute_dtype=str(model.dtype),
-        kv_dtype=f"{vllm_config.cache_config.cache_dtype} {facts['kv_dtype']}",
-        kv_scales=facts["kv_scales"],
-        groups=tuple(_group_identity(group) for group in kv_cache_config.kv_cache_groups),
-        rope=rope,
-        max_model_len=model.max_model_len if _depends_on_length(rope) else None,
-        engine="vllm",
-        engine_version=vllm.__version__,
-        attention_backend=facts["attention_backend"],
-        kv_layout=f"{layout} {facts['page_shapes']}",
-        instruction_set=facts["instruction_set"] or None,
-        tp=parallel.tensor_parallel_size,
-        pp=parallel.pipeline_parallel_size,
-        dcp=parallel.decode_context_parallel_size,
-        chunk_tokens=tokens,
-        chain=chain.name,
-        hash_name="sha256_cbor",
-        hash_seed=chain.seed,
-        codec=None,
-    )
-
-
-def weights_fingerprint(vllm_config: VllmConfig, outlived: bool) -> str:
-    """The content of the weights, or a name that holds for this start alone.
-
-    `outlived`: chunks may be there after the engine, or for another one. Where they cannot, no file is read.
-    """
-    model, load = vllm_config.model_config, str(vllm_config.load_config.load_format)
-    if load == "dummy":
-        return "dummy"
-    folder = Path(model.model)
-    found = fingerprint(folder, WEIGHT_SUFFIXES, default_memory()) if outlived and folder.is_dir() else None
-    late = changed_since(folder, WEIGHT_SUFFIXES, process_start_ns()) if found is not None else None  # hashed by now
-    if late is not None:
-        log.warning(
-            "kvkeep: %s changed after this engine had begun to start: what it loaded may be what was there before, so "
-            "that no other start will find what is kept; start it again",
-            late,
-        )
-        found = None
-    elif outlived and found is None:
-        log.warning("kvkeep: %s is not a folder of weight files: no other start will find what is kept", model.model)
-    return found or f"this start only: {secrets.token_hex(16)}"
-
-
-def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:
-    spec = group.kv_cache_spec
-    one = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-    if isinstance(one, MambaSpec):
-        kind = f"{type(one).__name__}/{one.mamba_type}/{one.shapes}/{one.dtypes}"
-        heads, size = 0, 0
-    else:
-        kind, heads, size = f"{type(spec).__name__}/{type(one).__name__}", one.num_kv_heads, one.head_size
-    return GroupIdentity(
-        kind=kind,
-        layers=tuple(group.layer_names),
-        kv_heads=heads,
-        head_size=size,
-        block_tokens=spec.block_size,
-        window=window(group) or None,
-    )
-
-
-def _rope(config: object) -> str:
-    """Every parameter of the model's configuration that has to do with positions, as canonical JSON."""
-    words = ("rope", "rotary", "position", "sliding_window", "layer_types")
-    fields = {name: value for name, value in vars(config).items() if any(word in name for word in words)}
-    return json.dumps(fields, sort_keys=True, default=str)
-
-
-def _depends_on_length(rope: str) -> bool:
-    return any(kind in rope for kind in ("dynamic", "longrope", "su"))
 
 
 def init_amx() -> None:
