@@ -18,6 +18,7 @@ from kvkeep.tiers.tier import Bytes
 from kvkeep.wire.__main__ import main
 
 LOOK_S = 0.01
+DIGEST_HEX = 64  # the name of a record
 
 
 class StoppingDescriptors(PosixDescriptors):
@@ -33,8 +34,9 @@ class StoppingDescriptors(PosixDescriptors):
         return super().readv(fd, buffers, offset)
 
     def _stops(self, path: str) -> bool:
+        name = os.path.basename(path)
         try:
-            return os.path.basename(path)[0] in self.flag.read_text()
+            return len(name) == DIGEST_HEX and name[0] in self.flag.read_text()
         except FileNotFoundError:
             return False
 
