@@ -154,11 +154,12 @@ def test_names_and_problems_of_others_are_shown_and_never_obeyed(
     evil = "[/x] [bold]m \x1b[31m\nforged"
     shown = "[/x] [bold]m \\x1b[31m\\nforged"
     known = [m.Known(b"a" * 16, evil, f"a  {evil}", 1), m.Known(b"b" * 16, evil, "a  b", 2)]
-    answer = m.Stats(1, {"pool_nbytes": 1 << 30, "chunks": 12345, evil: 7}, evil, known)
+    answer = m.Stats(1, {"pool_nbytes": 1 << 30, "chunks": 12345, evil: 7}, evil, known, {"disk": f"busy {evil}"})
     monkeypatch.setattr(serve_module, "ask_stats", lambda path, check: answer)
     result = CliRunner().invoke(app, ["stats", "--socket=/[/x]"], env={"COLUMNS": "300"})
     assert result.exit_code == 1
-    assert result.output.count(shown) >= 4
+    assert result.output.count(shown) >= 5
+    assert f"none: busy {shown.partition(chr(92) + 'n')[0]}" in result.output
     assert "\x1b" not in result.output
     assert "1.00 GiB" in result.output
     assert "12,345" in result.output

@@ -10,6 +10,7 @@ import pytest
 
 from kvkeep.config import Config
 from kvkeep.engine.link import source_of
+from kvkeep.errors import TierUnavailable
 
 from .library import CHUNK, LAYOUTS, Library, library
 
@@ -94,6 +95,19 @@ def test_cleared_is_cleared_on_the_disk_too(lib: Library):
     lib.engine.clear()
     assert lib.engine.lookup(range(COUNT)) == 0
     assert not lib.engine.retrieve(range(COUNT), lib.table(THERE, COUNT)).any()
+
+
+def test_a_clear_that_the_disk_cannot_keep_says_so(lib: Library, tmp_path: Path):
+    """Its epochs cannot be replaced: in their place is a directory that is not empty."""
+    stored(lib, range(COUNT))
+    (tmp_path / "epochs").unlink()
+    (tmp_path / "epochs" / "full").mkdir(parents=True)
+    with pytest.raises(TierUnavailable, match=r"chunks were dropped, and not for good: tier disk: .*clear again"):
+        lib.engine.clear()
+    assert lib.engine.lookup(range(COUNT)) == 0
+    (tmp_path / "epochs" / "full").rmdir()
+    (tmp_path / "epochs").rmdir()
+    assert lib.engine.clear() == 0
 
 
 def _age(file: Path) -> int:

@@ -342,7 +342,7 @@ def test_short_transfers_are_made_whole(run: Any, opened: Any, short: int) -> No
 
 def test_a_small_tmpfs_runs_full(run: Any, opened: Any, root: Path) -> None:
     root.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(root)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "none", str(root)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
 

@@ -187,7 +187,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_to_its_end(run: Any,
 def test_a_start_on_a_read_only_file_system_is_unavailable_and_loses_nothing(run: Any, opened: Any, root: Path) -> None:
     """One that becomes read-only while it is used: `test_a_store_that_fails_is_dropped`."""
     root.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(root)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "none", str(root)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
 

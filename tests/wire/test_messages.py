@@ -30,8 +30,8 @@ ANSWERS: list[m.FromStore] = [
     m.Matched(1, 2, [0, 4096], {1: b"s"}, {"pool": 1, "disk": 1}, "absent", 0.1, None, {1: 1 << 30}),
     m.Granted(2, 3, [m.PRESENT, m.BUSY, m.NO_ROOM, 0]),
     m.Committed(3, [True, False], 8192, 0),
-    m.Cleared(4, 5),
-    m.Stats(5, {"chunks": 1}, "no", [m.Known(b"n" * 16, "vllm m", "model  'm'", 3)]),
+    m.Cleared(4, 5, "why"),
+    m.Stats(5, {"chunks": 1}, "no", [m.Known(b"n" * 16, "vllm m", "model  'm'", 3)], {"disk": "why"}),
     m.Refused("wire", "why"),
 ]
 DECODERS: list[Callable[[bytes], Any]] = [m.decoded_by_store, m.decoded_by_client]

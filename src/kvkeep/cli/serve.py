@@ -66,6 +66,8 @@ def stats(socket: Socket) -> None:
     for name, value in answer.figures.items():
         text = amount_text(value) if name.endswith("_nbytes") else f"{value:,}"
         table.add_row(cell(name.removesuffix("_nbytes").replace("_", " ")), text)
+    for name, why in answer.out.items():
+        table.add_row(cell(name), cell(f"none: {why}"))
     table.add_row("index adds up", cell(answer.problem or "yes"))
     Console().print(table)
     show_namespaces(answer.known, "chunks in the pool")

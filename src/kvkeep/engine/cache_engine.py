@@ -209,7 +209,8 @@ class CacheEngine:
     def clear(self) -> int:
         """Drops every chunk of this identity, in every tier, and every pin; how many chunks.
 
-        What is being stored at this moment is dropped as well. StoreGone if the store has not said that it is done.
+        What is being stored at this moment is dropped as well. StoreGone if the store has not said that it is done,
+        TierUnavailable if a disk may give them again after a restart: the message says why, and what to do.
         """
         return self._line.clear()
 

@@ -19,7 +19,7 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.lookups import REASONS, STORE_SHARE
 from kvkeep.engine.mapped import MappedPool
-from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.errors import KVKeepError, StoreGone, TierUnavailable
 from kvkeep.memory.pin import PinCalls
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.words import region_nbytes
@@ -161,13 +161,18 @@ class Line:
                 client.discard([digest])
 
     def clear(self) -> int:
-        """Drops every chunk of the namespace; how many. StoreGone if the store has not said that it did."""
+        """Drops every chunk of the namespace; how many.
+
+        StoreGone if the store has not said that it did, TierUnavailable if they may be there again after a restart.
+        """
         for pin_id in list(self._pins):
             self.unpin(pin_id)
         with self._client() as client:
             answer = self._answer(client, lambda one: one.clear())
             if not isinstance(answer, Cleared):
                 raise StoreGone("the store did not answer within the deadline: nothing is known to be cleared")
+            if answer.not_durable:
+                raise TierUnavailable(f"{answer.count} chunks were dropped, and not for good: {answer.not_durable}")
             return answer.count
 
     def figures(self) -> dict[str, int]:

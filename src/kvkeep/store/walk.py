@@ -20,7 +20,7 @@ from kvkeep.store.flush import Flush, FlushOptions
 from kvkeep.store.loads import Loads
 from kvkeep.store.sessions import SUM_NBYTES, Session
 from kvkeep.store.store import NAMESPACE_NBYTES, Store
-from kvkeep.tiers.tier import Bytes, Tier
+from kvkeep.tiers.tier import OPENING, Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
 
@@ -50,12 +50,15 @@ class TierWalk:
     store: Store
     memory: Bytes
     words: Words | None = None
+    out: dict[str, str] = field(default_factory=dict)  # tiers that are not there, and why
     loads: list[Loads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)
     _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _sizes: dict[bytes, Sequence[int]] = field(default_factory=dict)  # of a chunk's ranges, by namespace
     _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
+
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)  # `out` has
 
     def __post_init__(self) -> None:
         self.promotions = Promotions(self.store, self.loads, self._promoted, self.words)
@@ -69,10 +72,24 @@ class TierWalk:
             failure = await self._within(VERB_LIMIT_S, tier.clear(missing[0]))
             if failure is not None:
                 log.error("tier %s is left out, it may hold what was cleared: %s", name, failure)
+                self.left_out(name, f"it may hold what was cleared: {failure}")
                 await self._within(CLOSE_LIMIT_S, tier.aclose())
                 return
             forgotten.add(missing[0])
         self.add(name, tier, figures, reads)
+        self.left_out(name, "")
+
+    def left_out(self, name: str, why: str) -> None:
+        """Notes why a tier that is configured is not there; OPENING: it will be soon, or `why` is known; "": it is."""
+        self.out.pop(name, None)
+        if why:
+            self.out[name] = why
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _opened(self) -> None:
+        while OPENING in self.out.values():
+            await self._changed.wait()
 
     def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1) -> None:
         """Takes in a tier below all others, and writes to it what the pool has.
@@ -118,10 +135,15 @@ class TierWalk:
         """Takes chunks out of every tier (the pool has lost them already)."""
         await self._each(lambda tier: tier.delete(keys))
 
-    async def clear(self, namespace: bytes | None) -> None:
-        """Drops a namespace, or everything, from every tier (the pool has lost it already), also from later ones."""
+    async def clear(self, namespace: bytes | None) -> str:
+        """Drops a namespace, or everything, from every tier (the pool has lost it already), also from later ones.
+
+        Returns why it may be there again after a restart: a tier failed, did not answer, is not there. "": it is gone.
+        """
         self._cleared.add(namespace if len(self._cleared) < MAX_NAMESPACES else None)
-        await self._each(lambda tier: tier.clear(namespace))
+        await self._within(VERB_LIMIT_S, self._opened())
+        failed = {name: str(failure) for name, failure in await self._each(lambda tier: tier.clear(namespace))}
+        return "; ".join(f"tier {name}: {why}" for name, why in {**self.out, **failed}.items())
 
     async def aclose(self, drain_s: float) -> Left:
         """Writes what waits, at most for `drain_s`, and ends the tiers; which chunks of the pool they do not have."""
@@ -165,12 +187,19 @@ class TierWalk:
         for flush in self.flushes[:number]:
             flush.submit(entry, sizes)
 
-    async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> None:
-        """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone."""
+    async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> list[tuple[str, TierError]]:
+        """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone.
+
+        Returns the names of those that did not do it, and what went wrong.
+        """
+        failures = []
         for one in self.loads:
             failure = await self._within(VERB_LIMIT_S, verb(one.tier))
-            if failure is not None and not isinstance(failure, TierBusy):
-                one.overdue((), str(failure))
+            if failure is not None:
+                failures.append((one.name, failure))
+                if not isinstance(failure, TierBusy):
+                    one.overdue((), str(failure))
+        return failures
 
     async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
         """Runs a verb for at most `limit_s`, then leaves it to itself; what went wrong."""

@@ -11,8 +11,10 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import xxhash
@@ -43,7 +45,7 @@ class Found(NamedTuple):
 
 
 def lock_directory(files: Files, root: str) -> int:
-    """Make the directory and own it: the descriptor whose end gives it up.
+    """Make the directory and own it: the descriptor whose end gives it up; its file has this process's id.
 
     Raises TierOwned where another process does, TierUnavailable where it cannot be written.
     """
@@ -51,13 +53,52 @@ def lock_directory(files: Files, root: str) -> int:
         files.names.mkdir(f"{root}/new")
         fd = os.open(f"{root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
-        raise TierUnavailable(f"{root} cannot be used: {error}") from error
+        raise TierUnavailable(
+            f"{root} cannot be used: {error}; let this user write to it, or set disk_path to another directory"
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        who = _named_in(fd)
         os.close(fd)
-        raise TierOwned(f"{root} belongs to another process: give this one a directory of its own") from error
+        raise TierOwned(f"{root} belongs to another process{who}: give this one a directory of its own") from error
+    with suppress(OSError):  # on a full disk nobody is named
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
     return fd
+
+
+def refuse_foreign(root: str) -> None:
+    """TierUnavailable where another user than this one or root may put records into a directory.
+
+    A group may that has this user's own number, which by custom is its alone. One that cannot be looked at is left to
+    `lock_directory`, which makes it or says what is wrong.
+    """
+    try:
+        found = os.stat(root)
+    except OSError:
+        return
+    user = os.geteuid()
+    own_group = found.st_gid == user == os.getegid()
+    if found.st_uid not in (user, 0):
+        why = f"belongs to user {found.st_uid} and not to this one ({user})"
+    elif found.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP):
+        why = f"can be written by others (its mode is {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    raise TierUnavailable(
+        f"{root} {why}, who could put there what an engine takes for its own: give kvkeep a directory of its own, "
+        f"as {os.path.join(root, 'kvkeep')}; it makes one that is not there"
+    )
+
+
+def _named_in(lock_fd: int) -> str:
+    """Who has the lock, as far as its file says."""
+    try:
+        said = os.pread(lock_fd, 20, 0).decode()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" (pid {said})" if said.isdecimal() else ""
 
 
 def read_order(shelf: Shelf) -> Order | None:
@@ -132,9 +173,9 @@ def record_names(files: Files, root: str, is_closed: Callable[[], bool]) -> Iter
             if is_closed():
                 raise OSError(errno.ESHUTDOWN, "the tier was closed while it looked through the directory")
             path = f"{root}/{namespace}/{first}"
-            for name, is_directory, stat in files.names.scan(path):
+            for name, is_directory, found in files.names.scan(path):
                 if not is_directory and name[:2] == first and _HEX[64].fullmatch(name):
-                    yield bytes.fromhex(namespace + name), stat.allocated_nbytes, stat.written_ns
+                    yield bytes.fromhex(namespace + name), found.allocated_nbytes, found.written_ns
 
 
 def _directories(files: Files, path: str, digits: int) -> list[str]:

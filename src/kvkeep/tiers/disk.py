@@ -28,11 +28,13 @@ B = TypeVar("B")
 class DiskFigures(msgspec.Struct, frozen=True):
     """The tier as it is now: sizes in bytes, counts since the start; `scan_s` < 0: not everything was looked through.
 
-    `stalled` are files that could not be removed; `degraded` says how the device was last found failing, or "".
+    `short_nbytes`: how much less room than its limit there was at the start. `stalled` are files that could not be
+    removed; `degraded` says how the device was last found failing, or "".
     """
 
     used_nbytes: int
     limit_nbytes: int
+    short_nbytes: int
     records: int
     direct: bool
     scan_s: float
@@ -101,6 +103,7 @@ class DiskTier:
         return DiskFigures(
             used_nbytes=sum(one.ledger.used_nbytes for one in holdings),
             limit_nbytes=sum(one.ledger.limit_nbytes for one in holdings),
+            short_nbytes=sum(drive.short_nbytes for drive in self.drives),
             records=sum(len(one.ledger.live) for one in holdings),
             direct=all(one.shelf.direct for one in holdings),
             scan_s=-1.0 if min(scans) < 0 else max(scans),

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.core.policy import policy_by_name
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierBusy, TierUnavailable
+from kvkeep.memory.room import size_text
 from kvkeep.tiers.boot import (
     Found,
     Order,
@@ -25,6 +26,7 @@ from kvkeep.tiers.boot import (
     is_empty,
     lock_directory,
     read_order,
+    refuse_foreign,
     write_order,
 )
 from kvkeep.tiers.directio import Files, takes_direct
@@ -43,6 +45,10 @@ log = logging.getLogger("kvkeep.disk")
 _NOT_DURABLE = (
     "what was cleared in {} may be found again after a restart, since its epochs cannot be written: {}; "
     "make room there, or let kvkeep write to it, and clear again"
+)
+_SHORT = (
+    "%s: disk_size gives it %s and disk_min_free leaves %s to others, and its file system has room for %s of records: "
+    "set disk_size or disk_min_free lower, or free some space"
 )
 _SLICE = 1000  # records that are taken in before others get the loop
 
@@ -69,6 +75,7 @@ class Drive:
     clock_ns: Callable[[], int]
     now_s: Callable[[], float]
     scan_s: float = -1.0  # how long the look through took; below 0: it is not over
+    short_nbytes: int = 0  # how much less room than its limit there was when all was looked through
     _durable: Epochs = field(init=False)  # the epochs that the disk has
     _clears: int = 0
     _persisting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -188,6 +195,23 @@ class Drive:
         log.info("%s: %d records, %.2f s", holding.shelf.root, len(holding.ledger.live), self.scan_s)
         await holding.bury((entry, None) for entry in holding.ledger.evict(0))
         await self._settle_epochs()
+        await self._compare_room()
+
+    async def _compare_room(self) -> None:
+        """Says so where the file system has less room than the limit and what is to stay free."""
+        holding, ledger, options = self.holding, self.holding.ledger, self.holding.options
+        try:
+            free_nbytes = await holding.threads.submit(Urgency.DELETE, lambda _: holding.shelf.free_nbytes()).done
+        except TierUnavailable as error:
+            log.debug("what is free is not known: %s", error)
+            return
+        if free_nbytes is None:
+            return
+        room_nbytes = ledger.used_nbytes + max(0, free_nbytes)
+        self.short_nbytes = max(0, ledger.limit_nbytes - room_nbytes)
+        if self.short_nbytes:
+            sizes = (ledger.limit_nbytes, options.min_free_nbytes, room_nbytes)
+            log.warning(_SHORT, holding.shelf.root, *map(size_text, sizes))
 
     async def _take_in(self, found: Sequence[Found]) -> None:
         """What was found joins the ledger; in namespaces that were cleared only what carries the epoch of now."""
@@ -244,6 +268,8 @@ class Drive:
             await self._persist()
         except TierUnavailable as error:
             self.holding.failed(str(error))
+        except TierBusy as error:
+            log.debug("the epochs are written later: %s", error)
 
     async def _settle_epochs(self) -> None:
         """Notes that no old record lies about, once that is so; losing the note costs a look at headers."""
@@ -306,6 +332,7 @@ def _give_back(starting: asyncio.Future[Started | None]) -> None:
 
 
 def _start(shelf: Shelf, direct: bool, now_ns: int) -> Started:
+    refuse_foreign(shelf.root)
     lock_fd = lock_directory(shelf.files, shelf.root)
     try:
         shelf = shelf._replace(direct=direct and takes_direct(shelf.files, shelf.state_path))

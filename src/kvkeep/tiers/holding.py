@@ -106,16 +106,19 @@ class Holding:
     complete: bool = False
     closed: bool = False
     degraded: str = ""
+    turns_bad: int = 0  # how often it became degraded
 
     def epoch(self, key: bytes) -> int:
         """What the key's record must carry now."""
         return self.epochs.of(key[:NAMESPACE_NBYTES])
 
     def failed(self, why: str) -> None:
-        """Counts an error of the device."""
+        """Counts an error of the device; one that comes and goes is said the first, second, fourth, eighth ... time."""
         self.counts.errors += 1
         if not self.degraded:
-            log.warning("%s is degraded: %s", self.shelf.root, why)
+            self.turns_bad += 1
+            if self.turns_bad & (self.turns_bad - 1) == 0:
+                log.warning("%s is degraded (time %d): %s", self.shelf.root, self.turns_bad, why)
         self.degraded = why
 
     def begin(self, work: Callable[[Errand], Awaitable[None]]) -> Errand:

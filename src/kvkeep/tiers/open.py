@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
@@ -15,10 +16,11 @@ from kvkeep.memory.room import size_text
 from kvkeep.tiers.disk import DiskTier, open_disk
 from kvkeep.tiers.holding import DiskOptions
 from kvkeep.tiers.shelf import Durability
-from kvkeep.tiers.tier import Tier
+from kvkeep.tiers.tier import OPENING, Tier
 
 log = logging.getLogger("kvkeep.store")
 
+DISK = "disk"
 SOON_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
 SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
@@ -39,16 +41,21 @@ def disk_options(config: Config) -> DiskOptions | None:
     )
 
 
-async def open_tiers(disk: DiskOptions | None, take: Taker) -> None:
-    """Opens what is configured and hands it over, the best first; one that cannot be opened is left out and named."""
+async def open_tiers(disk: DiskOptions | None, take: Taker, left_out: Callable[[str, str], None]) -> None:
+    """Opens what is configured and hands it over, the best first; one that cannot be opened is left out and named.
+
+    `left_out` hears of a tier that is not there (yet), and why; OPENING at first.
+    """
     if disk is None:
         return
+    left_out(DISK, OPENING)
     try:
-        tier = await _owned(disk)
+        tier = await _owned(disk, partial(left_out, DISK))
     except TierError as error:
+        left_out(DISK, str(error))
         log.error("there is no disk tier: %s", error)
         return
-    await take("disk", tier, lambda: disk_figures(tier), disk.threads * len(disk.directories))
+    await take(DISK, tier, lambda: disk_figures(tier), disk.threads * len(disk.directories))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
     log.info("disk tier of %s in %s, %s", size_text(disk.limit_nbytes), ", ".join(disk.directories), how)
 
@@ -63,15 +70,19 @@ def disk_figures(tier: DiskTier) -> dict[str, int]:
     return {name: int(number) for name, number in numbers.items()}
 
 
-async def _owned(options: DiskOptions) -> DiskTier:
+async def _owned(options: DiskOptions, waits: Callable[[str], None]) -> DiskTier:
     """The disk tier, once no other process owns a directory of it, however long that takes: nobody waits for it."""
     loop = asyncio.get_running_loop()
-    later_s, pause_s = loop.time() + SOON_S, SOON_PAUSE_S
+    later_s, pause_s, said = loop.time() + SOON_S, SOON_PAUSE_S, False
     while True:
         try:
             return await open_disk(options)
         except TierOwned as error:
+            if not said:
+                log.warning("no disk tier until its directory is free: %s", error)
+            said = True
+            waits(str(error))
             if pause_s == SOON_PAUSE_S and loop.time() >= later_s:
                 pause_s = LATER_PAUSE_S
-                log.error("no disk tier until its directory is free: %s", error)
+                log.error("there is still no disk tier: %s", error)
         await asyncio.sleep(pause_s)

@@ -131,7 +131,8 @@ class Stores:
         if got.error in NO_ROOM:
             self.holding.ledger.spare_nbytes = 0  # the next write looks, and makes room
         if got.error:
-            self.holding.failed(f"a record cannot be written: {errno.errorcode.get(got.error, got.error)}")
+            cure = "; free some space, or set disk_size or disk_min_free lower" if got.error in NO_ROOM else ""
+            self.holding.failed(f"a record cannot be written: {errno.errorcode.get(got.error, got.error)}{cure}")
         elif got.stored is Stored.STORED:
             self.holding.degraded = ""
 

@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+OPENING = "it is still being opened"  # why a tier is not there, for as long as nothing is known to be in its way
+
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -60,7 +60,7 @@ class Answers:
             case m.Rename():
                 self._rename(session, message)
             case m.AskStats():
-                return m.Stats(message.call, self.figures())
+                return m.Stats(message.call, self.figures(), out=self.walk.out)
         return None
 
     def named(self, session: Session, identity: str) -> None:
@@ -82,7 +82,7 @@ class Answers:
         """All figures, what is wrong with the index, and the namespaces; for the call number 0."""
         counts = self.store.index.prefixes(NAMESPACE_NBYTES)
         known = [m.Known(one, *named, counts[one]) for one, named in self.store.namespaces.known.items()]
-        return m.Stats(0, self.figures(), self.store.index.check(), known)
+        return m.Stats(0, self.figures(), self.store.index.check(), known, self.walk.out)
 
     def _rename(self, session: Session, asked: m.Rename) -> None:
         if asked.namespace != session.namespace:

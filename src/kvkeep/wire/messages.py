@@ -157,10 +157,14 @@ class Clear(msgspec.Struct, frozen=True, tag=11, array_like=True):
 
 
 class Cleared(msgspec.Struct, frozen=True, tag=12, array_like=True):
-    """The answer to Clear: how many chunks lost their keys."""
+    """The answer to Clear: how many chunks lost their keys.
+
+    `not_durable` says why chunks in a tier below the pool may be there again after a restart; "": they are gone.
+    """
 
     call: int
     count: int
+    not_durable: str = ""
 
 
 class Rename(msgspec.Struct, frozen=True, tag=13, array_like=True):
@@ -191,12 +195,16 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True):
-    """The store's figures by name; if the check was asked for, `problem` has what it found, `known` the namespaces."""
+    """The store's figures by name, and the tiers that are `out`: configured and not there, each with the reason.
+
+    If the check was asked for, `problem` has what it found, `known` the namespaces.
+    """
 
     call: int
     figures: dict[str, int]
     problem: str = ""
     known: list[Known] = []
+    out: dict[str, str] = {}
 
 
 class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):

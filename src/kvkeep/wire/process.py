@@ -184,7 +184,7 @@ async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
     """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
     walk.promotions.opening = disk is not None
     try:
-        await open_tiers(disk, walk.admit)
+        await open_tiers(disk, walk.admit, walk.left_out)
     finally:
         walk.promotions.opening = False
     if disk is not None and walk.loads:

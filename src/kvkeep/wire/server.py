@@ -209,7 +209,7 @@ class Server:
         elif isinstance(message, m.Clear):
             namespaces = self.store.namespaces_of(session, message.everything)  # now: a rename may be the next message
             count = self.store.clear(session, message.everything)
-            self._errand(peer, self._clear(namespaces), m.Cleared(message.call, count))
+            self._errand(peer, self._clear(namespaces, m.Cleared(message.call, count)))
         elif isinstance(message, m.Discard):
             digests = m.split_digests(message.digests)
             self.store.discard(session, digests)
@@ -239,13 +239,13 @@ class Server:
         else:
             self.states.fetch(session, digests, limits, lambda found: answer(found.run, state_of(found)))
 
-    def _errand(self, peer: Peer, steps: Coroutine[None, None, None], answer: m.FromStore | None = None) -> None:
-        """Does what takes longer than a turn, and then answers."""
+    def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore | None]) -> None:
+        """Does what takes longer than a turn, and then gives its answer."""
         peer.errands += 1
 
         async def do() -> None:
             try:
-                await steps
+                answer = await steps
             finally:
                 peer.errands -= 1
             if answer is not None:
@@ -256,9 +256,9 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _clear(self, namespaces: Sequence[bytes | None]) -> None:
-        for namespace in namespaces:
-            await self.walk.clear(namespace)
+    async def _clear(self, namespaces: Sequence[bytes | None], answer: m.Cleared) -> m.Cleared:
+        failures = [await self.walk.clear(namespace) for namespace in namespaces]
+        return msgspec.structs.replace(answer, not_durable="; ".join(dict.fromkeys(filter(None, failures))))
 
     def _check(self, peer: Peer, call: int) -> None:
         def answer(stats: m.Stats) -> None:
