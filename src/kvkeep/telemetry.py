@@ -29,7 +29,7 @@ class Miss(Enum):
     UNALIGNED = "the engine's own hit ends inside a block"
     REFUSED = "this model or layout cannot be kept"
     BYPASS = "kvkeep is switched off"
-    ADAPTER = "the engine had not loaded its adapter yet, or has loaded another content under that name and path"
+    ADAPTER = "what was loaded as its adapter is not known yet, or not all that was loaded under that name and path"
     HASHES = "the engine's block hashes are not those of the request's tokens"
     SESSION = "it is a streaming session, whose text may be replaced while it is computed"
     SMALL = "the hit is smaller than min_hit_tokens"

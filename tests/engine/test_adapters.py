@@ -122,6 +122,31 @@ def test_requests_that_go_on_after_a_reset_count() -> None:
     assert adapters.begin(FIRST) is None
 
 
+def test_a_load_whose_content_never_became_known_leaves_its_name_in_doubt() -> None:
+    """It was overtaken by another one, and requests had been computed with it."""
+    adapters = Adapters()
+    load(adapters, 1, "")
+    assert adapters.begin(FIRST) is None
+    load(adapters, 1, "")
+    load(adapters, 1, "aa")
+    assert adapters.begin(FIRST) is None
+    adapters.emptied([])
+    assert adapters.begin(FIRST) is not None
+
+
+def test_requests_that_run_are_in_doubt_as_long_as_it_is_not_known_what_was_loaded_again() -> None:
+    adapters = Adapters()
+    load(adapters, 1, "")
+    load(adapters, 1, "aa")
+    content = adapters.begin(FIRST)
+    assert content is not None
+    load(adapters, 1, "")
+    assert not adapters.is_still(FIRST, content)
+    assert adapters.begin(FIRST) is None
+    load(adapters, 1, "aa")
+    assert adapters.begin(FIRST) == content, "it was the same"
+
+
 def test_what_is_remembered_is_bounded() -> None:
     adapters = Adapters()
     for number in range(1, MAX_ADAPTERS + 3):

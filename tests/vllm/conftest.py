@@ -153,6 +153,8 @@ JOBS = {
     "early-lora": Job("early_adapter", keep={}, options=LORA, disk="early-lora"),
     "early-lora-plain": Job("early_adapter", options=LORA),
     "early-lora-again": Job("early_adapter_again", keep={}, options=LORA, disk="early-lora", after="early-lora"),
+    "ranks-lora": Job("early_adapter_on_ranks", keep={}, options={**LORA, **TP2}, env={**SEVERAL, **TWO_THREADS}),
+    "ranks-lora-plain": Job("early_adapter_on_ranks", options={**LORA, **TP2}, env={**SEVERAL, **TWO_THREADS}),
     "early-lora-again-plain": Job("early_adapter_again", options=LORA, after="early-lora-plain"),
     "hybrid": Job("windows", "hybrid", keep={}),
     "hybrid-plain": Job("windows", "hybrid"),

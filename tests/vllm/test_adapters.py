@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +35,14 @@ def adapter(number: int = 1, layers: dict[str, Any] | None = None, **more: Any) 
 
 
 def digest(*of: Any, **more: Any) -> str:
-    from kvkeep.engine.vllm_adapters import digest_of
+    return digest_of_model(adapter(*of, **more))
 
-    return digest_of(adapter(*of, **more))
+
+def digest_of_model(model: Any) -> str:
+    from kvkeep.engine.vllm_adapters import _named, digest_of
+
+    parts = _named(model)
+    return digest_of(parts) if parts is not None else ""
 
 
 def test_all_that_an_adapter_is_counts_and_its_number_does_not():
@@ -110,26 +118,92 @@ def engines(monkeypatch: pytest.MonkeyPatch):
     return lambda config: Engine(monkeypatch, config)
 
 
-def rank_of(config: Any, rank: int = 0) -> Any:
+def rank_of(config: Any, rank: int = 0, jobs: list[Callable[[], None]] | None = None) -> Any:
+    """A rank's half; what it has done on a thread is done at once, or put into `jobs`."""
     from kvkeep.engine.vllm_adapters import RankAdapters
 
-    return RankAdapters(rank, config)
+    def at_once(job: Callable[[], None]) -> bool:
+        job()
+        return True
+
+    def queued(job: Callable[[], None]) -> bool:
+        jobs.append(job)
+        return True
+
+    return RankAdapters(rank, config, at_once if jobs is None else queued)
 
 
-def test_each_load_is_told_once_with_what_was_loaded(engines):
+def test_each_load_is_told_at_once_and_its_digest_when_it_is_made(engines):
     import torch
 
-    rank, engine = rank_of(CONFIG, 3), engines(CONFIG)
+    jobs: list[Callable[[], None]] = []
+    rank, engine = rank_of(CONFIG, 3, jobs), engines(CONFIG)
     assert rank.take() == ([], [])
     first = engine.load(1)
-    assert rank.take() == ([Loaded(3, 1, first)], [Resident(3, frozenset({1}))])
+    assert rank.take() == ([Loaded(3, 1, "")], [Resident(3, frozenset({1}))])
+    assert rank.take() == ([], [])
+    jobs.pop()()
+    assert rank.take() == ([Loaded(3, 1, first)], [])
     assert rank.take() == ([], [])
     engine.layers = {"q_proj": layer(lora_a=torch.zeros(2, 4))}
     second = engine.load(1)
     assert second != first
+    rank.take()
+    jobs.pop()()
     assert rank.take() == ([Loaded(3, 1, second)], [])
     del engine.here[1]
     assert rank.take() == ([], [Resident(3, frozenset())])
+    assert (rank._digests, rank._loads) == ({}, {})
+
+
+def test_a_digest_that_comes_after_another_load_is_not_taken_for_that_ones(engines):
+    import torch
+
+    jobs: list[Callable[[], None]] = []
+    rank, engine = rank_of(CONFIG, 0, jobs), engines(CONFIG)
+    engine.load(1)
+    rank.take()
+    engine.layers = {"q_proj": layer(lora_a=torch.zeros(2, 4))}
+    second = engine.load(1)
+    jobs.pop()()
+    assert rank.take() == ([Loaded(0, 1, "")], [])
+    jobs.pop()()
+    assert rank.take() == ([Loaded(0, 1, second)], [])
+
+
+def test_a_digest_that_hangs_holds_nobody_up_and_too_many_are_not_made(engines):
+    from kvkeep.engine.vllm_adapters import MAX_WAITING, Background
+
+    background, begun, let_go = Background(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        let_go.wait(60)
+
+    assert background.later(hang)
+    assert begun.wait(60)
+    ran: list[int] = []
+    taken = [background.later(partial(ran.append, number)) for number in range(MAX_WAITING + 3)]
+    assert taken == [True] * MAX_WAITING + [False] * 3
+    background.close()
+    let_go.set()
+    background._thread.join(60)
+    assert not background._thread.is_alive()
+    assert background._thread.daemon  # one that never comes back does not keep the process
+    assert ran == []
+
+
+def test_what_was_put_off_is_done_in_its_order():
+    from kvkeep.engine.vllm_adapters import Background
+
+    background, ran, end = Background(), [], threading.Event()
+    for number in range(5):
+        assert background.later(partial(ran.append, number))
+    background.later(end.set)
+    assert end.wait(60)
+    assert ran == list(range(5))
+    background.close()
+    background._thread.join(60)
 
 
 def test_a_file_that_is_written_to_later_changes_nothing_that_was_loaded(engines, tmp_path):
@@ -148,13 +222,11 @@ def test_a_file_that_is_written_to_later_changes_nothing_that_was_loaded(engines
     engine.layers = {"q_proj": layer(lora_a=pages["a"], lora_b=pages["b"]), "qkv": packed}
     engine.more = {"modules_to_save": {"score": LoRAFullModuleWeights("score", pages["e"], pages["f"])}}
     engine.load(1)
-    (loaded,) = rank.take()[0]
+    loaded = rank.take()[0][-1]
     with file.open("r+b") as written:
         written.seek(file.stat().st_size // 2)
         written.write(bytes(file.stat().st_size // 2))
-    from kvkeep.engine.vllm_adapters import digest_of
-
-    assert digest_of(engine.here[1]) == loaded.digest
+    assert digest_of_model(engine.here[1]) == loaded.digest
 
 
 def test_loads_of_another_engine_in_the_process_are_its_own(engines):
@@ -163,7 +235,7 @@ def test_loads_of_another_engine_in_the_process_are_its_own(engines):
     engine = engines(other_config)
     loaded = engine.load(1)
     assert rank.take() == ([], [])
-    assert other.take() == ([Loaded(0, 1, loaded)], [Resident(0, frozenset({1}))])
+    assert other.take() == ([Loaded(0, 1, ""), Loaded(0, 1, loaded)], [Resident(0, frozenset({1}))])
     del other
     gc.collect()
     engine.load(2)
@@ -175,6 +247,7 @@ def test_a_load_for_what_another_adapter_computes_fails_and_no_other_does(engine
 
     rank, engine = rank_of(CONFIG), engines(CONFIG)
     right = engine.load(1)
+    rank.take()
     ops = {name: LoadOp(b"boot", name, 0, 0, ()) for name in ("right", "wrong", "absent", "plain")}
     plan = StepPlan(1, b"boot", loads=tuple(ops.values()), trips=tuple(Trip(9, (op, op)) for op in ops.values()))
     expected = {"right": Expected(1, (right,)), "wrong": Expected(1, ("ff",)), "absent": Expected(2, (right,))}
@@ -190,6 +263,8 @@ def test_a_load_for_what_another_adapter_computes_fails_and_no_other_does(engine
     assert held() == {"right", "plain"}
     engine.layers = {"q_proj": layer(lora_a=torch.zeros(2, 4))}
     engine.load(1)  # in place, after the step was planned
+    assert held() == {"plain"}
+    rank.take()
     assert held() == {"plain"}
     assert rank.checked(plan, {}) is plan
 

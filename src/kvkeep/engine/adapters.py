@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One rank has loaded an adapter; `digest` is that of its tensors, "" if it cannot be known."""
+    """One rank has loaded an adapter; `digest` is that of its tensors, "" as long as it is not known."""
 
     rank: int
     number: int
@@ -61,16 +61,19 @@ class Adapters:
     def told(self, loads: Iterable[Loaded], resident: Iterable[Resident]) -> None:
         """A step is over; takes in what ranks have loaded by its end."""
         for rank, number, digest in loads:
-            self._digests.setdefault(number, {})[rank] = digest
+            digests = self._digests.setdefault(number, {})
+            if digests.get(rank) == digest == "":
+                self._count(b"", number)  # of the load before this one nothing will be known
+            digests[rank] = digest
             self._digests.move_to_end(number)
             self._all_seen = False
             if len(self._digests) > MAX_ADAPTERS:
                 self._digests.popitem(last=False)
         self._resident.update(dict(resident))
-        for adapter in () if self._all_seen else self._used:
-            content = self._content(adapter.number)
+        for number in () if self._all_seen else {adapter.number for adapter in self._used}:
+            content = self._content(number)
             if content is not None:
-                self._computed.setdefault(adapter[1:3], set()).add(content)
+                self._count(content, number)
         self._all_seen = True
 
     def emptied(self, used: Iterable[Adapter]) -> None:
@@ -98,6 +101,12 @@ class Adapters:
         """What each rank must have for a request to get what was kept under this adapter's content."""
         digests = self._digests.get(adapter.number, {})
         return Expected(adapter.number, tuple(digests.get(rank, "") for rank in self._ranks))
+
+    def _count(self, content: bytes, number: int) -> None:
+        """Requests with the adapter of this number have been computed with this content."""
+        for adapter in self._used:
+            if adapter.number == number:
+                self._computed.setdefault(adapter[1:3], set()).add(content)
 
     def _content(self, number: int) -> bytes | None:
         digests = self.expected(Adapter(number, "", "")).digests

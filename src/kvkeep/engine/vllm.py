@@ -45,7 +45,7 @@ from kvkeep.engine.link import Link, source_of
 from kvkeep.engine.open_rank import early_loads, open_rank, wish_of
 from kvkeep.engine.plan import RankInfo, Report
 from kvkeep.engine.planner import Planner, PlannerOptions
-from kvkeep.engine.vllm_adapters import RankAdapters
+from kvkeep.engine.vllm_adapters import Background, RankAdapters
 from kvkeep.engine.vllm_cache import OwnCache
 from kvkeep.engine.vllm_chain import Requests, chain_kind
 from kvkeep.engine.vllm_log import join_log, leave_log
@@ -83,7 +83,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._info: RankInfo | None = None
         self._writes_early = facts.writes_early(vllm_config)
         self._requests = Requests()
-        self._adapters = RankAdapters(vllm_config.parallel_config.rank, vllm_config.lora_config)
+        self._background = Background()
+        keeps = role is KVConnectorRole.WORKER and self.config.enabled and not self.refusal
+        loras = vllm_config.lora_config if keeps else None
+        self._adapters = RankAdapters(vllm_config.parallel_config.rank, loras, self._background.later)
         self._differences = Differences()
         self._fails_whole = facts.fails_whole(kv_cache_config)
         self._groups = facts.kept_groups(kv_cache_config)
@@ -376,6 +379,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Ends the session and a private store; vLLM may never call it, then their sockets' end of file does."""
+        self._background.close()
         if self.worker is not None:
             self.worker.close()
         if self.planner is not None:

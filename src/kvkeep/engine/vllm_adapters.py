@@ -6,13 +6,16 @@ are a file's own pages change when it is written to, so they are copied first.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
+import queue
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,31 +29,51 @@ from kvkeep.engine.adapters import Expected, Loaded, Resident
 from kvkeep.engine.plan import LoadOp, StepPlan
 
 NOWHERE = b""  # the boot of no store: what is to be loaded from its pool fails
+MAX_WAITING = 64
 _WEIGHTS = (LoRAModel, LoRALayerWeights, PackedLoRALayerWeights, LoRAFullModuleWeights)
-MAX_THREADS = 8
+Parts = list[tuple[str, torch.Tensor | None]]
+Job = Callable[[], None]
 
 
 class RankAdapters:
-    """What this rank has loaded, from the moment on when it was made: before vLLM takes any request."""
+    """What this rank has loaded, from the moment on when it was made: before vLLM takes any request.
 
-    def __init__(self, rank: int, config: LoRAConfig | None) -> None:
+    `later` runs a job on another thread and says whether it will.
+    """
+
+    def __init__(self, rank: int, config: LoRAConfig | None, later: Callable[[Job], bool]) -> None:
         self._rank = rank
         self._config = config
+        self._later = later
+        self._last = 0
+        self._loads: dict[int, int] = {}  # the number of each adapter's last load
+        self._fresh: list[tuple[int, int, LoRAModel]] = []
+        self._made: deque[tuple[int, int, str]] = deque()
         self._digests: dict[int, str] = {}
-        self._fresh: list[Loaded] = []
         self._told = Resident(rank, frozenset())
-        self._loads: weakref.ref[WorkerLoRAManager] | None = None
+        self._loader: weakref.ref[WorkerLoRAManager] | None = None
         if config is not None:
             _watch(weakref.WeakMethod(self._loaded))
 
     def take(self) -> tuple[list[Loaded], list[Resident]]:
-        """What was loaded since the last call, and what is here now if that is not what was told before."""
-        fresh, self._fresh = self._fresh, []
+        """At the end of a step: what was loaded since the last one, which digests are there, what is here now."""
+        told = []
+        for number, load, model in self._fresh:  # vLLM has merged its layers by now and leaves them alone
+            told.append(Loaded(self._rank, number, ""))
+            self._later(partial(self._make, number, load, _named(model)))
+        self._fresh = []
+        for _ in range(len(self._made)):
+            number, load, digest = self._made.popleft()
+            if self._loads.get(number) == load:
+                self._digests[number] = digest
+                told.append(Loaded(self._rank, number, digest))
         resident = Resident(self._rank, self._resident())
-        self._digests = {number: digest for number, digest in self._digests.items() if number in resident.numbers}
+        for known in (self._digests, self._loads):
+            for number in known.keys() - resident.numbers:
+                del known[number]
         changed = resident != self._told
         self._told = resident
-        return fresh, [resident] if changed else []
+        return told, [resident] if changed else []
 
     def checked(self, plan: StepPlan, expected: Mapping[str, Expected]) -> StepPlan:
         """The plan with those loads failing whose request's adapter is not the one that their KV was computed with."""
@@ -66,30 +89,75 @@ class RankAdapters:
         )
 
     def _resident(self) -> frozenset[int]:
-        loads = self._loads() if self._loads is not None else None
-        return frozenset(loads.list_adapters()) if loads is not None else frozenset()
+        loader = self._loader() if self._loader is not None else None
+        return frozenset(loader.list_adapters()) if loader is not None else frozenset()
 
-    def _loaded(self, loads: WorkerLoRAManager, request: LoRARequest, model: LoRAModel) -> None:
-        if loads.lora_config is not self._config:
+    def _loaded(self, loader: WorkerLoRAManager, request: LoRARequest, model: LoRAModel) -> None:
+        if loader.lora_config is not self._config:
             return  # of another engine in this process
-        self._loads = weakref.ref(loads)
+        self._loader = weakref.ref(loader)
+        self._last += 1
+        number = request.lora_int_id
+        self._loads[number] = self._last
+        self._digests.pop(number, None)
         _own(model)
-        digest = digest_of(model)
-        self._digests[request.lora_int_id] = digest
-        self._fresh.append(Loaded(self._rank, request.lora_int_id, digest))
+        self._fresh.append((number, self._last, model))
+
+    def _make(self, number: int, load: int, parts: Parts | None) -> None:
+        """On another thread."""
+        digest = digest_of(parts) if parts is not None else ""
+        if digest:
+            self._made.append((number, load, digest))
 
 
-def digest_of(model: LoRAModel) -> str:
-    """SHA-256 (hex) of all that a loaded adapter is but its number; "" where a part of it is of no known kind."""
+class Background:
+    """Runs jobs one after the other on a thread of its own; no more than MAX_WAITING wait."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def later(self, job: Job) -> bool:
+        """Whether the job will run."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="kvkeep-adapters")
+            self._thread.start()
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self) -> None:
+        """No job begins any more, and nobody waits for the one that runs."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._jobs.put_nowait(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+def digest_of(parts: Parts) -> str:
+    """SHA-256 (hex) of an adapter's parts; "" for tensors whose bytes cannot be had."""
+    whole = hashlib.sha256()
     try:
-        parts = [part for name, value in sorted(vars(model).items()) if name != "id" for part in _parts(name, value)]
-    except TypeError:
+        for name, tensor in parts:
+            content = _hashed(tensor) if tensor is not None else ""
+            whole.update(json.dumps([name, content]).encode())
+    except (RuntimeError, TypeError):
         return ""
-    tensors = [tensor for _, tensor in parts if tensor is not None]
-    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        digests = iter(list(pool.map(_hashed, tensors)))
-    said = [(name, next(digests) if tensor is not None else "") for name, tensor in parts]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    return whole.hexdigest()
+
+
+def _named(model: LoRAModel) -> Parts | None:
+    """All that an adapter is but its number; None where a part of it is of no known kind."""
+    try:
+        return [part for name, value in sorted(vars(model).items()) if name != "id" for part in _parts(name, value)]
+    except TypeError:
+        return None
 
 
 def _own(value: Any) -> Any:

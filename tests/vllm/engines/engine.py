@@ -107,6 +107,8 @@ class Engine:
             self.facts["store"] = {**stats.figures, "problem": stats.problem}
             self.facts["figures"] = connector.figures.snapshot()
         self.facts["in one process"] = connector is not None
+        halves = [connector, get_kv_transfer_group()] if connector is not None and has_kv_transfer_group() else []
+        self.facts["adapters held"] = [len(half._adapters._fresh) for half in halves]
         self.facts["refusal"] = connector.refusal if connector is not None else ""
         self.facts["layout"] = self.llm.llm_engine.vllm_config.cache_config.kv_cache_layout
         self.facts["ranges"] = self._ranges()

@@ -126,15 +126,21 @@ def adapters(engine: Engine, folder: Path) -> None:
     engine.reset()
     engine.ask("replaced", prompt, lora=LoRARequest("first", 1, str(place), load_inplace=True))
     engine.leave_it_to_kvkeep()
+    meet(engine, first)
     for name in ("replaced again", "replaced once more"):
         engine.ask(name, prompt, lora=first)
         engine.leave_it_to_kvkeep()
     engine.reset()
 
 
-def early_adapter(engine: Engine, folder: Path) -> None:
+def early_adapter_on_ranks(engine: Engine, folder: Path) -> None:
+    """The same for an engine of several ranks."""
+    early_adapter(engine, folder, "ranks")
+
+
+def early_adapter(engine: Engine, folder: Path, name: str = "early") -> None:
     """An adapter that is loaded before any request asks for it, and whose files are replaced in between."""
-    place = put_adapter(folder, engine.keep is not None, "early")
+    place = put_adapter(folder, engine.keep is not None, name)
     early = LoRARequest("early", 1, str(place))
     engine.llm.llm_engine.add_lora(early)
     replace_adapter(place, folder / "lora-3")
@@ -164,9 +170,14 @@ def replace_adapter(place: Path, other: Path) -> None:
 
 
 def meet(engine: Engine, *loras: LoRARequest) -> None:
-    """A first request with each adapter: with it the engine loads it, or says that it has."""
+    """First requests with each adapter, until kvkeep says that it knows what the engine has loaded."""
     for lora in loras:
-        engine.ask(f"meets {lora.lora_name}", random_tokens(40, lora.lora_int_id), lora=lora)
+        for turn in range(100):
+            missed = engine.metrics().get("kvkeep_miss_adapter", 0)
+            name = f"meets {lora.lora_name} {turn} of {len(engine.facts['steps'])}"
+            engine.ask(name, random_tokens(40, lora.lora_int_id), lora=lora)
+            if engine.metrics().get("kvkeep_miss_adapter", 0) == missed:
+                break
 
 
 def changed_weights(engine: Engine) -> None:
