@@ -33,8 +33,8 @@ def test_the_first_runner_calls_us_before_it_writes_and_the_second_one_does_not(
 CALLS = """
 from types import SimpleNamespace
 from kvkeep.engine import vllm_facts
-from kvkeep.engine.plan import StepPlan
 from kvkeep.engine.vllm import KVKeepConnector
+from kvkeep.engine.vllm_messages import PlanMeta
 
 for config, wanted in (
     (SimpleNamespace(use_v2_model_runner=False), ["store"]),
@@ -46,7 +46,7 @@ for config, wanted in (
     connector.worker = SimpleNamespace(
         start_stores=lambda _: called.append("store"), before_writes=lambda: called.append("order")
     )
-    connector._plan = StepPlan
+    connector._sent = PlanMeta
     connector._writes_early = vllm_facts.writes_early(config)
     connector.wait_for_save()
     assert called == wanted, (config, called)
