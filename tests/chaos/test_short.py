@@ -1,4 +1,4 @@
-"""Some seconds of chaos and some thousand wild frames; `make chaos` and `make fuzz` are the long runs."""
+"""Some seconds of chaos and some of hostile clients; `make chaos` and `make fuzz` are the long runs, which are timed."""
 
 from __future__ import annotations
 

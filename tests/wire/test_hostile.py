@@ -303,6 +303,26 @@ def test_whoever_asks_for_a_check_meanwhile_shares_the_next_one() -> None:
     )
 
 
+# ---- reservations ----------------------------------------------------------------------------------------------
+
+RESERVES = """
+import os, sys
+from kvkeep.wire import messages as m
+from kvkeep.wire.client import Joining
+from kvkeep.wire.process import join_shared
+for _ in range(3):
+    client = Joining(join_shared(sys.argv[1], 20.0), m.Hello(m.VERSION, "hog", b"h" * 16, "", 4096, [])).wait(20.0)
+    granted = client.wait(client.reserve([os.urandom(32) for _ in range(16)]), 20.0)
+    print(sum(offset >= 0 for offset in granted.offsets))
+    client.drop()
+"""
+
+
+def test_a_process_that_comes_back_without_a_goodbye_gets_no_share_anew(good: Client, path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RESERVES, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(ROOM // 2), "0", "0"]
+
+
 # ---- names -----------------------------------------------------------------------------------------------------
 
 
@@ -329,12 +349,13 @@ def test_a_name_forges_no_line_of_the_log(good: Client, path: Path, caplog: pyte
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
-def test_an_identity_of_anything_ends_nothing(good: Client, path: Path) -> None:
+def test_an_identity_of_anything_ends_nothing(good: Client, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for n, identity in enumerate((" ", "x ", "\n \n", "\x0b \x1c")):
         asked = msgspec.structs.replace(hello("same", bytes([n]) * 16), identity=identity)
         client = Joining(join_shared(str(path), LIMIT_S), asked).wait(LIMIT_S)
         assert figures(client)["sessions"] == 2
         client.close()
+    assert not [record for record in caplog.records if record.name == "asyncio"], "a turn ended by an exception"
 
 
 # ---- whose store -----------------------------------------------------------------------------------------------

@@ -288,6 +288,7 @@ class Server:
             hello.verify_every,
             tuple(hello.sizes),
             tuple(hello.state_sizes),
+            owner=peer.pid,
         )
         peer.session = self.store.open(opening)
         welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
