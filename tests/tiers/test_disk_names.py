@@ -198,6 +198,50 @@ def test_what_lies_in_new_and_cannot_be_removed_does_not_stop_the_look_through(
     run(test)
 
 
+def test_directories_without_a_record_are_removed_at_the_next_start(run: Any, opened: Any, root: Path) -> None:
+    """Else each namespace that there ever was leaves 257 of them for ever."""
+    other = write_of(key(1, namespace=2), (4096,))
+
+    async def test() -> None:
+        async with opened() as tier:
+            await tier.store([*SMALL[:2], other])
+            await tier.clear(other.key[:16])
+            await tier.delete([SMALL[0].key])
+        strange = root / ("ab" * 16) / "ab" / "notes"
+        strange.parent.mkdir(parents=True)
+        strange.touch()
+        async with opened() as tier:
+            assert await holds(tier, SMALL[1])
+            there = {path for path in root.rglob("*") if path.is_dir()}
+            kept = path_of(root, SMALL[1].key)
+            assert there == {root / "new", kept.parent, kept.parent.parent, strange.parent, strange.parent.parent}
+
+    run(test)
+
+
+def test_a_directory_that_is_removed_while_a_record_goes_there_is_made_again(run: Any, opened: Any, root: Path) -> None:
+    async def test() -> None:
+        disk = FaultyDisk()
+        folder = path_of(root, SMALL[0].key).parent
+        removed = 0
+
+        def removes(call: str, path: str) -> int:
+            nonlocal removed
+            if call == "publish" and removed < 2 and folder.exists():
+                removed += 1
+                folder.rmdir()
+                folder.parent.rmdir()
+            return 0
+
+        disk.fault = removes
+        async with opened(disk.files) as tier:
+            assert await tier.store(SMALL[:1]) == [Stored.STORED]
+            assert removed == 2
+            assert await holds(tier, SMALL[0])
+
+    run(test)
+
+
 # ---- records that cannot be read
 
 

@@ -59,6 +59,7 @@ class PowerCut:
             if os.path.lexists(path):
                 os.unlink(path)
             if backup is not None:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
                 shutil.copy2(backup, path)
 
         self._undo.append((os.path.dirname(path), undo))
@@ -116,6 +117,9 @@ class _SyncedNames:
         self._power.note(path, backup)
 
     def unlink(self, path: str) -> None:
+        if os.path.isdir(path):  # an empty one: `undo` makes it again where it is missed
+            self._inner.unlink(path)
+            return
         backup = self._power.kept(path)
         self._inner.unlink(path)
         self._power.note(path, backup)

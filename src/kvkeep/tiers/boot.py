@@ -20,7 +20,7 @@ from typing import NamedTuple
 import xxhash
 
 from kvkeep.errors import TierOwned, TierUnavailable
-from kvkeep.tiers.directio import Files, read_small, sync_directory, write_durably
+from kvkeep.tiers.directio import Files, read_small, sync_directory, unlink_quietly, write_durably
 from kvkeep.tiers.record import KEY_NBYTES, SUM_NBYTES
 from kvkeep.tiers.shelf import Shelf
 
@@ -147,9 +147,10 @@ def is_empty(shelf: Shelf) -> bool:
 
 
 def find_records(shelf: Shelf, order: Sequence[bytes]) -> list[Found]:
-    """Every record by name and size, the first to be evicted first; temporary files of earlier boots are removed.
+    """Every record by name and size, the first to be evicted first.
 
-    The order is the one given, and where that does not know a record, that in which they were written.
+    Temporary files of earlier boots are removed, and directories without a record. The order is the one given, and
+    where that does not know a record, that in which they were written.
     """
     for one in shelf.files.names.scan(f"{shelf.root}/new"):
         if not one.is_directory and not one.name.startswith(f"{shelf.boot}-"):
@@ -159,8 +160,19 @@ def find_records(shelf: Shelf, order: Sequence[bytes]) -> list[Found]:
         (places.get(key, -1), written_ns, Found(key, nbytes))
         for key, nbytes, written_ns in record_names(shelf.files, shelf.root, shelf.is_closed)
     ]
+    _remove_empty(shelf, {os.path.dirname(shelf.path(one.key)) for _, _, one in found})
     found.sort()
     return [one for _, _, one in found]
+
+
+def _remove_empty(shelf: Shelf, used: set[str]) -> None:
+    """Removes the directories that are not in use; one that has got a record or has something else stays."""
+    for namespace in _directories(shelf.files, shelf.root, 32):
+        path = f"{shelf.root}/{namespace}"
+        for empty in {f"{path}/{first}" for first in _directories(shelf.files, path, 2)} - used:
+            unlink_quietly(shelf.files, empty)
+        if not any(one.startswith(path) for one in used):
+            unlink_quietly(shelf.files, path)
 
 
 def record_names(files: Files, root: str, is_closed: Callable[[], bool]) -> Iterator[tuple[bytes, int, int]]:

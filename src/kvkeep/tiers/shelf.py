@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from kvkeep.tiers.record import (
 from kvkeep.tiers.threads import Scratch
 from kvkeep.tiers.tier import Bytes, Read, Stored, Write
 
+_TRIES = 4  # a start may be removing empty directories
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -248,16 +250,21 @@ class Shelf(NamedTuple):
         """Whether the record has its name now; False: another file has it."""
         if self.is_closed():
             raise OSError(errno.ESHUTDOWN, "the tier was closed while it wrote")
-        path, publish = self.path(staged.header.key), self.files.names.publish
-        try:
+        path = self.path(staged.header.key)
+        for _ in range(_TRIES):
             try:
-                publish(staged.path, path)
-            except FileNotFoundError:
-                self.files.names.mkdir(os.path.dirname(path))
-                publish(staged.path, path)
-        except FileExistsError:
-            return False
-        return True
+                self.files.names.publish(staged.path, path)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # its directory is not there yet, or was empty and has just been removed
+                self._ensure(os.path.dirname(path))
+            else:
+                return True
+        raise FileNotFoundError(errno.ENOENT, "its directory goes again and again", path)
+
+    def _ensure(self, path: str) -> None:
+        with suppress(FileNotFoundError):  # its parent has just been removed
+            self.files.names.mkdir(path)
 
     def _dropped(self, staged: Staged, error: int) -> Written:
         left = not self._unlinked(staged.path)
