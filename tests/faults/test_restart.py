@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +148,32 @@ def test_what_was_cleared_does_not_come_back(tmp_path: Path) -> None:
     with started(tmp_path) as (_, client, region):
         owned(client)
         assert given(client, region, 1).offsets == []
+
+
+def test_what_was_cleared_on_a_full_disk_does_not_come_back_after_a_kill(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        with started(folder) as (child, client, region):
+            owned(client)
+            keep(client, region, 1, 2)
+            until(client, "disk_stored", 2)
+            with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            assert os.statvfs(folder).f_bavail == 0
+            call = client.clear()
+            assert client.wait(call, LIMIT_S) == m.Cleared(call.number, 2)
+            child.process.kill()
+        (folder / "filler").unlink()
+        with started(folder) as (_, client, region):
+            owned(client)
+            assert given(client, region, 1).offsets == []
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_reset_drops_what_was_under_the_old_name(tmp_path: Path) -> None:
