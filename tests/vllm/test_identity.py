@@ -173,10 +173,11 @@ def test_vllms_variables_count_where_they_are_set_but_for_harmless_ones(monkeypa
 
     before = environment()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    monkeypatch.setenv("VLLM_OF_A_LATER_VERSION", "1")
-    added = {"env.VLLM_BATCH_INVARIANT": '"1"', "env.VLLM_OF_A_LATER_VERSION": '"1"'}
+    added = {"env.VLLM_BATCH_INVARIANT": '"1"'}
     assert environment() == {**before, **added}
     for name in (
+        "VLLM_DIST_IDENT",  # drawn by chance when vLLM starts its processes
+        "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
         "VLLM_PORT",
         "VLLM_HOST_IP",
         "VLLM_API_KEY",

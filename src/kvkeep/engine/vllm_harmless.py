@@ -121,6 +121,8 @@ NAMES = _by_name(
         "what is watched, logged and announced": """
             observability_config logging_config profiler_config kv_events_config""",
         "how kvkeep is loaded; what matters of it is in other fields": "kv_transfer_config",
+        "env: how vLLM is built; its version is in": """
+            env.MAX_JOBS env.NVCC_THREADS env.CMAKE_BUILD_TYPE env.VERBOSE env.CUDA_HOME""",
         "env: a secret": "env.VLLM_API_KEY",
         "env: which cores run it, which is how a batch is divided": """
             env.VLLM_CPU_OMP_THREADS_BIND env.VLLM_CPU_NUM_OF_RESERVED_CPU env.VLLM_CPU_KVCACHE_SPACE""",
@@ -155,6 +157,8 @@ GLOBS = {
     "env.VLLM_RPC_BASE_PATH": "where files lie",
     "env.S3_*": "a secret, or where a storage is",
     "env.*CUDA_VISIBLE_DEVICES": "which of the devices",
+    "env.VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": "how processes find each other; drawn by chance",
+    "env.MOONCAKE_*": "how processes find each other",
     "env.LOCAL_RANK": "which process this is",
     "env.NO_COLOR": "what is logged",
     "env.LD_LIBRARY_PATH": "where libraries lie; vLLM's version is in",

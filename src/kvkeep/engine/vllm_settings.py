@@ -62,7 +62,7 @@ def _once(found: dict[str, str]) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The variables of vLLM that are set and that may change a byte, as settings."""
-    names = [name for name in sorted(os.environ) if name in envs.environment_variables or name.startswith("VLLM_")]
+    names = sorted(os.environ.keys() & envs.environment_variables.keys())  # others are what its processes tell others
     return {f"env.{name}": json.dumps(os.environ[name]) for name in names if not harmless(f"env.{name}")}
 
 
