@@ -25,7 +25,7 @@ CHUNK, ROOM = 4096, 64
 GOOD = b"g" * 16  # the namespace of the client that behaves
 PROCESSES = 3
 BATCH = 2000
-FLOODS, FLOOD_NBYTES = 4, 128 << 10
+FLOODS, FLOOD_NBYTES = 4, 512 << 10
 LIMIT_S = 20.0
 
 
