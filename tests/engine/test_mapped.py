@@ -133,6 +133,38 @@ def test_a_pool_that_came_a_moment_before_its_plan_is_there(stores: Stores) -> N
     until(lambda: stores.held == 0)
 
 
+def test_a_plan_that_names_the_pool_of_before_gets_it_a_moment_longer(stores: Stores) -> None:
+    clock = ManualClock()
+    mapped = MappedPool(stores.door, clock=clock)
+    stores.start(BOOTS[0])
+    until(lambda: mapped.has(BOOTS[0]))
+    stores.start(BOOTS[1])
+    until(lambda: mapped.has(BOOTS[1]))
+    for _ in range(3):  # each use is a reason to wait again
+        clock.advance(LATE_S - 0.1)
+        lease = mapped.lease(BOOTS[0], 0, SHARD)
+        assert lease is not None, "it was promised while its store was there"
+        lease.close()
+    clock.advance(LATE_S + 0.1)
+    os.eventfd_write(mapped._wake, 1)
+    until(lambda: held(stores.inodes[:1]) == 0)
+    assert mapped.lease(BOOTS[0], 0, SHARD) is None
+    mapped.close()
+
+
+def test_once_a_plan_names_the_new_pool_the_one_of_before_goes(stores: Stores) -> None:
+    mapped = MappedPool(stores.door, clock=ManualClock())
+    for boot in BOOTS[:2]:
+        stores.start(boot)
+        until(lambda boot=boot: mapped.has(boot))  # type: ignore[misc]
+    lease = mapped.lease(BOOTS[1], 0, SHARD)
+    assert lease is not None
+    assert mapped.lease(BOOTS[0], 0, SHARD) is None
+    until(lambda: held(stores.inodes[:1]) == 0)
+    lease.close()
+    mapped.close()
+
+
 def test_a_worker_that_is_stopped_keeps_few_pools_and_takes_others_when_it_goes_on(stores: Stores) -> None:
     for boot in BOOTS[: MAX_WAITING + 1]:  # each of them keeps a pool in memory
         stores.start(boot)

@@ -119,6 +119,8 @@ def test_only_a_seal_is_summed(rank: Rank) -> None:
 @pytest.mark.parametrize("pools", [(), (SECOND,), (FIRST, SECOND)], ids=["no pool", "another", "a newer one"])
 def test_without_the_plan_s_pool_loads_fail_and_stores_are_missing(rank: Rank, pools: tuple[bytes, ...]) -> None:
     regions = [rank.hand(boot) for boot in pools]
+    if FIRST in pools:  # a plan has named the newer one
+        rank.load(scatter(0, 6, boot=SECOND), boot=SECOND)
     rank.cache[:] = 7
     assert rank.load(scatter(0, 1, 2), scatter(8192, 3)) == Report([LoadsDone(1, rank.rank, (0, 1))], [])
     assert rank.store(gather(0, 4, 5)) == Report([], [StoresDone(1, rank.rank, {})])

@@ -2,7 +2,8 @@
 
 Knows nothing about plans, keys or copies. Every start of the store has a pool of its own. That of an earlier one is not
 lent again, and is unmapped when its last lease ends; so is that of a store that has ended, for the next one needs its
-room. An engine's thread does none of that: to free a pool takes 0.2 to 0.3 s a GiB.
+room. Both go a moment later, since a plan may still name them. An engine's thread does none of that: to free a pool
+takes 0.2 to 0.3 s a GiB.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class MappedPool:
     """Pools come through `door`, or by `put`; `pin_calls` page-lock each of them (None: nothing needs to).
 
     A thread takes what comes and lets go of what has ended, whether or not the engine makes steps. A pool is asked for
-    `late_s` after its store has ended, and then no more.
+    `late_s` after its store has ended, or until the one that came after it is asked for.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class MappedPool:
         self._late_s = late_s
         self._clock = clock
         self._pool: Pool | None = None
+        self._before: tuple[Pool, float] | None = (
+            None  # the pool of before, and when it came to an end or was asked for
+        )
         self._life = -1
         self._ended_s: float | None = None  # when the pool's store had ended, or the pool was last asked for since then
         self._unused: list[int] = []  # descriptors that the thread closes: one may be the last of a pool
@@ -75,8 +79,12 @@ class MappedPool:
         with self._turn:
             if self._pool is None or self._pool.boot != boot:
                 self._look()  # it may have come a moment before the plan that names it
+            if self._before is not None and self._before[0].boot == boot:
+                self._before = (self._before[0], self._clock())
+                return self._before[0].lease(offset, shard, word)
             if self._pool is None or self._pool.boot != boot:
                 return None
+            self._let_before_go()  # plans name the new one by now
             if self._ended_s is not None:
                 self._ended_s = self._clock()
             return self._pool.lease(offset, shard, word)
@@ -87,13 +95,14 @@ class MappedPool:
             if self._closing:
                 return
             self._closing = True
-            pool = self._pool
+            pools = [pool for pool in (self._pool, self._before[0] if self._before is not None else None) if pool]
             self._let_go()
+            self._let_before_go()
             self._wake_up()
         self._thread.join(END_LIMIT_S)
         if self._door is not None:
             self._door.close()
-        if pool is not None:
+        for pool in pools:
             pool.wait(END_LIMIT_S)
         if not self._thread.is_alive():
             os.close(self._wake)
@@ -107,6 +116,7 @@ class MappedPool:
                     log.info("kvkeep: the store has ended: its pool is given back")
                     self._let_go()
                     left_s = math.inf
+                left_s = min(left_s, self._before_left_s())
                 unused, self._unused = self._unused, []
                 life = self._life if self._ended_s is None else -1
                 doors = self._door.fds if self._door is not None else []
@@ -132,6 +142,16 @@ class MappedPool:
             self._ended_s = self._clock()
         return max(0.0, self._ended_s + self._late_s - self._clock())
 
+    def _before_left_s(self) -> float:
+        """How long the pool of before is still asked for; infinite: there is none."""
+        if self._before is None:
+            return math.inf
+        left_s = self._before[1] + self._late_s - self._clock()
+        if left_s > 0:
+            return left_s
+        self._let_before_go()
+        return math.inf
+
     def _swap(self, handed: HandedPool, nbytes: int | None = None) -> None:
         if self._closing:
             handed.close()
@@ -139,10 +159,23 @@ class MappedPool:
         if self._pool is not None and self._pool.boot == handed.boot:
             self._unused += [handed.fd, handed.life]  # the same pool again: a session was resumed
         else:
-            self._let_go()
+            self._set_aside()
             self._life = handed.life
             self._pool = Pool(handed.boot, Region.attach(handed.fd, nbytes), self._pin_calls)
         self._wake_up()
+
+    def _set_aside(self) -> None:
+        """Another pool comes; a plan that was made before may still name the one that is here."""
+        pool, self._pool = self._pool, None
+        self._let_go()
+        if pool is not None:
+            self._let_before_go()
+            self._before = (pool, self._clock())
+
+    def _let_before_go(self) -> None:
+        if self._before is not None:
+            self._before[0].close()
+            self._before = None
 
     def _let_go(self) -> None:
         """The pool is not lent any more; it ends with its last lease, on a thread of its own."""
