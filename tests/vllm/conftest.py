@@ -189,6 +189,10 @@ JOBS = {
     "early-plain": Job("prefixes"),
     "restarted": Job("restarted", keep={}, disk="kept", after="disk"),
     "restarted-plain": Job("restarted"),
+    "slept": Job("slept", keep={}, disk="slept", shutdown=False),
+    "slept-plain": Job("slept"),
+    "slept-restarted": Job("woken", keep={}, disk="slept", after="slept"),
+    "slept-restarted-plain": Job("woken"),
     "small-pool": Job("small_pool", keep={"pool_size": "768 KiB"}, shutdown=False),
     "small-pool-plain": Job("small_pool"),
 }

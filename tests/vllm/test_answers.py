@@ -77,6 +77,16 @@ def test_after_reset_cache_nothing_stored_before_is_reused(runs):
     check_same(runs, "tiny", *steps)
 
 
+def test_after_a_sleep_nothing_of_before_is_reused_until_a_restart(runs):
+    keep = runs("slept")
+    steps = ("before cold", "before warm", "after cold", "after warm", "only after cold", "only after warm")
+    assert [keep.external(step) for step in steps] == [0, 1024, 0, 1024, 0, 512]
+    check_same(runs, "slept", *steps)
+    again = runs("slept-restarted")
+    assert [again.external(step) for step in ("before", "only after")] == [1024, 0]
+    check_same(runs, "slept-restarted", "before", "only after")
+
+
 def test_chunked_prefill_is_stored_and_given_back(runs):
     assert [runs("tight").external(f"chunked {step}") for step in ("cold", "warm")] == [0, 1024]
     check_same(runs, "tight", "chunked cold", "chunked warm")

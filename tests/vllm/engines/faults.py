@@ -150,6 +150,13 @@ class Faulted(Run):
         self.store.start()
         self.reconnect()
 
+    def awaits_pools(self, count: int) -> None:
+        """Returns when the engine's process, which has the worker in it, maps so many stores' pools."""
+        end_s = time.monotonic() + LIMIT_S
+        while Path("/proc/self/maps").read_text().count("kvkeep-pool") != count:
+            assert time.monotonic() < end_s, f"{count} pools should be mapped"
+            time.sleep(0.01)
+
     def only_on_disk(self) -> None:
         """Nothing is in the pool, nor in vLLM's own cache."""
         self.settled()
@@ -371,9 +378,11 @@ def of_the_store(run: Faulted, name: str) -> dict[str, object]:
     run.forget()
     if name != "replaced after the promise":
         facts["without"] = run.measured(NEW[1])
+        run.awaits_pools(0)  # of a store that has ended, though no step runs
         run.revive()
         run.forget()
     facts["after it"] = run.measured(asked)
+    run.awaits_pools(1)
     run.only_on_disk()
     return facts | {"from disk": run.measured(LONG), "held": run.held()}
 

@@ -78,6 +78,22 @@ def restarted(engine: Engine) -> None:
     engine.ask("two at once", SHARED_HEAD + random_tokens(100, 21), SHARED_HEAD + random_tokens(70, 22))
 
 
+def slept(engine: Engine) -> None:
+    """The first prompt of `restarted`, before and after a sleep whose weights come back as they were."""
+    prompt = random_tokens(1050, 3)
+    twice(engine, "before", prompt)
+    engine.llm.sleep(level=1)
+    engine.llm.wake_up()
+    twice(engine, "after", prompt)
+    twice(engine, "only after", random_tokens(600, 1))
+
+
+def woken(engine: Engine) -> None:
+    """What `slept` asked before its sleep and after it, of an engine that was just started."""
+    engine.ask("before", random_tokens(1050, 3))
+    engine.ask("only after", random_tokens(600, 1))
+
+
 def prefixes(engine: Engine) -> None:
     """Six prompts one after the other, each of four chunks and a little more; then two in one step, twice."""
     for number in range(6):
