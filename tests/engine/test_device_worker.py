@@ -347,8 +347,11 @@ def test_copies_whose_end_nobody_saw_are_told_as_lost(one: OneRank) -> None:
     one.hand()
 
     def died() -> Copier:
+        before = set(threading.enumerate())
         copier = ThreadCopier()
+        (thread,) = set(threading.enumerate()) - before
         copier.submit(lambda: 1 // 0).exception(LIMIT_S)
+        thread.join(LIMIT_S)  # what it died of is told in this test, and not in a later one
         return copier
 
     rank = one.worker._rank

@@ -145,6 +145,7 @@ GLOBS = {
     "env.VLLM_*_PORT": "how processes find each other",
     "env.VLLM_*_HOST": "how processes find each other",
     "env.VLLM_PORT": "how processes find each other",
+    "env.VLLM_DIST_IDENT": "how processes find each other",
     "env.VLLM_*_IP": "how processes find each other",
     "env.VLLM_LOG*": "what is logged",
     "env.VLLM_CONFIGURE_LOGGING": "what is logged",
