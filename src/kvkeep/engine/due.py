@@ -15,7 +15,7 @@ from kvkeep.transfer.transfer import SUM_NBYTES
 from kvkeep.wire.client import Client
 
 
-class Due:
+class DueLoads:
     """The due loads of one engine; `layout` is that of whole chunks, `states` loads the state at a claim's end."""
 
     def __init__(self, layout: ChunkLayout, states: States | None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvkeep.core.key import BlockChain, Chain, Digests
 from kvkeep.core.layout import ChunkLayout
-from kvkeep.engine.due import Due
+from kvkeep.engine.due import DueLoads
 from kvkeep.engine.estimate import Estimate, Paces
 from kvkeep.engine.link import Link
 from kvkeep.engine.lookups import Limits, Lookups, Request
@@ -87,7 +87,7 @@ class Planner:
         self._states: States | None = None
         if states is not None:
             self._states = States(states, figures, link, options.patience_s, deadline_s=options.deadline_s)
-        self._due = Due(layout, self._states)
+        self._due = DueLoads(layout, self._states)
         limits = Limits(options.deadline_s, options.patience_s, states is not None, options.early)
         self._size_up()
         self._lookups = Lookups(link, layout, limits, self._estimate, figures, clock)
