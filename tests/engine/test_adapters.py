@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvkeep.engine.adapters import MAX_ADAPTERS, Adapter, Adapters, Expected, Loaded, Resident
+from kvkeep.engine.adapters import MAX_ADAPTERS, Adapter, Adapters, Expected, LoadedAdapter, Resident
 
 FIRST = Adapter(1, "first", "/a")
 
 
 def load(adapters: Adapters, number: int, digest: str, ranks: int = 1) -> None:
     """A step is over before which all ranks loaded this."""
-    loads = [Loaded(rank, number, digest) for rank in range(ranks)]
+    loads = [LoadedAdapter(rank, number, digest) for rank in range(ranks)]
     adapters.told(loads, [Resident(rank, frozenset({number})) for rank in range(ranks)])
 
 
@@ -39,9 +39,9 @@ def test_every_rank_must_have_it_and_each_ones_part_counts() -> None:
     contents = set()
     for parts in (("aa", "bb"), ("bb", "aa"), ("aa", "aa")):
         adapters = Adapters(ranks=2)
-        adapters.told([Loaded(0, 1, parts[0])], [Resident(0, frozenset({1}))])
+        adapters.told([LoadedAdapter(0, 1, parts[0])], [Resident(0, frozenset({1}))])
         assert adapters.begin(FIRST) is None
-        adapters.told([Loaded(1, 1, parts[1])], [Resident(1, frozenset({1}))])
+        adapters.told([LoadedAdapter(1, 1, parts[1])], [Resident(1, frozenset({1}))])
         contents.add(adapters.begin(FIRST))
     assert len(contents - {None}) == 3
 
@@ -88,7 +88,7 @@ def test_a_name_under_which_two_contents_were_computed_stands_for_neither(other:
 
 def test_two_of_one_name_that_are_computed_in_the_same_step_are_both_in_doubt_when_it_is_over() -> None:
     adapters, second = Adapters(), Adapter(2, "first", "/a")
-    adapters.told([Loaded(0, 1, "aa"), Loaded(0, 2, "bb")], [Resident(0, frozenset({1, 2}))])
+    adapters.told([LoadedAdapter(0, 1, "aa"), LoadedAdapter(0, 2, "bb")], [Resident(0, frozenset({1, 2}))])
     contents = adapters.begin(FIRST), adapters.begin(second)
     assert None not in contents
     adapters.told([], [])

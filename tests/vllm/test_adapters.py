@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.engine.adapters import Expected, Loaded, Resident
+from kvkeep.engine.adapters import Expected, LoadedAdapter, Resident
 from kvkeep.engine.plan import LoadOp, StepPlan, Trip
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
@@ -140,17 +140,17 @@ def test_each_load_is_told_at_once_and_its_digest_when_it_is_made(engines):
     rank, engine = rank_of(CONFIG, 3, jobs), engines(CONFIG)
     assert rank.take() == ([], [])
     first = engine.load(1)
-    assert rank.take() == ([Loaded(3, 1, "")], [Resident(3, frozenset({1}))])
+    assert rank.take() == ([LoadedAdapter(3, 1, "")], [Resident(3, frozenset({1}))])
     assert rank.take() == ([], [])
     jobs.pop()()
-    assert rank.take() == ([Loaded(3, 1, first)], [])
+    assert rank.take() == ([LoadedAdapter(3, 1, first)], [])
     assert rank.take() == ([], [])
     engine.layers = {"q_proj": layer(lora_a=torch.zeros(2, 4))}
     second = engine.load(1)
     assert second != first
     rank.take()
     jobs.pop()()
-    assert rank.take() == ([Loaded(3, 1, second)], [])
+    assert rank.take() == ([LoadedAdapter(3, 1, second)], [])
     del engine.here[1]
     assert rank.take() == ([], [Resident(3, frozenset())])
     assert (rank._digests, rank._loads) == ({}, {})
@@ -166,9 +166,9 @@ def test_a_digest_that_comes_after_another_load_is_not_taken_for_that_ones(engin
     engine.layers = {"q_proj": layer(lora_a=torch.zeros(2, 4))}
     second = engine.load(1)
     jobs.pop()()
-    assert rank.take() == ([Loaded(0, 1, "")], [])
+    assert rank.take() == ([LoadedAdapter(0, 1, "")], [])
     jobs.pop()()
-    assert rank.take() == ([Loaded(0, 1, second)], [])
+    assert rank.take() == ([LoadedAdapter(0, 1, second)], [])
 
 
 def test_a_digest_that_hangs_holds_nobody_up_and_too_many_are_not_made(engines):
@@ -235,7 +235,7 @@ def test_loads_of_another_engine_in_the_process_are_its_own(engines):
     engine = engines(other_config)
     loaded = engine.load(1)
     assert rank.take() == ([], [])
-    assert other.take() == ([Loaded(0, 1, ""), Loaded(0, 1, loaded)], [Resident(0, frozenset({1}))])
+    assert other.take() == ([LoadedAdapter(0, 1, ""), LoadedAdapter(0, 1, loaded)], [Resident(0, frozenset({1}))])
     del other
     gc.collect()
     engine.load(2)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvkeep.engine.adapters import Adapters, Expected, Loaded, Resident
+from kvkeep.engine.adapters import Adapters, Expected, LoadedAdapter, Resident
 from kvkeep.telemetry import Miss
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
@@ -41,7 +41,7 @@ def requests():
 
 def load(requests, digests: dict[int, str]) -> list[str]:
     """A step is over by whose end these have been loaded; the requests that are in doubt then."""
-    loads = [Loaded(0, number, digest) for number, digest in digests.items()]
+    loads = [LoadedAdapter(0, number, digest) for number, digest in digests.items()]
     return requests.step_over(loads, [Resident(0, frozenset({1, 2}))])
 
 
@@ -127,7 +127,7 @@ def test_a_request_begins_with_what_is_loaded_when_it_is_first_asked_for(hasher,
     requests.add(early)
     requests.add(late)
     assert requests.translated(early).root is Miss.ADAPTER
-    requests.step_over([Loaded(0, 3, "cc")], [Resident(0, frozenset({3}))])
+    requests.step_over([LoadedAdapter(0, 3, "cc")], [Resident(0, frozenset({3}))])
     assert requests.translated(early).root is Miss.ADAPTER
     assert isinstance(requests.translated(late).root, bytes)
 

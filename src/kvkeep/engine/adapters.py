@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
     anew: bool = False
 
 
-class Loaded(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """One rank has loaded an adapter; `digest` is that of its tensors, "" as long as it is not known."""
 
     rank: int
@@ -58,7 +58,7 @@ class Adapters:
         self._computed: dict[tuple[object, ...], set[bytes]] = {}
         self._all_seen = True  # no adapter is used that the last report did not count
 
-    def told(self, loads: Iterable[Loaded], resident: Iterable[Resident]) -> None:
+    def told(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> None:
         """A step is over; takes in what ranks have loaded by its end."""
         for rank, number, digest in loads:
             digests = self._digests.setdefault(number, {})

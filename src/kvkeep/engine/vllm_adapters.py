@@ -25,7 +25,7 @@ from vllm.lora.lora_weights import LoRAFullModuleWeights, LoRALayerWeights, Pack
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from kvkeep.engine.adapters import Expected, Loaded, Resident
+from kvkeep.engine.adapters import Expected, LoadedAdapter, Resident
 from kvkeep.engine.plan import LoadOp, StepPlan
 
 NOWHERE = b""  # the boot of no store: what is to be loaded from its pool fails
@@ -55,18 +55,18 @@ class RankAdapters:
         if config is not None:
             _watch(weakref.WeakMethod(self._loaded))
 
-    def take(self) -> tuple[list[Loaded], list[Resident]]:
+    def take(self) -> tuple[list[LoadedAdapter], list[Resident]]:
         """At the end of a step: what was loaded since the last one, which digests are there, what is here now."""
         told = []
         for number, load, model in self._fresh:  # vLLM has merged its layers by now and leaves them alone
-            told.append(Loaded(self._rank, number, ""))
+            told.append(LoadedAdapter(self._rank, number, ""))
             self._later(partial(self._make, number, load, _named(model)))
         self._fresh = []
         for _ in range(len(self._made)):
             number, load, digest = self._made.popleft()
             if self._loads.get(number) == load:
                 self._digests[number] = digest
-                told.append(Loaded(self._rank, number, digest))
+                told.append(LoadedAdapter(self._rank, number, digest))
         resident = Resident(self._rank, self._resident())
         for known in (self._digests, self._loads):
             for number in known.keys() - resident.numbers:

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request as VllmRequest
 
 from kvkeep.core.key import DEFAULT_SEED, BlockHashes, ExtraKeys, mixed_root, none_hash
-from kvkeep.engine.adapters import Adapter, Adapters, Expected, Loaded, Resident
+from kvkeep.engine.adapters import Adapter, Adapters, Expected, LoadedAdapter, Resident
 from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Scheduled
 from kvkeep.telemetry import Miss
@@ -105,7 +105,7 @@ class Requests:
                 steps.append(Scheduled(name, final, request.all_token_ids, start, left_behind(handed.get(name, ()))))
         return steps
 
-    def step_over(self, loads: Iterable[Loaded], resident: Iterable[Resident]) -> list[str]:
+    def step_over(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> list[str]:
         """Takes in what ranks have loaded by a step's end; gives the requests that another adapter has computed."""
         self.adapters.told(loads, resident)
         doubtful = [

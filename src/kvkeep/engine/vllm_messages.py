@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvkeep.engine.adapters import Expected, Loaded, Resident
+from kvkeep.engine.adapters import Expected, LoadedAdapter, Resident
 from kvkeep.engine.plan import RankInfo, Report, StepPlan
 
 
@@ -30,7 +30,7 @@ class ReportMeta(KVConnectorWorkerMetadata):
     """The workers' reports, and the adapters that they have loaded, on their way to the planner."""
 
     report: Report = field(default_factory=Report)
-    loads: list[Loaded] = field(default_factory=list)
+    loads: list[LoadedAdapter] = field(default_factory=list)
     resident: list[Resident] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
