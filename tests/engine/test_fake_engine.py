@@ -139,6 +139,9 @@ class Bench:
     def end(self) -> int:
         """Everything is over: nothing is held, the index adds up, the pool holds no wrong byte; chunks checked."""
         assert self.engine.blocks.idle()
+        for worker in self.engine.workers:
+            mapped = worker._mapped if isinstance(worker, Worker) else worker._rank.pool
+            assert mapped._pool is None or mapped._pool._leases == 0, "a lease is left"
         checked = self.engine.check_pool(self.source.running.region.array)
         now = self.stats()
         assert now["pinned_nbytes"] == now["writing_nbytes"] == now["dead_nbytes"] == 0
