@@ -54,7 +54,7 @@ def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
         await walk.admit(name, tier, figures, reads)
 
     async def scene() -> None:
-        await tiers_open.open_tiers(options, take)
+        await tiers_open.open_tiers(options, take, lambda *said: None)
         session = store.open(Opening("test", WRITES[0].key[:16], "", CHUNK, (), 0, SIZES))
         (path,) = tmp_path.glob(f"*/*/{WRITES[0].key[16:].hex()}")
         disk.hanging = frozenset({f"readv {path}"})
