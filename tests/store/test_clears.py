@@ -108,3 +108,15 @@ def test_a_tier_that_comes_late_and_cannot_forget_is_named(loop: ManualLoop, mon
         loop.turn()
     assert house.walk.out == {"slow": "it may hold what was cleared: no room"}
     house.settle()
+
+
+def test_what_a_tier_still_gave_while_it_was_cleared_is_not_found_afterwards(house: House) -> None:
+    house.on(house.slow, 1)
+    house.fast.shut.add("clear")
+    task = clearing(house)
+    assert house.holds(house.ask(1)[0], 1), "the slow tier has not been asked to forget it yet"
+    house.fast.open("clear")
+    house.loop.turn()
+    assert task.result() == ""
+    assert house.ask(1)[0].fetched.offsets == []
+    assert house.store.index.check() == ""

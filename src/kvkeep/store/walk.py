@@ -136,13 +136,14 @@ class TierWalk:
         await self._each(lambda tier: tier.delete(keys))
 
     async def clear(self, namespace: bytes | None) -> str:
-        """Drops a namespace, or everything, from every tier (the pool has lost it already), also from later ones.
+        """Drops a namespace, or everything, from every tier, also from later ones (the pool has lost it already).
 
         Returns why it may be there again after a restart: a tier failed, did not answer, is not there. "": it is gone.
         """
         self._cleared.add(namespace if len(self._cleared) < MAX_NAMESPACES else None)
         await self._within(VERB_LIMIT_S, self._opened())
         failed = {name: str(failure) for name, failure in await self._each(lambda tier: tier.clear(namespace))}
+        self.store.index.clear(namespace)  # what a tier gave before its turn to forget came
         return "; ".join(f"tier {name}: {why}" for name, why in {**self.out, **failed}.items())
 
     async def aclose(self, drain_s: float) -> Left:
