@@ -104,6 +104,7 @@ class Server:
             self._reception.close()
         for peer in self._peers.values():
             self._unwatch(peer)
+            peer.session = None  # it hears of nothing that ends from here on
             peer.close()
         self._lingering.close()
         for fd in self._life:
