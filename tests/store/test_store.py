@@ -577,6 +577,13 @@ def test_who_says_how_many_ranges_there_are_never_gets_sums_of_another_number() 
 
 
 def joined(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: tuple[int, ...]) -> Session:
+    session = silent(store, owner, namespace, **more)
+    store.fetch(session, DIGESTS[:1])
+    return session
+
+
+def silent(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: tuple[int, ...]) -> Session:
+    """Joins and asks for no chunk, as `kvkeep stats` does."""
     return store.open(Opening("engine", namespace, "", NBYTES, (1,), owner=owner, **more))
 
 
@@ -597,6 +604,14 @@ def test_beside_another_client_a_client_reserves_no_more_than_its_share() -> Non
     assert room_for(store, other, range(20, 28)) == 4, "the others have their share"
     store.close(other)
     assert room_for(store, hog, range(10, 18)) == 4, "alone it may use all that is free"
+
+
+def test_whoever_asks_for_no_chunk_takes_no_share() -> None:
+    store = make(max_pinned_share=0.5)
+    engine, looks_on = joined(store, 1), silent(store, 2)
+    assert room_for(store, engine, range(6)) == 6
+    assert room_for(store, looks_on, range(10, 12)) == 2
+    assert room_for(store, engine, range(20, 22)) == 0, "now there are two"
 
 
 def test_what_is_committed_or_given_up_is_not_in_the_share() -> None:

@@ -319,6 +319,7 @@ for _ in range(3):
 
 
 def test_a_process_that_comes_back_without_a_goodbye_gets_no_share_anew(good: Client, path: Path) -> None:
+    assert good.wait(good.fetch([bytes(32)]), LIMIT_S) is not None
     done = subprocess.run([sys.executable, "-c", RESERVES, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(ROOM // 2), "0", "0"]
 

@@ -74,7 +74,7 @@ class Session:
 
     `client` is the same for all sessions of one process. `reserved_nbytes` are what its write leases hold.
     `states` holds what it keeps of states: these have sizes and a namespace of their own, and chunks' digests.
-    `lasting`: somebody may find its keys again once it has left its namespace.
+    `lasting`: somebody may find its keys again once it has left its namespace. `asked`: it has fetched or reserved.
     """
 
     number: int
@@ -88,6 +88,7 @@ class Session:
     fetched_chunks: int = 0
     states: Session | None = None
     lasting: bool = True
+    asked: bool = False
 
     @property
     def sides(self) -> list[Session]:

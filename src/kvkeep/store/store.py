@@ -97,6 +97,7 @@ class Store:
 
     def fetch(self, session: Session, digests: Sequence[bytes]) -> Fetched:
         """Pins the longest run of chunks in the pool from the first digest on, within the session's share of it."""
+        session.asked = True
         return self.lend(session, self.pin(session, self.keys(session, digests[: self.room(session)])))
 
     def taken(self, session: Session) -> int:
@@ -117,7 +118,7 @@ class Store:
     def reservable_nbytes(self, session: Session) -> int:
         """What its client may reserve more: of its share while another client is there, else of the whole pool."""
         others = (one for one in self.sessions.values() if one.client != session.client and one.opening.holders)
-        if next(others, None) is None:
+        if not any(side.asked for one in others for side in one.sides):  # who only looks on, as `kvkeep stats`, is none
             return self.pool_nbytes
         own = [side for one in self.sessions.values() if one.client == session.client for side in one.sides]
         held_nbytes = self._quarantined[session.client] + sum(side.reserved_nbytes for side in own)
@@ -147,6 +148,7 @@ class Store:
         """Room for the chunks that are absent, within its client's share; what cannot fit evicts nothing."""
         if not self.lending:
             return Reservation(0, [Outcome.NO_ROOM] * len(digests))
+        session.asked = True
         lease = self.next_lease()
         keys = self.keys(session, digests)
         self.revoke_overdue(keys)
