@@ -985,6 +985,12 @@ def test_a_load_is_beside_the_steps_where_another_request_begins_with_the_same_b
     bench.planner.ended("sharing")
     assert bench.planner.match(alone, 0) == 512
     assert not bench.planner.loads_beside("alone")
+    bench.planner.arrived("not looked up yet", range(BLOCK))
+    assert bench.planner.match(alone, 0) == 512
+    assert bench.planner.loads_beside("alone"), "nor may one whose digests are still to come"
+    bench.planner.ended("not looked up yet")
+    assert bench.planner.match(alone, 0) == 512
+    assert not bench.planner.loads_beside("alone")
 
 
 def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks() -> None:

@@ -276,3 +276,17 @@ def test_an_engine_without_adapters_is_left_alone(engines):
     rank = rank_of(None)
     assert WorkerLoRAManager._load_adapter is before
     assert rank.take() == ([], [])
+
+
+def test_a_request_with_an_adapter_counts_from_its_arrival_on_among_those_that_may_read_a_load():
+    """What its digests begin with is decided later; a step's own load must know by then that it is shared."""
+    from kvkeep.engine.vllm import KVKeepConnector
+    from kvkeep.engine.vllm_chain import Requests
+
+    arrived: list[tuple[str, list[int]]] = []
+    connector: Any = object.__new__(KVKeepConnector)
+    connector._own_cache, connector._requests = None, Requests()
+    connector.planner = SimpleNamespace(arrived=lambda name, tokens: arrived.append((name, tokens)))
+    request = SimpleNamespace(request_id="adapted", all_token_ids=[1, 2, 3], lora_request=SimpleNamespace())
+    connector.on_new_request(request)
+    assert arrived == [("adapted", [1, 2, 3])]

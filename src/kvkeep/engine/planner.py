@@ -8,7 +8,6 @@ when every rank has reported the step and no load in it failed.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from kvkeep.engine.ops import aligned, built_on
 from kvkeep.engine.plan import LoadOp, Report, Scheduled, StepPlan, Trip
 from kvkeep.engine.request import Record, State
 from kvkeep.engine.states import States
+from kvkeep.engine.stems import Stems
 from kvkeep.engine.steps import Load, Steps
 from kvkeep.engine.stores import Stores
 from kvkeep.telemetry import Figures, Miss
@@ -75,7 +75,7 @@ class Planner:
         self._options = options
         self._clock = clock
         self._records: dict[str, Record] = {}
-        self._stems: Counter[tuple[int, ...]] = Counter()  # how many requests begin with the same first block
+        self._stems = Stems(min(group.block_tokens for group in self._shard.groups))
         self._ended: set[Record] = set()  # steps still name them; their names may be in use again
         self._asked_idle = 0
         self._boot = b""
@@ -101,6 +101,10 @@ class Planner:
         self._asked_idle += 1
         return self._steps.busy and self._asked_idle < MAX_EMPTY_STEPS
 
+    def arrived(self, name: str, tokens: Sequence[int]) -> None:
+        """A request has arrived, and may read the blocks of others that begin as it does."""
+        self._stems.add(name, tokens)
+
     def expect(self, request: Request) -> None:
         """A request has arrived: its tokens are hashed now, so that its lookup is one small message."""
         record = self._record(request)
@@ -123,7 +127,7 @@ class Planner:
             record.why = record.why if not record.keeps else Miss.DEADLINE if self._link.slow else Miss.STORE_GONE
             return 0
         first = computed // self._layout.chunk_tokens
-        shared = self._stems[record.stem] > 1
+        shared = self._stems.shared(request.name)
         match = record.match
         if match is None or match.boot != client.welcome.boot or match.first > first or (match.words and shared):
             self._drop_match(record)
@@ -254,11 +258,11 @@ class Planner:
 
     def ended(self, name: str) -> None:
         """The request is over, whatever became of it: what it held comes back once no step uses it."""
+        self._stems.drop(name)
         record = self._records.pop(name, None)
         if record is None:
             return
         self._ended.add(record)
-        self._stems -= Counter([record.stem])
         self._drop_match(record)
         self._lookups.drop(record, self._link.client)
         self._due.drop(record, self._link.client)
@@ -322,9 +326,8 @@ class Planner:
             chain: Digests = Chain(tokens, root, request.extra_keys)
             if hashes is not None:
                 chain = BlockChain(tokens, hashes)
-            stem = tuple(request.tokens[: min(group.block_tokens for group in self._shard.groups)])
-            record = Record(request.name, chain, stem, request.prompt_tokens)
-            self._stems[stem] += 1
+            record = Record(request.name, chain, request.prompt_tokens)
+            self.arrived(request.name, request.tokens)
             if doubt is not None:
                 record.keeps, record.stores, record.why = False, False, doubt
             self._records[request.name] = record

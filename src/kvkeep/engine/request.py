@@ -92,7 +92,7 @@ class OpenChunk:
 class Record:
     """Everything about one request.
 
-    `stem` are the tokens of its first block. `keeps`: it may be looked up at all; `stores`: its chunks may be stored.
+    `keeps`: it may be looked up at all; `stores`: its chunks may be stored.
     `steps` counts the ops under way that name it. `claimed_from` are its claimed tokens by source. `why` is the reason
     of the miss that is counted at its admission; `short` says why its lookup was cut to `asked_chunks`. `limit_s` is
     what tiers were given; `hasty`: less than `deadline_s`, since computing is faster. `beside`: its load is beside the
@@ -101,7 +101,6 @@ class Record:
 
     request: str
     chain: Digests
-    stem: tuple[int, ...]
     prompt_tokens: int
     state: State = State.NEW
     keeps: bool = True

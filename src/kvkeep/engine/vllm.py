@@ -276,8 +276,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Remembers the request; with an adapter it may begin with another content than that of now."""
         self._notice_reset()
         self._requests.add(request)
-        if self.planner is not None and request.lora_request is None:
-            self.planner.expect(self._requests.translated(request))
+        if self.planner is not None:
+            self.planner.arrived(request.request_id, request.all_token_ids)
+            if request.lora_request is None:
+                self.planner.expect(self._requests.translated(request))
 
     def get_num_new_matched_tokens(self, request: VllmRequest, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens can be loaded, and whether beside the steps."""
@@ -320,10 +322,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         self.planner.step_over()
         self.planner.doubt(self._requests.step_over(meta.loads, meta.resident))
-        if not meta.report:
-            return
-        forget = self.planner.step_done(meta.report, self._kv_cache_manager.get_block_ids)
-        if forget:
+        if meta.report and (forget := self.planner.step_done(meta.report, self._kv_cache_manager.get_block_ids)):
             self._kv_cache_manager.evict_blocks(forget)
 
     def request_finished(self, request: VllmRequest, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

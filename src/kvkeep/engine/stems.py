@@ -1,0 +1,36 @@
+"""Which requests begin with the same first block, so that one may read what is loaded into another's blocks.
+
+Knows nothing about digests or lookups: a request counts from its arrival on, whether or not it can be kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+
+class Stems:
+    """The first blocks of one engine's requests; `block_tokens` is the size of its smallest block."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._stems: dict[str, tuple[int, ...]] = {}
+        self._counts: Counter[tuple[int, ...]] = Counter()
+
+    def add(self, name: str, tokens: Sequence[int]) -> None:
+        """A request has arrived with these tokens; one that is known stays as it is."""
+        if name not in self._stems:
+            stem = self._stems[name] = tuple(tokens[: self._block_tokens])
+            self._counts[stem] += 1
+
+    def drop(self, name: str) -> None:
+        """The request is over; one that is not known is no error."""
+        stem = self._stems.pop(name, None)
+        if stem is not None:
+            self._counts[stem] -= 1
+            if not self._counts[stem]:
+                del self._counts[stem]
+
+    def shared(self, name: str) -> bool:
+        """Whether another request begins with the same block as this known one."""
+        return self._counts[self._stems[name]] > 1
