@@ -153,3 +153,14 @@ def test_what_is_remembered_is_bounded() -> None:
         load(adapters, number, "aa")
     assert len(adapters._digests) == MAX_ADAPTERS
     assert adapters.begin(FIRST) is None
+
+
+def test_a_step_without_news_asks_nothing_of_the_requests() -> None:
+    adapters = Adapters()
+    assert adapters.told([LoadedAdapter(0, 1, "aa")], [Resident(0, frozenset({1}))])
+    assert not adapters.told([], [])
+    adapters.begin(FIRST)
+    assert adapters.told([], []), "the first step with this adapter"
+    assert not adapters.told([], [Resident(0, frozenset({1, 2}))])
+    adapters.emptied([FIRST])
+    assert adapters.told([], [])

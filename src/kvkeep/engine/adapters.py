@@ -54,41 +54,49 @@ class Adapters:
         self._ranks = range(ranks)
         self._digests: OrderedDict[int, dict[int, str]] = OrderedDict()
         self._resident: dict[int, frozenset[int]] = {}
-        self._used: set[Adapter] = set()
+        self._contents: dict[int, bytes | None] = {}  # what was made of the digests: each request asks for it
+        self._used: dict[int, set[Adapter]] = {}
         self._computed: dict[tuple[object, ...], set[bytes]] = {}
-        self._all_seen = True  # no adapter is used that the last report did not count
+        self._unseen: set[int] = set()  # the numbers of what was loaded or used since the last report
 
-    def told(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> None:
-        """A step is over; takes in what ranks have loaded by its end."""
+    def told(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> bool:
+        """A step is over; takes in what ranks have loaded by its end.
+
+        False if whatever was still the same before is so now.
+        """
         for rank, number, digest in loads:
             digests = self._digests.setdefault(number, {})
             if digests.get(rank) == digest == "":
                 self._count(b"", number)  # of the load before this one nothing will be known
             digests[rank] = digest
             self._digests.move_to_end(number)
-            self._all_seen = False
+            self._contents.pop(number, None)
+            self._unseen.add(number)
             if len(self._digests) > MAX_ADAPTERS:
-                self._digests.popitem(last=False)
+                self._contents.pop(self._digests.popitem(last=False)[0], None)
         self._resident.update(dict(resident))
-        for number in () if self._all_seen else {adapter.number for adapter in self._used}:
+        unseen, self._unseen = self._unseen, set()
+        for number in unseen:
             content = self._content(number)
             if content is not None:
                 self._count(content, number)
-        self._all_seen = True
+        return bool(unseen)
 
     def emptied(self, used: Iterable[Adapter]) -> None:
         """The engine's own cache holds nothing; `used` are the adapters of requests that go on."""
         self._computed.clear()
-        self._used = set(used)
-        self._all_seen = False
+        self._used = {}
+        for adapter in used:
+            self._used.setdefault(adapter.number, set()).add(adapter)
+        self._unseen = set(self._used)
 
     def begin(self, adapter: Adapter) -> bytes | None:
         """What a request with this adapter begins with, on all ranks together; None if that is in doubt.
 
         It is before each load, and where the engine's own cache may hold blocks of another content of this name.
         """
-        self._used.add(adapter)
-        self._all_seen = False
+        self._used.setdefault(adapter.number, set()).add(adapter)
+        self._unseen.add(adapter.number)
         resident = all(adapter.number in self._resident.get(rank, frozenset()) for rank in self._ranks)
         content = self._content(adapter.number)
         return content if resident and not adapter.anew and self.is_still(adapter, content) else None
@@ -104,10 +112,14 @@ class Adapters:
 
     def _count(self, content: bytes, number: int) -> None:
         """Requests with the adapter of this number have been computed with this content."""
-        for adapter in self._used:
-            if adapter.number == number:
-                self._computed.setdefault(adapter[1:3], set()).add(content)
+        for adapter in self._used.get(number, ()):
+            self._computed.setdefault(adapter[1:3], set()).add(content)
 
     def _content(self, number: int) -> bytes | None:
-        digests = self.expected(Adapter(number, "", "")).digests
-        return hashlib.sha256(json.dumps(digests).encode()).digest() if all(digests) else None
+        if number not in self._digests:
+            return None
+        if number not in self._contents:
+            digests = self.expected(Adapter(number, "", "")).digests
+            whole = hashlib.sha256(json.dumps(digests).encode()).digest()
+            self._contents[number] = whole if all(digests) else None
+        return self._contents[number]

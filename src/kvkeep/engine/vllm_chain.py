@@ -107,7 +107,8 @@ class Requests:
 
     def step_over(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> list[str]:
         """Takes in what ranks have loaded by a step's end; gives the requests that another adapter has computed."""
-        self.adapters.told(loads, resident)
+        if not self.adapters.told(loads, resident):
+            return []
         doubtful = [
             name
             for name, (adapter, content) in self._adapted.items()
