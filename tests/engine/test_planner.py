@@ -991,6 +991,13 @@ def test_a_load_is_beside_the_steps_where_another_request_begins_with_the_same_b
     bench.planner.ended("not looked up yet")
     assert bench.planner.match(alone, 0) == 512
     assert not bench.planner.loads_beside("alone")
+    bench.planner.expect(asking("short", range(BLOCK - 1)))
+    bench.planner.expect(asking("as short", range(1, BLOCK)))
+    assert bench.planner.match(alone, 0) == 512
+    assert bench.planner.loads_beside("alone"), "a short prompt may have been generated further, and be preempted"
+    bench.planner.ended("short")
+    assert bench.planner.match(alone, 0) == 512
+    assert not bench.planner.loads_beside("alone")
 
 
 def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks() -> None:

@@ -10,18 +10,23 @@ from collections.abc import Sequence
 
 
 class Stems:
-    """The first blocks of one engine's requests; `block_tokens` is the size of its smallest block."""
+    """The first blocks of one engine's requests; `block_tokens` is the size of its smallest block.
+
+    A prompt may be shorter, and its request fill a block later: it shares with all whose block begins with its prompt.
+    """
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._stems: dict[str, tuple[int, ...]] = {}
         self._counts: Counter[tuple[int, ...]] = Counter()
+        self._short: Counter[int] = Counter()  # how many prompts of each length below a block's
 
     def add(self, name: str, tokens: Sequence[int]) -> None:
         """A request has arrived with these tokens; one that is known stays as it is."""
         if name not in self._stems:
             stem = self._stems[name] = tuple(tokens[: self._block_tokens])
             self._counts[stem] += 1
+            self._short.update([len(stem)] if len(stem) < self._block_tokens else [])
 
     def drop(self, name: str) -> None:
         """The request is over; one that is not known is no error."""
@@ -30,7 +35,11 @@ class Stems:
             self._counts[stem] -= 1
             if not self._counts[stem]:
                 del self._counts[stem]
+            if len(stem) < self._block_tokens:
+                self._short -= Counter([len(stem)])
 
     def shared(self, name: str) -> bool:
-        """Whether another request begins with the same block as this known one."""
-        return self._counts[self._stems[name]] > 1
+        """Whether another request may begin with the same block as this known one."""
+        stem = self._stems[name]
+        short = len(stem) < self._block_tokens
+        return short or self._counts[stem] > 1 or any(self._counts[stem[:length]] for length in self._short)
