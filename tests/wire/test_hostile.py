@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from kvkeep.wire import server as server_module
 from kvkeep.wire.answers import Checks
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import MAX_FRAME_NBYTES, FrameReader, framed
-from kvkeep.wire.holders import Holders
+from kvkeep.wire.holders import Holders, holders_of
 from kvkeep.wire.lingering import Lingering
 from kvkeep.wire.peer import Credentials
 from kvkeep.wire.process import StoreOptions, join_shared
@@ -126,6 +127,19 @@ def test_what_is_only_named_as_a_process_is_refused(
     assert "no pidfd" in last_words(raw)
     now = figures(good)
     assert (now["sessions"], now["lingering"], now["quarantined_nbytes"]) == (1, 0, 0)
+
+
+def test_without_descriptors_a_process_is_watched_although_nobody_can_tell_which_it_is() -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        holders = holders_of([pidfd], 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert holders.alive == {pidfd: None}
+    assert not holders.within(holders)
+    holders.close()
 
 
 def test_an_end_of_its_own_socket_does_not_keep_a_client_alive(good: Client, raw: socket.socket) -> None:
@@ -264,6 +278,24 @@ def test_a_client_waits_for_what_takes_long_before_it_may_ask_for_more_of_it(
     while cleared < 50:
         cleared += sum(isinstance(m.decoded_by_client(frame), m.Cleared) for frame in reader.feed(raw.recv(1 << 16)))
     assert max(most) <= MAX_ERRANDS
+
+
+def test_a_client_goes_on_after_what_it_waited_for_died_of_a_bug(
+    running: RunningStore, good: Client, raw: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    welcomed(raw)
+
+    async def buggy(*_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(running.server.walk, "discard", buggy)
+    running.server._loop.set_exception_handler(lambda *_: None)
+    raw.settimeout(LIMIT_S)
+    discards = framed(m.encoded(m.Discard(bytes(32)))) * (MAX_ERRANDS + 1)
+    with standing_still(running):
+        raw.sendall(discards + framed(m.encoded(m.AskStats(7))))
+    answer = m.decoded_by_client(FrameReader().feed(raw.recv(1 << 16))[0])
+    assert isinstance(answer, m.Stats)
 
 
 def test_whoever_asks_for_a_check_meanwhile_shares_the_next_one() -> None:

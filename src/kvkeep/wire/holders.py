@@ -69,10 +69,16 @@ def holders_of(fds: Sequence[int], count: int) -> Holders:
 
 
 def _process(fd: int) -> Process | None:
-    """Who it is: since Linux 6.9 a pidfd's inode is never given again; before, its pid if it is visible here."""
+    """Who it is: a pidfd's inode where its name has it (it is never given again), else its pid if it is visible here.
+
+    None where that cannot be seen, also for want of a descriptor to look with.
+    """
     name = os.readlink(f"/proc/self/fd/{fd}")
     if name.startswith("pidfd:"):
         return name, os.fstat(fd).st_ino
-    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    except OSError:
+        return None
     pid = next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), 0)
     return ("pid", pid) if pid > 0 else None

@@ -247,11 +247,11 @@ class Server:
         async def do() -> None:
             try:
                 answer = await steps
+                if answer is not None:
+                    self._told(peer, answer)
             finally:
                 peer.errands -= 1
-            if answer is not None:
-                self._told(peer, answer)
-            self._eased(peer)
+                self._eased(peer)
 
         task = self._loop.create_task(do())
         self._tasks.add(task)
