@@ -1000,6 +1000,17 @@ def test_a_load_is_beside_the_steps_where_another_request_begins_with_the_same_b
     assert not bench.planner.loads_beside("alone")
 
 
+def test_a_load_that_another_adapter_made_fail_is_no_fault_of_the_chunks(bench: Bench) -> None:
+    bench.keep(range(512))
+    adapted = asking("adapted", range(600))
+    assert bench.match(adapted) == 512
+    bench.admit(adapted, 512, table(600))
+    plan = bench.plan(adapted, 600, table(600))
+    bench.planner.doubt(["adapted"])
+    bench.done(plan, failed=range(len(plan.loads)))
+    assert bench.match(asking("next", range(600))) == 512, "the chunks were dropped, for everybody"
+
+
 def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks() -> None:
     with bench_of() as bench:
         bench.planner._estimate.computed(0, 1000, 1.0)

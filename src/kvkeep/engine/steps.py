@@ -178,7 +178,8 @@ class Steps:
             if failed:
                 # what was still being read may come yet; if it is bad its tier has dropped it
                 early = [number for number in failed if load.ops[number].word]
-                done.failed_digests += [load.digests[number] for number in failed if number not in early]
+                if record.keeps:  # else its adapter is another by now, which makes a load fail whatever the chunk is
+                    done.failed_digests += [load.digests[number] for number in failed if number not in early]
                 done.failed_early += len(early)
                 done.failed_loads.append((record, frozenset(load.blocks)))
 
