@@ -12,7 +12,7 @@ from kvkeep.store.walk import VERB_LIMIT_S
 from kvkeep.testing.gate_tier import ManualLoop
 from kvkeep.tiers.tier import OPENING
 
-from .house import House
+from .house import House, digest
 
 
 @pytest.fixture
@@ -120,3 +120,15 @@ def test_what_a_tier_still_gave_while_it_was_cleared_is_not_found_afterwards(hou
     assert task.result() == ""
     assert house.ask(1)[0].fetched.offsets == []
     assert house.store.index.check() == ""
+
+
+def test_what_a_tier_still_gave_while_it_was_discarded_is_not_found_afterwards(house: House) -> None:
+    house.on(house.slow, 1)
+    house.fast.shut.add("delete")
+    keys = house.store.keys(house.session, [digest(1)])
+    house.loop.create_task(house.walk.discard(keys))
+    house.loop.turn()
+    assert house.holds(house.ask(1)[0], 1), "the slow tier has not been asked to forget it yet"
+    house.fast.open("delete")
+    house.loop.turn()
+    assert house.ask(1)[0].fetched.offsets == []

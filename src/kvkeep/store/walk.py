@@ -134,6 +134,7 @@ class TierWalk:
     async def discard(self, keys: Sequence[bytes]) -> None:
         """Takes chunks out of every tier (the pool has lost them already)."""
         await self._each(lambda tier: tier.delete(keys))
+        self.store.index.discard(keys)  # what a tier gave before its turn came
 
     async def clear(self, namespace: bytes | None) -> str:
         """Drops a namespace, or everything, from every tier, also from later ones (the pool has lost it already).
