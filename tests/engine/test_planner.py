@@ -895,6 +895,21 @@ def test_gauges_of_the_pool_follow_every_answer_and_every_store(bench: Bench) ->
     assert gauges() == [pool, 0, 0]
 
 
+def test_a_load_that_fails_for_want_of_a_dead_store_s_pool_drops_nothing_of_the_new_one(bench: Bench) -> None:
+    bench.keep(range(512))
+    request = asking("r", range(600))
+    assert bench.planner.match(request, 0) == 512
+    bench.admit(request, 512)
+    plan = bench.plan(request, 600)
+    bench.lose_store()
+    assert bench.planner.match(asking("other", range(3000, 3600)), 0) == 0
+    bench.find_store()
+    bench.keep(range(512), name="w")
+    bench.done(plan, failed=[0, 1])
+    assert bench.figures()["chunks"] == 2, "they are right, and on a disk others would miss them as well"
+    assert bench.match(asking("s", range(600))) == 512
+
+
 def test_an_answer_of_a_store_that_is_gone_is_not_taken_for_the_new_one_s(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):

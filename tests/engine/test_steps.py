@@ -77,7 +77,7 @@ def test_nothing_of_a_step_with_a_failed_load_nor_of_one_planned_before_that_was
         done = [bench.take(*order)] if whole else [bench.take(one) for one in order]
         assert [sealed.chunk for one in done for sealed in one.sealed] == []
         assert (first.sealed_in, second.sealed_in) == (0, 0)
-        assert [digest for one in done for digest in one.failed_digests] == [b"second"]
+        assert [digest for one in done for digest in one.failed_digests(BOOT)] == [b"second"]
         assert [load for one in done for load in one.failed_loads] == [(bench.record, {1, 2, 3})]
         assert [lease for one in done for lease in one.read_leases(BOOT)] == [71]
         assert (bench.figures.count("failed_tokens"), bench.figures.count("delivered_tokens")) == (7, 8)
@@ -126,7 +126,7 @@ def test_a_report_of_a_step_that_nobody_knows_changes_nothing() -> None:
     bench = Bench()
     bench.step(1)
     done = bench.take(stored(9, 0), LoadsDone(9, 0, (0,)))
-    assert (done.sealed, done.failed_digests, bench.steps.busy) == ([], [], True)
+    assert (done.sealed, done.failed_chunks, bench.steps.busy) == ([], [], True)
     assert len(bench.take(stored(1, 0), stored(1, 1)).sealed) == 1
 
 

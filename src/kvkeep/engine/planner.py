@@ -231,12 +231,13 @@ class Planner:
         self._asked_idle = 0
         done = self._steps.take(report)
         client = self._link.client  # what ends is told to a slow store too, or its leases would never come back
-        self._lookups.failed(done.failed_digests)
+        boot = client.welcome.boot if client is not None else b""
+        self._lookups.failed(done.failed_digests(boot))
         if done.failed_early:
             self._lookups.early_failed(done.failed_early)
         if client is not None:
-            client.discard(done.failed_digests)
-            for lease in done.read_leases(client.welcome.boot):
+            client.discard(done.failed_digests(boot))
+            for lease in done.read_leases(boot):
                 client.release(lease)
             self._stores.commit(done.sealed, client)
         for record in done.records:

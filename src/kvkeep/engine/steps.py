@@ -88,11 +88,18 @@ class Done:
     """
 
     sealed: list[Sealed] = field(default_factory=list)
-    failed_digests: list[bytes] = field(default_factory=list)
+    failed_chunks: list[tuple[bytes, bytes]] = field(default_factory=list)
     failed_early: int = 0
     failed_loads: list[tuple[Record, frozenset[int]]] = field(default_factory=list)
     leases: list[tuple[bytes, int]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+
+    def failed_digests(self, boot: bytes) -> list[bytes]:
+        """The chunks of this start of the store whose load failed.
+
+        Of another start a load fails for want of its pool, which says nothing about the chunk.
+        """
+        return [digest for one, digest in self.failed_chunks if one == boot]
 
     def read_leases(self, boot: bytes) -> list[int]:
         """The finished loads' leases that belong to this start of the store."""
@@ -179,7 +186,9 @@ class Steps:
                 # what was still being read may come yet; if it is bad its tier has dropped it
                 early = [number for number in failed if load.ops[number].word]
                 if record.keeps:  # else its adapter is another by now, which makes a load fail whatever the chunk is
-                    done.failed_digests += [load.digests[number] for number in failed if number not in early]
+                    done.failed_chunks += [
+                        (load.boot, load.digests[number]) for number in failed if number not in early
+                    ]
                 done.failed_early += len(early)
                 done.failed_loads.append((record, frozenset(load.blocks)))
 
