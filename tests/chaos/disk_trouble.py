@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvkeep.testing.faulty_files import is_record
+
 LIMIT_NBYTES = 4 << 20
 SIDE_FILES = ("order", "identities.json")  # hints, without which all goes on; not lock and epochs, which decide
 
@@ -53,8 +55,8 @@ class DiskTrouble:
 
     def nbytes(self) -> int:
         """What the records take on the disk."""
-        found = [one for path in self.folder.glob("disk/**/*") for one in [path.lstat()] if path.is_file()]
-        return sum(one.st_blocks * 512 for one in found)
+        files = [path for path in self.folder.glob("disk/**/*") if path.is_file() and is_record(str(path))]
+        return sum(path.lstat().st_blocks * 512 for path in files)
 
     def _each(self, rng: random.Random, act: Callable[[Path], None]) -> None:
         share = rng.choice((0.02, 0.2, 0.9))
