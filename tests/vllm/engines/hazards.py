@@ -159,16 +159,19 @@ def failed_load(run: Run) -> dict[str, object]:
 
 
 def ended_before_recompute(run: Run, how: str) -> dict[str, object]:
-    """Between its failed load and its recompute the request is aborted, or preempted and then aborted."""
+    """Between its failed load and its recompute the request is aborted, or preempted and then aborted.
+
+    It is alone: beside another one that begins alike its load would be beside the step.
+    """
     run.restore()
     run.arm([0])
-    name, sharing = run.add(P), run.add(Q)
+    name = run.add(P)
     run.step()
     if how == "preempt":
         request = run.scheduler.requests[run.internal(name)]
         run.scheduler.running.remove(request)
         run.scheduler._preempt_request(request, time.monotonic())
-    run.engine.abort_request([run.internal(name), run.internal(sharing)], internal=True)
+    run.engine.abort_request([run.internal(name)], internal=True)
     run.step()
     q = run.ask(Q)
     run.finish()
