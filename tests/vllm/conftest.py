@@ -58,6 +58,13 @@ class Facts:
         """The tokens that vLLM says it got from its connector in this step."""
         return self.step(name)["external"]
 
+    def reused(self, name: str) -> int:
+        """The tokens that vLLM did not compute in this step: from its connector and from its own cache.
+
+        Of two requests that begin alike each loads its own part, unless the second arrives after the first was loaded.
+        """
+        return self.external(name) + self.step(name)["local"]
+
     def figure(self, name: str) -> int:
         """One of kvkeep's figures over the whole run."""
         return int(self.facts["metrics"][f"kvkeep_{name}"])

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+ENDING_S = 20.0
 pytestmark = pytest.mark.vllm
 
 
@@ -33,7 +35,10 @@ def test_nothing_is_held_and_the_index_adds_up(kept):
 
 def test_a_private_store_ends_with_its_engine(kept):
     assert bool(kept.facts["stores"]) == kept.private
-    assert not [pid for pid in kept.facts["stores"] if "kvkeep.wire" in command_of(pid)]
+    end_s = time.monotonic() + ENDING_S
+    while left := [pid for pid in kept.facts["stores"] if "kvkeep.wire" in command_of(pid)]:
+        assert time.monotonic() < end_s, f"{left} go on"  # it writes what waits for the disk first
+        time.sleep(0.05)
 
 
 def test_an_engine_that_was_shut_down_leaves_no_folder(kept):

@@ -117,10 +117,9 @@ def test_rejected_drafts_are_neither_stored_nor_seen(runs):
 
 def test_an_engine_that_was_restarted_reads_from_disk_what_the_last_one_kept(runs):
     keep = runs("restarted")
-    assert [keep.external(step) for step in ("whole", "whole again", "two at once")] == [1024, 1024, 1024]
-    assert (
-        keep.figure("fetched_disk_chunks") == 4 + 2
-    )  # the second of the two finds the first one's in vLLM's own cache
+    assert [keep.external(step) for step in ("whole", "whole again")] == [1024, 1024]
+    assert keep.reused("two at once") == 1024
+    assert keep.figure("fetched_disk_chunks") == 4 + 2  # the second of the two finds the first one's in the pool
     check_same(runs, "restarted", "whole", "whole again", "two at once", exact=False)
 
 
@@ -128,7 +127,8 @@ def test_engines_share_a_store_one_fills_and_the_other_hits_and_another_dtype_is
     for name in ("bf16", "processes"):
         assert runs(name).external("whole cold") == 0, "another engine's chunks were given to it"
     keep = runs("joined")
-    assert [keep.external(step) for step in ("whole", "whole again", "two at once")] == [1024, 1024, 512]
+    assert [keep.external(step) for step in ("whole", "whole again")] == [1024, 1024]
+    assert keep.reused("two at once") == 1024
     assert keep.figure("stored_chunks") == 0
     check_same(runs, "joined", "whole", "whole again", "two at once", exact=False)
     assert keep.stats["pinned_nbytes"] == keep.stats["quarantined_nbytes"] == 0
@@ -215,7 +215,8 @@ def test_a_real_model_answers_a_real_text_the_same(runs):
 def test_other_ways_to_run_an_engine(runs, name):
     keep = runs(name)
     steps = ("whole cold", "whole warm", "extension", "two at once cold", "two at once warm")
-    assert [keep.external(step) for step in steps] == [0, 1024, 1024, 0, 512]
+    assert [keep.external(step) for step in steps[:4]] == [0, 1024, 1024, 0]
+    assert keep.reused("two at once warm") == 1024
     # its reference runs in one process, where the matrix products are not the same to the bit
     check_same(runs, name, *steps, exact=name != "processes")
 

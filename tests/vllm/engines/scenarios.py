@@ -154,7 +154,7 @@ def early_adapter_on_ranks(engine: Engine, folder: Path) -> None:
     early_adapter(engine, folder, "ranks")
 
 
-def early_adapter(engine: Engine, folder: Path, name: str = "early") -> None:
+def early_adapter(engine: Engine, folder: Path, name: str = "early-adapter") -> None:
     """An adapter that is loaded before any request asks for it, and whose files are replaced in between."""
     place = put_adapter(folder, engine.keep is not None, name)
     early = LoRARequest("early", 1, str(place))
@@ -166,7 +166,7 @@ def early_adapter(engine: Engine, folder: Path, name: str = "early") -> None:
 
 def early_adapter_again(engine: Engine, folder: Path) -> None:
     """What `early_adapter` asked, of an engine that really loads the new files."""
-    early = LoRARequest("early", 1, str(folder / f"early-{'kept' if engine.keep is not None else 'plain'}"))
+    early = LoRARequest("early", 1, str(folder / f"early-adapter-{'kept' if engine.keep is not None else 'plain'}"))
     meet(engine, early)
     twice(engine, "early", random_tokens(600, 60), lora=early)
 
