@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ if "OVERTAKEN_BY" in os.environ:
     Worker.load_model = load_and_replace
 
 PLENTY = "64 MiB"
+OPENING_S = 10.0
 
 
 def random_tokens(count: int, seed: int) -> list[int]:
@@ -67,6 +69,16 @@ class Engine:
         self.llm = LLM(model=str(self.model), enforce_eager=True, seed=0, disable_log_stats=False, **options)
         self.core = self.llm.llm_engine.engine_core
         self.facts["stores"] = store_processes(os.getpid())
+        self._await_disk()
+
+    def _await_disk(self) -> None:
+        """Waits until the disk tier is open: on a busy machine a first request may come before it is."""
+        connector = self._connector()
+        if connector is None or connector.planner is None or "disk_path" not in (self.keep or {}):
+            return
+        client, end_s = connector.planner._link.client, time.monotonic() + OPENING_S
+        while "disk_records" not in client.wait(client.stats(), OPENING_S).figures and time.monotonic() < end_s:
+            time.sleep(0.01)
 
     def ask(self, name: str, *prompts: list[int], new_tokens: int = 8, salt: str = "", lora: Any = None) -> None:
         """Answers the prompts, all at once, and enters tokens, logprobs and what was reused."""
