@@ -36,8 +36,12 @@ def test_replaced_weights_find_nothing_of_the_old_ones(replaced):
     assert replaced["first"].answers("whole cold")[0]["tokens"] != replaced["others"].answers("whole cold")[0]["tokens"]
     assert [replaced["others"].external(step) for step in STEPS[:4]] == [0, 1024, 1024, 0]
     assert replaced["others"].reused("two at once warm") == 1024
-    for step in STEPS:
+    for step in STEPS[:4]:
         assert replaced["others"].answers(step) == replaced["plain"].answers(step)
+    ours, theirs = (replaced[name].answers(STEPS[4]) for name in ("others", "plain"))  # in other batches
+    assert [one["tokens"] for one in ours] == [one["tokens"] for one in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
 
 
 def test_a_new_engine_finds_what_an_older_one_with_the_same_weights_stored(replaced):
