@@ -24,12 +24,17 @@ STEPS = (
 
 
 def check_same(ours, step: str, theirs, their_step: str, exact: bool = True) -> None:
-    """The same tokens; to the bit where equally much was reused: all of it a state, whose one wrong value shows."""
-    for one, other in zip(ours.answers(step), theirs.answers(their_step), strict=True):
-        assert one["tokens"] == other["tokens"], step
+    """The same tokens; to the bit where one request reused equally much: all of it a state, whose one wrong value shows.
+
+    Two at once begin alike, so that each loads its own copy and they meet in other batches than without kvkeep: vLLM
+    alone answers up to 0.06 apart then (LFM2 on a CPU).
+    """
+    for answer, expected in zip(ours.answers(step), theirs.answers(their_step), strict=True):
+        assert answer["tokens"] == expected["tokens"], step
         if exact:
-            assert one["cached"] == other["cached"], step
-            assert one["logprobs"] == other["logprobs"], step
+            assert answer["cached"] == expected["cached"], step
+            near = 0.1 if step.startswith("two at once") else 0
+            assert answer["logprobs"] == pytest.approx(expected["logprobs"], rel=0, abs=near), step
 
 
 def reused(facts) -> dict[str, int]:
