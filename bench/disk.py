@@ -19,10 +19,11 @@ from typing import IO
 
 import xxhash
 
-from kvkeep.cli.bench_disk import SIZES, Maker, Size, disk_rows
-from kvkeep.cli.disk_sides import READERS, WRITERS, rate
-from kvkeep.cli.rows import Case, Row, alternate, run_groups, say, seconds
-from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.bench.disk import SIZES, Maker, Size, disk_rows
+from kvkeep.bench.disk_sides import READERS, WRITERS, rate
+from kvkeep.bench.rows import Case, Row, alternate, run_groups, say, seconds
+from kvkeep.options import DiskOptions
+from kvkeep.tiers.disk.disk import open_disk
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / "build" / "peer-venv" / "bin" / "python"

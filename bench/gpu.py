@@ -16,22 +16,22 @@ from pathlib import Path as File
 import numpy as np
 import torch
 
-from kvkeep.cli.rows import Case, Row, alternate, say, seconds, show, write
+from kvkeep.bench.rows import Case, Row, alternate, say, seconds, show, write
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.choice import decide
-from kvkeep.transfer.cuda import CudaDriver, load_driver
-from kvkeep.transfer.device import DeviceTransfer, Path
-from kvkeep.transfer.kernels import PROGRAMS, KernelMover
-from kvkeep.transfer.lanes import CudaLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Job, Mover, Pages, Part, parts_of
+from kvkeep.transfer.device.choice import decide
+from kvkeep.transfer.device.cuda import CudaDriver, load_driver
+from kvkeep.transfer.device.device import DeviceTransfer, Path
+from kvkeep.transfer.device.kernels import PROGRAMS, KernelMover
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.probe import probe, scattered
+from kvkeep.transfer.device.streams import CudaLane
+from kvkeep.transfer.device.tables import CopyJob, Mover, Pages, Part, parts_of
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.probe import probe, scattered
-from kvkeep.transfer.rope import Span, frequencies
+from kvkeep.transfer.rope.frequencies import Span, frequencies
+from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.scatter import TurnedScatter
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.transfer.turned_scatter import TurnedScatter
-from kvkeep.transfer.turning import Keys, Turning
 
 PAGE_SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 NBYTES = 256 << 20
@@ -183,7 +183,7 @@ def turned_rows() -> list[Row]:
         Lease(memory.outside.numpy()[n * transfer.shard.nbytes :][: transfer.shard.nbytes], transfer.shard, (0,))
         for n in range(CHUNKS)
     ]
-    jobs = [Job([Blocks(0, 0, tuple(one))], lease) for one, lease in zip(ids, leases, strict=True)]
+    jobs = [CopyJob([Blocks(0, 0, tuple(one))], lease) for one, lease in zip(ids, leases, strict=True)]
     turns = Turning([group], transfer.shard, dict.fromkeys(caches, keys)).turns([job.blocks for job in jobs], 0, 70_000)
     (batch,) = turns.batches(None, CHUNKS)
     assert batch.alike is not None
@@ -211,7 +211,7 @@ def host_rows() -> list[Row]:
     memory = torch.zeros(CHUNKS * shard.nbytes, dtype=torch.uint8, pin_memory=True).numpy()
     ids = np.random.default_rng(0).permutation(np.arange(1, BLOCKS)).reshape(CHUNKS, -1).tolist()
     jobs = [
-        Job([Blocks(0, 0, tuple(one))], Lease(memory[n * shard.nbytes : (n + 1) * shard.nbytes], shard, (0,)))
+        CopyJob([Blocks(0, 0, tuple(one))], Lease(memory[n * shard.nbytes : (n + 1) * shard.nbytes], shard, (0,)))
         for n, one in enumerate(ids)
     ]
     outside, inside = torch.from_numpy(memory), torch.zeros(len(memory), dtype=torch.uint8, device="cuda")

@@ -24,22 +24,22 @@ from unittest import mock
 import torch
 from store_load import CHUNK_NBYTES
 
-from kvkeep.cli.bench_daemon import hello, joined
-from kvkeep.cli.rows import Case, Row, alternate, cpu_seconds, run_groups, seconds
+from kvkeep.bench.daemon import hello, joined
+from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds, run_groups, seconds
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import Link, PrivateSource
-from kvkeep.engine.lookups import Request
-from kvkeep.engine.planner import Planner, PlannerOptions
+from kvkeep.engine.scheduler.lookups import Request
+from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
+from kvkeep.options import StoreOptions
 from kvkeep.telemetry import Figures
-from kvkeep.transfer import reference
+from kvkeep.transfer import cpu as reference
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.messages import Committed, Granted
-from kvkeep.wire.process import StoreOptions
 
 HERE = Path(__file__).resolve().parent
 CHUNK_TOKENS = 256
@@ -309,7 +309,7 @@ def shared_store() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder:
         path = Path(folder) / "store.sock"
         options = StoreOptions(256 * CHUNK_NBYTES, log_level="error")
-        command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", *options.arguments()]
+        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
         with ended(subprocess.Popen(command)):
             joined(path).close()
             yield path

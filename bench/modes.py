@@ -21,7 +21,7 @@ from typing import Any
 from restart import DISK, drop_page_cache, settle
 from ttft import BUILD, KVKEEP, PLAIN, Engine, engine
 
-from kvkeep.cli.rows import Case, Row, say, show, write
+from kvkeep.bench.rows import Case, Row, say, show, write
 
 WAYS: dict[str, dict[str, str | bool]] = {
     "bulk": {"load": "sync", "transfer_mode": "bulk"},

@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvkeep.cli.rows import Case, Row, say, show, write
+from kvkeep.bench.rows import Case, Row, say, show, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "LMCache"

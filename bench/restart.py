@@ -21,8 +21,8 @@ from typing import Any
 
 from ttft import BUILD, KVKEEP, ROOT, Asked, Engine, engine, lmcache_server, times
 
-from kvkeep.cli.disk_sides import READERS
-from kvkeep.cli.rows import Case, Row, say, seconds, show, write
+from kvkeep.bench.disk_sides import READERS
+from kvkeep.bench.rows import Case, Row, say, seconds, show, write
 from kvkeep.memory.region import Region
 
 DISK = BUILD / "bench" / "disk"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from kvkeep.cli.rows import Case, Row, say, show, write
+from kvkeep.bench.rows import Case, Row, say, show, write
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name

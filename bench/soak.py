@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvkeep.cli.rows import say
+from kvkeep.bench.rows import say
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -51,7 +51,7 @@ def start(settings: dict[str, Any] | None, seed_blocks: int | None) -> Any:
 
     transfer = {
         "kv_connector": "KVKeepConnector",
-        "kv_connector_module_path": "kvkeep.engine.vllm",
+        "kv_connector_module_path": "kvkeep.vllm",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"local_reset": "keep", **(settings or {})},
     }

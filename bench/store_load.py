@@ -10,7 +10,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from kvkeep.cli.bench_daemon import CHUNKS, LIMIT_S, client
+from kvkeep.bench.daemon import CHUNKS, LIMIT_S, client
 from kvkeep.wire.client import Client
 from kvkeep.wire.messages import Granted, Matched
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TextIO
 
-from kvkeep.cli.rows import Case, Row, say, show, write
+from kvkeep.bench.rows import Case, Row, say, show, write
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -32,7 +32,7 @@ SETTLE_S = 1.0  # what a peer stores beside its steps is there by then
 WARM_GOALS = {4096: "<= 0.8", 8192: "<= 0.9"}
 KVKEEP = {
     "kv_connector": "KVKeepConnector",
-    "kv_connector_module_path": "kvkeep.engine.vllm",
+    "kv_connector_module_path": "kvkeep.vllm",
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"pool_size": f"{POOL_GIB} GiB"},
 }

@@ -43,7 +43,7 @@ QUESTIONS = (
 MAX_TOKENS = 24
 CONNECTOR = {
     "kv_connector": "KVKeepConnector",
-    "kv_connector_module_path": "kvkeep.engine.vllm",
+    "kv_connector_module_path": "kvkeep.vllm",
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"disk_path": str(DISK), "disk_size": "2 GiB", "local_reset": "keep"},
 }

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvkeep.core.allocator import Extent, FreeList
-from kvkeep.testing.allocators import AllocatorCase, check_fill
+from kvkeep.testing.suites.allocators import AllocatorCase, check_fill
 
 SRC = Path(__file__).parents[1] / "src"
 MODULE_LINES, FUNCTION_LINES, ARGUMENTS, PROTOCOL_METHODS = 400, 50, 6, 6
+FOLDER_MODULES = 13
 BAD_NAME = re.compile(r".+(Manager|Handler|Helper|Util|Utils|Base|Impl)")
 FORBIDDEN_MODULES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "multiprocessing.shared_memory")
 
@@ -154,16 +156,16 @@ def check_forbidden(name: str, tree: ast.Module, _source: str) -> Iterator[str]:
 
 
 def check_engines(name: str, tree: ast.Module, _source: str) -> Iterator[str]:
-    """Torch under transfer/ and engine/ only; vllm in engine/vllm.py and engine/vllm_*.py only.
+    """Torch under transfer/, engine/, doors/ and bench/ only; vllm under doors/vllm/ only.
 
     The fake engine may have torch too: it plays an engine's part, and transfers take an engine's tensors.
     """
     packages = {full.split(".")[0] for _, full in imports(name, tree)}
     if "torch" in packages and not re.match(
-        r"kvkeep\.((transfer|engine)(\.|$)|testing\.(fake_engine|bench_copies)$)", name
+        r"kvkeep\.((transfer|engine|doors|bench)(\.|$)|testing\.fake_engine\.)", name
     ):
         yield "imports torch"
-    if "vllm" in packages and not re.fullmatch(r"kvkeep\.engine\.vllm(_\w+)?", name):
+    if "vllm" in packages and not re.fullmatch(r"kvkeep\.doors\.vllm\.\w+", name):
         yield "imports vllm"
 
 
@@ -195,6 +197,20 @@ def test_the_house_is_in_order() -> None:
     assert [fault for fault in found if fault not in EXEMPT] == []
     assert [fault for fault in EXEMPT if fault not in found] == [], "an exemption that nothing needs"
     assert all(reason.strip() for reason in EXEMPT.values())
+
+
+def test_no_folder_holds_more_modules_than_one_can_keep_in_mind() -> None:
+    folders = Counter(file.parent for file in (SRC / "kvkeep").rglob("*.py") if file.name != "__init__.py")
+    assert {str(folder): count for folder, count in folders.items() if count > FOLDER_MODULES} == {}
+
+
+def test_no_class_name_stands_for_two_things() -> None:
+    places: dict[str, list[str]] = {}
+    for name, source in modules().items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
 def test_the_whole_house_is_looked_at() -> None:
@@ -269,7 +285,7 @@ GOOD: list[str] = [
     "import contextlib\nwith contextlib.suppress(OSError): ...",
     "try: ...\nexcept (OSError, ValueError): ...",
     "model.eval()\nx.exec()",
-    "from kvkeep.engine.vllm import Connector",
+    "from kvkeep.doors.vllm.connector import Connector",
 ]
 
 
@@ -288,15 +304,15 @@ def test_what_is_right_passes(source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source", "right"),
     [
-        ("kvkeep.transfer.reference", "import torch", True),
+        ("kvkeep.transfer.cpu", "import torch", True),
         ("kvkeep.engine", "import torch", True),
         ("kvkeep.transferred", "import torch", False),
-        ("kvkeep.testing.fake_engine", "import torch", True),
-        ("kvkeep.testing.fake_engines", "import torch", False),
-        ("kvkeep.testing.doubles", "import torch", False),
-        ("kvkeep.engine.vllm", "import vllm", True),
-        ("kvkeep.engine.vllm_layout", "import vllm", True),
-        ("kvkeep.engine.planner", "import vllm", False),
+        ("kvkeep.testing.fake_engine.engine", "import torch", True),
+        ("kvkeep.testing.fake_engines.engine", "import torch", False),
+        ("kvkeep.testing.doubles.transfers", "import torch", False),
+        ("kvkeep.doors.vllm.connector", "import vllm", True),
+        ("kvkeep.doors.library.open", "import vllm", False),
+        ("kvkeep.engine.scheduler.planner", "import vllm", False),
         ("kvkeep.errors", "class A(Exception): ...\nclass B(A): ...", True),
     ],
 )

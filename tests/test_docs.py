@@ -18,7 +18,7 @@ def test_every_test_that_is_named_exists():
 
 def test_every_case_that_is_named_is_measured():
     cases = re.findall(r"cases? ((?:`[\w-]+`(?:, )?)+)", FAULTS.read_text())
-    source = "".join(file.read_text() for file in (ROOT / "src" / "kvkeep" / "cli").glob("bench_*.py"))
+    source = "".join(file.read_text() for file in (ROOT / "src" / "kvkeep" / "bench").glob("*.py"))
     assert len(cases) == 3
     for name in re.findall(r"`([\w-]+)`", " ".join(cases)):
         assert f'"{name}"' in source, name

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvkeep.config import Config
-from kvkeep.engine.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
-from kvkeep.engine.open_rank import wish_of
+from kvkeep.doors.fingerprint import WEIGHT_SUFFIXES, default_memory, fingerprint
+from kvkeep.engine.rank.open import wish_of
 from kvkeep.home import cache_file
-from kvkeep.transfer.choice import Sample, choose, default_file, kept_choice
+from kvkeep.transfer.device.choice import Sample, choose, default_file, kept_choice
 
 
 @pytest.fixture

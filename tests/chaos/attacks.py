@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvkeep.errors import KVKeepError, StoreGone
+from kvkeep.store.server.server import MAX_CLIENTS
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import MAX_FRAME_NBYTES, framed
-from kvkeep.wire.process import join_shared
-from kvkeep.wire.server import MAX_CLIENTS
+from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM = 4096, 64
 GOOD = b"g" * 16  # the namespace of the client that behaves

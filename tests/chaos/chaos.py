@@ -24,17 +24,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import xxhash
 from disk_trouble import LIMIT_NBYTES, DiskTrouble
 
 from kvkeep.errors import KVKeepError
-from kvkeep.testing.engine_process import CHUNK_NBYTES, Ask, EngineProcess, right_tokens
-from kvkeep.testing.rank_process import RANK_DIED
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.testing.fake_engine.engine_process import CHUNK_NBYTES, Ask, EngineProcess, right_tokens
+from kvkeep.testing.fake_engine.rank_process import RANK_DIED
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 POOL_CHUNKS = 24
 ENGINES = 2
@@ -83,12 +82,12 @@ class ChaosStore:
         (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
         (self.folder / "disk").mkdir(mode=0o700, exist_ok=True)
         disk = DiskOptions(directories=(str(self.folder / "disk"),), limit_nbytes=LIMIT_NBYTES, min_free_nbytes=0)
+        options = StoreOptions(POOL_CHUNKS * CHUNK_NBYTES, lease_time_s=0.5, log_level="error", disk=disk)
         self.process = subprocess.Popen(
             [
                 *(sys.executable, str(Path(__file__).with_name("stopping_store.py")), str(self.trouble.flag)),
                 f"--socket={self.path}",
-                f"--pool-nbytes={POOL_CHUNKS * CHUNK_NBYTES}",
-                *("--lease-time-s=0.5", "--log-level=error", f"--disk={msgspec.json.encode(disk).decode()}"),
+                f"--options={options.json()}",
             ]
         )
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvkeep.testing.faulty_files import is_record
+from kvkeep.testing.doubles.faulty_files import is_record
 
 LIMIT_NBYTES = 4 << 20
 SIDE_FILES = ("order", "identities.json")  # hints, without which all goes on; not lock and epochs, which decide

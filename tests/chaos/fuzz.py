@@ -24,9 +24,10 @@ from attacks import BATCH, CHUNK, GOOD, LIMIT_S, ROOM, Attackers
 
 from kvkeep.errors import StoreGone
 from kvkeep.memory.region import Region
+from kvkeep.options import StoreOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Call, Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 HELD_S = 60.0  # what dead clients held is back by then
 
@@ -144,7 +145,13 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run" / "store"
-        command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", f"--pool-nbytes={ROOM * CHUNK}"]
+        command = [
+            sys.executable,
+            "-m",
+            "kvkeep.store",
+            f"--socket={path}",
+            f"--options={StoreOptions(ROOM * CHUNK).json()}",
+        ]
         store = subprocess.Popen([*command, "--log-level=error"], stderr=subprocess.PIPE)
         try:
             answer, behaving, attackers, left_open = played(store, str(path), asked)

@@ -1,4 +1,4 @@
-"""A store whose reads of some records stop: `stopping_store.py FLAG ...`, the rest as `python -m kvkeep.wire`.
+"""A store whose reads of some records stop: `stopping_store.py FLAG ...`, the rest as `python -m kvkeep.store`.
 
 While the file FLAG is there, reads of records whose digest begins with one of the hex digits in it wait. They go on when
 it is gone. All else is the real thing.
@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import kvkeep.tiers.disk
-from kvkeep.tiers.directio import Files, PosixDescriptors, PosixNames
+import kvkeep.tiers.disk.disk
+from kvkeep.store.__main__ import main
+from kvkeep.tiers.disk.directio import Files, PosixDescriptors, PosixNames
 from kvkeep.tiers.tier import Bytes
-from kvkeep.wire.__main__ import main
 
 LOOK_S = 0.01
 DIGEST_HEX = 64  # the name of a record
@@ -42,5 +42,5 @@ class StoppingDescriptors(PosixDescriptors):
 
 
 if __name__ == "__main__":
-    kvkeep.tiers.disk.posix_files = lambda: Files(StoppingDescriptors(Path(sys.argv[1])), PosixNames())  # type: ignore[attr-defined]
+    kvkeep.tiers.disk.disk.posix_files = lambda: Files(StoppingDescriptors(Path(sys.argv[1])), PosixNames())  # type: ignore[attr-defined]
     sys.exit(main(sys.argv[2:]))

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvkeep.cli import bench_engine
-from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
-from kvkeep.cli.bench_disk import Maker, Size, cached_rows, disk_rows, transfer_rows
-from kvkeep.cli.bench_engine import engine_rows
-from kvkeep.cli.bench_index import MILLION, index_rows, process_nbytes
-from kvkeep.cli.bench_moves import LINE_NBYTES, aligned, move_rows
+from kvkeep.bench import engine_child as bench_engine
+from kvkeep.bench.daemon import idle_rows, lookup_rows
+from kvkeep.bench.disk import Maker, Size, cached_rows, disk_rows, transfer_rows
+from kvkeep.bench.engine_child import engine_rows
+from kvkeep.bench.index import MILLION, index_rows, process_nbytes
+from kvkeep.bench.moves import LINE_NBYTES, aligned, move_rows
+from kvkeep.bench.rows import Case, write
 from kvkeep.cli.main import app
-from kvkeep.cli.rows import Case, write
 
 KEYS = ["keys-array", "keys-list", "keys-one-more-chunk"]
 ALLOC = ["freelist", "freelist-holes", "freelist-fail", "slots"]
@@ -74,7 +74,7 @@ def test_without_torch_the_engine_group_says_what_is_missing(monkeypatch: pytest
 def test_the_disk_cases_of_a_small_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fio: bool):
     if fio and shutil.which("fio") is None:
         pytest.skip("fio is not installed")
-    monkeypatch.setattr("kvkeep.cli.bench_disk.has_fio", lambda: fio)
+    monkeypatch.setattr("kvkeep.bench.disk.has_fio", lambda: fio)
     size = Size("64k", 64 << 10, 6, "")
     rows = [*transfer_rows(Maker(tmp_path), size, 1), *cached_rows(Maker(tmp_path / "cached"), size, 1)]
     beside = ("", "-vs-fio") if fio else ("",)

@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvkeep.cli.main import app
+from kvkeep.options import DiskOptions
+from kvkeep.store.identities import FILE, write_identities
 from kvkeep.store.namespaces import Named
-from kvkeep.testing.faulty_files import flip_bit
-from kvkeep.testing.tier_conformance import holds, key, write_of
-from kvkeep.tiers.disk import DiskOptions, open_disk
-from kvkeep.wire.identities import FILE, write_identities
+from kvkeep.testing.doubles.faulty_files import flip_bit
+from kvkeep.testing.suites.tiers import holds, key, write_of
+from kvkeep.tiers.disk.disk import open_disk
 
 WRITES = [write_of(key(number)) for number in range(6)]
 

@@ -29,11 +29,11 @@ from kvkeep.cli.doctor import (
 from kvkeep.cli.main import app
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError
+from kvkeep.memory.limits import Limit, MemoryLimits
 from kvkeep.memory.region import Region
-from kvkeep.memory.room import Limit, Limits
-from kvkeep.testing.store_thread import shared_store
-from kvkeep.transfer.choice import Choice, Sample, decide, write_choice
-from kvkeep.wire.process import StoreOptions
+from kvkeep.options import StoreOptions
+from kvkeep.testing.doubles.store_thread import shared_store
+from kvkeep.transfer.device.choice import DevicePath, Sample, decide, write_choice
 
 GIB = 1 << 30
 
@@ -134,7 +134,7 @@ def test_it_says_whether_early_loads_can_be(policy: str, said: str) -> None:
 
 
 def test_memory_names_the_limit() -> None:
-    limits = Limits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
+    limits = MemoryLimits((Limit("/sys/fs/cgroup/memory.max", 8 * GIB, 6 * GIB),))
     assert check_memory(Config(), limits).cure == ""
     assert "/sys/fs/cgroup/memory.max" in check_memory(Config(pool_size="3 GiB"), limits).cure
 
@@ -182,7 +182,7 @@ def test_a_disk_tier_in_place_of_a_file_names_the_directory(tmp_path: Path) -> N
     assert str(file) in check_disk(file / "folder", Config(disk_path=str(file))).cure
 
 
-def measured() -> Choice:
+def measured() -> DevicePath:
     return decide("H100", [Sample(True, 4096, 21e9, 3e9), Sample(False, 65536, 50e9, 52e9)], 16)
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from kvkeep.cli import serve as serve_module
 from kvkeep.cli.main import app
+from kvkeep.store.systemd import notify
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
-from kvkeep.wire.systemd import notify
+from kvkeep.wire.start import join_shared
 
 LIMIT_S = 20.0
 CHUNK = 4096

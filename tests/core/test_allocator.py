@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvkeep.core.allocator import ALIGNMENT, Allocator, Extent, FreeList, Slots
-from kvkeep.core.mixed import Mixed, Steps
-from kvkeep.testing.allocators import CHECKS, AllocatorCase, check_refused
+from kvkeep.core.mixed import Mixed, SlotSteps
+from kvkeep.testing.suites.allocators import CHECKS, AllocatorCase, check_refused
 
 PAGE = ALIGNMENT
 SLOT = 3 * PAGE
 
 
-def steps(inner: Allocator, step_nbytes: int, count: int) -> Steps:
-    return Steps(inner, step_nbytes, count * SLOT)
+def steps(inner: Allocator, step_nbytes: int, count: int) -> SlotSteps:
+    return SlotSteps(inner, step_nbytes, count * SLOT)
 
 
 def grown(allocator: Allocator, count: int) -> Allocator:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from kvkeep.core.allocator import Allocator, FreeList
-from kvkeep.core.index import NO_ROOM, Entry, Index
+from kvkeep.core.index import NO_ROOM, Index, IndexEntry
 from kvkeep.core.mixed import Mixed
 from kvkeep.core.policy import lru
 
@@ -44,7 +44,7 @@ def replayed(allocator: Allocator, pages: tuple[int, ...], requests: list[list[i
         keys = [bytes([model]) * 16 + block.to_bytes(32, "big") for block in blocks]
         run = index.pin_prefix(keys)
         got = index.reserve(keys[len(run) :], pages[model] * PAGE, owner=1)
-        index.commit_all((one, b"sums") for one in got if isinstance(one, Entry))
+        index.commit_all((one, b"sums") for one in got if isinstance(one, IndexEntry))
         index.unpin(run)
         hits, refused = hits + len(run), refused + got.count(NO_ROOM)
         if index.stats().evictions:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvkeep.core.allocator import ALIGNMENT, FreeList, Slots
-from kvkeep.core.index import BUSY, NO_ROOM, PRESENT, Entry, Index
+from kvkeep.core.index import BUSY, NO_ROOM, PRESENT, Index, IndexEntry
 from kvkeep.core.policy import fifo, lfu, lru, mru
 
 PAGE = ALIGNMENT
@@ -22,10 +22,10 @@ def make(count: int, policy=lru) -> Index:
     return Index(Slots(SIZE, count), policy())
 
 
-def write(index: Index, keys: list[bytes], nbytes: int = SIZE) -> list[Entry]:
+def write(index: Index, keys: list[bytes], nbytes: int = SIZE) -> list[IndexEntry]:
     """Reserve and commit keys that must all be absent and fit."""
     entries = index.reserve(keys, nbytes, owner=1)
-    assert all(isinstance(entry, Entry) for entry in entries)
+    assert all(isinstance(entry, IndexEntry) for entry in entries)
     assert all(index.commit(entry, SUMS) for entry in entries)
     return entries
 
@@ -177,7 +177,7 @@ def test_a_prompts_tail_is_evicted_before_its_head(policy, used):
         index.unpin(index.pin_prefix(KEYS[:4]))
     for left in (3, 2, 1, 0):
         (entry,) = index.reserve(KEYS[5 + left : 6 + left], SIZE, owner=1)
-        assert isinstance(entry, Entry)
+        assert isinstance(entry, IndexEntry)
         assert present(index) == KEYS[:left]
 
 
@@ -197,7 +197,7 @@ def test_evicts_nothing_for_what_cannot_fit():
     write(index, KEYS[:3])
     held = index.pin_prefix(KEYS[:2])
     answer = index.reserve(KEYS[5:8], SIZE, owner=1)
-    assert isinstance(answer[0], Entry)
+    assert isinstance(answer[0], IndexEntry)
     assert answer[1:] == [NO_ROOM, NO_ROOM]
     assert present(index) == KEYS[:3]
     assert index.stats().evictions == 0
@@ -218,7 +218,7 @@ def test_keys_named_in_the_call_are_not_evicted_by_it():
     write(index, KEYS[:3])
     answer = index.reserve([KEYS[2], KEYS[5], KEYS[2]], SIZE, owner=1)
     assert [answer[0], answer[2]] == [PRESENT, PRESENT]
-    assert isinstance(answer[1], Entry)
+    assert isinstance(answer[1], IndexEntry)
     assert present(index) == [KEYS[0], KEYS[2]]
     assert index.reserve([KEYS[0], KEYS[2], KEYS[6]], SIZE, owner=1) == [PRESENT, PRESENT, NO_ROOM]
     assert index.reserve([KEYS[6]], SIZE, owner=1) != [NO_ROOM]
@@ -269,14 +269,14 @@ def test_mixed_sizes_add_up_and_evict_nothing_for_what_cannot_fit(policy, data):
             assert index.stats().evictions == evictions
         assert named <= set(present(index))
         for entry in answer:
-            if isinstance(entry, Entry):
+            if isinstance(entry, IndexEntry):
                 index.commit(entry, SUMS)
         if data.draw(st.booleans()):
             index.pin_prefix(keys[:1])
         assert index.check() == ""
 
 
-def owned_twice(index: Index, entry: Entry) -> None:
+def owned_twice(index: Index, entry: IndexEntry) -> None:
     index._entries[KEYS[1]].offset = entry.offset
 
 
@@ -286,7 +286,7 @@ def owned_twice(index: Index, entry: Entry) -> None:
         (lambda index, entry: setattr(entry, "key", KEYS[5]), "filed under a key that it has lost"),
         (lambda index, entry: setattr(entry, "sums", None), "both written and readable, or neither"),
         (lambda index, entry: setattr(entry, "owner", 7), "both written and readable, or neither"),
-        (lambda index, entry: index._dead.add(Entry(KEYS[6], entry.extent, 0)), "not held by one side"),
+        (lambda index, entry: index._dead.add(IndexEntry(KEYS[6], entry.extent, 0)), "not held by one side"),
         (lambda index, entry: setattr(index, "_pinned_nbytes", 8), "pinned: entries have 0 bytes, the counter says 8"),
         (lambda index, entry: setattr(index, "_writing_entries", 1), "the count of entries being written is wrong"),
         (owned_twice, "overlap"),
@@ -305,7 +305,7 @@ def test_a_broken_index_says_what_is_wrong_with_it(spoil, says):
 
 @dataclass(eq=False)
 class Model:
-    entry: Entry
+    entry: IndexEntry
     committed: bool = False
     pins: int = 0
     spared: int = 0
@@ -347,12 +347,12 @@ class IndexMachine(RuleBasedStateMachine):
             room = len(absent)
         expected = {key: BUSY if not held.committed else PRESENT for key, held in self.live.items()}
         answer = self.index.reserve(keys, SIZE, owner)
-        got: dict[bytes, Entry] = {}
+        got: dict[bytes, IndexEntry] = {}
         for key, outcome in zip(keys, answer, strict=True):
             if key in expected:
                 assert outcome is expected[key]
             elif key in absent[:room]:
-                assert isinstance(outcome, Entry)
+                assert isinstance(outcome, IndexEntry)
                 assert (outcome.key, outcome.owner) == (key, owner)
                 got[key], expected[key] = outcome, BUSY
             else:

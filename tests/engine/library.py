@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from kvkeep.config import Config
-from kvkeep.engine.by_layer import Means
-from kvkeep.engine.cache_engine import CacheEngine
-from kvkeep.engine.library import Model, identity_of
+from kvkeep.doors.library.by_layer import Means
+from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.open import Model, identity_of
 from kvkeep.engine.link import Source
-from kvkeep.testing.device_doubles import LOCKS, HeldDevice
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.device import LOCKS, HeldDevice
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.rope.keys import Keys, Turning
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened, Transfer
-from kvkeep.transfer.turning import Keys, Turning
 
 NB, CHUNK = 80, 8
 MODEL = Model("test", weights="same weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvkeep.engine.adapters import MAX_ADAPTERS, Adapter, Adapters, Expected, LoadedAdapter, Resident
+from kvkeep.doors.vllm.loaded import MAX_ADAPTERS, Adapter, Adapters, Expected, LoadedAdapter, Resident
 
 FIRST = Adapter(1, "first", "/a")
 

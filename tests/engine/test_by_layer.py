@@ -10,10 +10,10 @@ import pytest
 
 from kvkeep.config import Config
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.copier import InlineCopier
-from kvkeep.engine.library import open_engine
+from kvkeep.doors.library.open import open_engine
+from kvkeep.engine.copies.thread import InlineCopier
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.doubles import HeldCopier, ManualClock
+from kvkeep.testing.doubles.transfers import HeldCopier, ManualClock
 from kvkeep.transfer.transfer import Blocks, Transfer
 
 from .library import MODEL, Library, flash_attention, group, library
@@ -141,7 +141,7 @@ class Slow:
 def test_auto_takes_what_has_cost_the_caller_less_and_says_so(
     layer_s: float, taken: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("kvkeep.engine.choice.LEAST_NBYTES", 1)
+    monkeypatch.setattr("kvkeep.engine.copies.mode.LEAST_NBYTES", 1)
     caplog.set_level("INFO", "kvkeep")
     clock = ManualClock()
     groups = [group(flash_attention, LAYERS)]

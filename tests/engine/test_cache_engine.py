@@ -16,13 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.key import none_hash
-from kvkeep.engine import line
-from kvkeep.engine.prompts import Prompts
+from kvkeep.doors.library import connection as line
+from kvkeep.doors.library.digests import Prompts
 from kvkeep.errors import BlockError, StoreGone
-from kvkeep.testing.device_doubles import HeldDevice
-from kvkeep.testing.doubles import FaultyTransfer
-from kvkeep.testing.fake_model import FakeModel, GroupShape
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.device import HeldDevice
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.testing.doubles.transfers import FaultyTransfer
+from kvkeep.testing.fake_engine.model import FakeModel, GroupShape
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.transfer import SUM_NBYTES
 

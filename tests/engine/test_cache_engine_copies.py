@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.cache_engine import CacheEngine
+from kvkeep.doors.library.cache_engine import CacheEngine
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import Blocks, Transfer
 

@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 
 from kvkeep.config import Config
-from kvkeep.engine.by_layer import Means
-from kvkeep.engine.cache_engine import CacheEngine
-from kvkeep.engine.library import Model, identity_of, open_engine
+from kvkeep.doors.library.by_layer import Means
+from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.open import Model, identity_of, open_engine
 from kvkeep.engine.link import FIRST_PAUSE_S, PrivateSource, SharedSource
 from kvkeep.errors import ConfigError, StoreGone
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.testing.store_thread import shared_store
-from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.options import StoreOptions
+from kvkeep.testing.doubles.store_thread import shared_store
+from kvkeep.testing.doubles.transfers import ManualClock
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.transfer import Opened
 from kvkeep.wire.frames import framed
 from kvkeep.wire.messages import VERSION, Welcome, encoded
-from kvkeep.wire.process import StoreOptions
 
 from .library import CHUNK, MODEL, Library, flash_attention, group, library, mla
 

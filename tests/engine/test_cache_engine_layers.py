@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.copier import ThreadCopier
+from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.doubles import FaultyTransfer
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.testing.doubles.transfers import FaultyTransfer
 from kvkeep.transfer.transfer import Blocks, Transfer
 
 from .library import CHUNK, LAYOUTS, Library, cpu_packed, flash_attention, group, library, mla

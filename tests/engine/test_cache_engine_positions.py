@@ -15,21 +15,21 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.config import Config
 from kvkeep.core.segment import segments
-from kvkeep.engine.by_layer import Chunk
-from kvkeep.engine.by_stream import Streams
-from kvkeep.engine.cache_engine import CacheEngine
-from kvkeep.engine.copier import ThreadCopier
-from kvkeep.engine.library import open_engine
+from kvkeep.doors.library.by_layer import Chunk
+from kvkeep.doors.library.by_stream import Streams
+from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.open import open_engine
+from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.errors import LayoutMismatch
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.device_doubles import HeldDevice
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.device import HeldDevice
+from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, key_pages, rotate, turn_between
+from kvkeep.transfer.rope.frequencies import Span, frequencies
+from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.rotate import Pairing, key_pages, rotate, turn_between
+from kvkeep.transfer.rope.scatter import TurnedScatter, scatter_turned
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.transfer.turned_scatter import TurnedScatter, scatter_turned
-from kvkeep.transfer.turning import Keys, Turning
 
 from .library import CHUNK, MODEL, NB, Library, library
 

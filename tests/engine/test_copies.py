@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.engine.choice import LEAST_NBYTES, TRIALS, Choice
-from kvkeep.engine.copier import ThreadCopier, spare_cores
+from kvkeep.engine.copies.mode import LEAST_NBYTES, TRIALS, CopyMode
+from kvkeep.engine.copies.thread import ThreadCopier, spare_cores
 from kvkeep.errors import CopyFailed
 from kvkeep.trace import Trace
 
@@ -77,14 +77,14 @@ def test_a_thread_that_is_bound_to_one_core_leaves_the_others() -> None:
 
 
 def test_what_is_set_is_done() -> None:
-    assert not Choice("bulk", possible=True).layerwise()
-    assert Choice("layerwise", possible=False).layerwise()
-    assert not Choice("auto", possible=False).layerwise()
+    assert not CopyMode("bulk", possible=True).layerwise()
+    assert CopyMode("layerwise", possible=False).layerwise()
+    assert not CopyMode("auto", possible=False).layerwise()
 
 
 @pytest.mark.parametrize("faster", [False, True])
 def test_auto_tries_both_and_takes_the_faster(faster: bool) -> None:
-    choice, tried = Choice("auto", possible=True), []
+    choice, tried = CopyMode("auto", possible=True), []
     for _ in range(2 * TRIALS):
         tried.append(choice.layerwise())
         choice.took(tried[-1], 1.0 if tried[-1] is faster else 2.0, LEAST_NBYTES)
@@ -93,7 +93,7 @@ def test_auto_tries_both_and_takes_the_faster(faster: bool) -> None:
 
 
 def test_small_steps_say_nothing() -> None:
-    choice = Choice("auto", possible=True)
+    choice = CopyMode("auto", possible=True)
     for _ in range(100):
         choice.took(choice.layerwise(), 1.0, LEAST_NBYTES - 1)
         assert not choice.layerwise()

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.engine.copier import Copier, ThreadCopier
-from kvkeep.engine.device_copies import Rank
-from kvkeep.engine.device_worker import DeviceWorker, Mode
-from kvkeep.engine.mapped import MappedPool
+from kvkeep.engine.copies.device import Rank
+from kvkeep.engine.copies.thread import Copier, ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
-from kvkeep.memory.pin import PinCalls
+from kvkeep.engine.pool import MappedPool
+from kvkeep.engine.rank.device_worker import DeviceWorker, Mode
+from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
-from kvkeep.testing.device_doubles import LOCKS, HeldDevice
-from kvkeep.testing.doubles import HeldCopier
+from kvkeep.testing.doubles.device import LOCKS, HeldDevice
+from kvkeep.testing.doubles.transfers import HeldCopier
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks, seal_ranges
-from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
+from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 
 NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS, LAYERS = 16, 4, 8, 3
 FIRST, SECOND = b"boot number one.", b"boot number two."
@@ -237,7 +237,7 @@ def test_an_engine_that_does_not_wait_for_layers_computes_again_and_gets_them_in
 
 @pytest.mark.parametrize("mode", ["layerwise", "auto"])
 def test_by_layer_a_store_leaves_behind_its_layer(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvkeep.engine.device_worker.BY_LAYER_NBYTES", 2 * CHUNK_NBYTES)
+    monkeypatch.setattr("kvkeep.engine.rank.device_worker.BY_LAYER_NBYTES", 2 * CHUNK_NBYTES)
     one = OneRank(mode)
     pool = one.hand()
     plan = storing(gather(0, 1, 2), gather(1, 3))

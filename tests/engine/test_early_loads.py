@@ -13,27 +13,26 @@ import pytest
 
 from kvkeep.config import Config
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.engine.copier import ThreadCopier
-from kvkeep.engine.estimate import TRY_EVERY, Estimate
+from kvkeep.engine.copies.patience import LOOK_S, Patience
+from kvkeep.engine.copies.relay import COPY_LIMIT_S
+from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.engine.link import PrivateSource
-from kvkeep.engine.open_rank import early_loads
-from kvkeep.engine.patience import LOOK_S, Patience
 from kvkeep.engine.plan import LoadOp, LoadsDone, RankInfo, StepPlan
-from kvkeep.engine.planner import PlannerOptions
-from kvkeep.engine.relay import COPY_LIMIT_S
+from kvkeep.engine.rank.open import early_loads
+from kvkeep.engine.scheduler.estimate import TRY_EVERY, Estimate
+from kvkeep.engine.scheduler.planner import PlannerOptions
 from kvkeep.errors import WireError
 from kvkeep.memory.pool import Lease
+from kvkeep.memory.progress import FAILED, WORDS_NBYTES, arrival_at
 from kvkeep.memory.region import Region
-from kvkeep.memory.words import FAILED, WORDS_NBYTES, arrival_at
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.testing.fake_engine import FakeEngine
-from kvkeep.testing.fake_model import GroupShape
-from kvkeep.testing.fake_request import EngineShape
-from kvkeep.testing.faulty_files import flip_bit, record_paths
-from kvkeep.tiers.disk import DiskOptions
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.testing.doubles.faulty_files import flip_bit, record_paths
+from kvkeep.testing.doubles.transfers import ManualClock
+from kvkeep.testing.fake_engine.engine import FakeEngine
+from kvkeep.testing.fake_engine.model import GroupShape
+from kvkeep.testing.fake_engine.request import EngineShape
 from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.messages import Stats
-from kvkeep.wire.process import StoreOptions
 
 from .test_worker import FIRST, POOL_NBYTES, Rank, scatter
 

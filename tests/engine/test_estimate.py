@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkeep.engine.estimate import LEAST_TOKENS, TRY_EVERY, Estimate, Paces
-from kvkeep.testing.doubles import ManualClock
+from kvkeep.engine.scheduler.estimate import LEAST_TOKENS, TRY_EVERY, Estimate, Paces
+from kvkeep.testing.doubles.transfers import ManualClock
 
 CHUNK_NBYTES = 1000
 

@@ -10,25 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.layout import padded_nbytes
-from kvkeep.engine.choice import Choice
-from kvkeep.engine.copier import Copier, InlineCopier, ThreadCopier
-from kvkeep.engine.device_copies import Rank
-from kvkeep.engine.device_worker import DeviceWorker
-from kvkeep.engine.mapped import MappedPool
-from kvkeep.engine.planner import PlannerOptions
-from kvkeep.engine.worker import Worker
-from kvkeep.testing.device_doubles import LOCKS, HeldDevice
-from kvkeep.testing.doubles import FaultyTransfer, HeldCopier
-from kvkeep.testing.fake_engine import FakeEngine
-from kvkeep.testing.fake_model import GroupShape
-from kvkeep.testing.fake_request import EngineShape, Phase
-from kvkeep.testing.store_thread import ThreadSource
-from kvkeep.transfer.device import DeviceTransfer
+from kvkeep.engine.copies.device import Rank
+from kvkeep.engine.copies.mode import CopyMode
+from kvkeep.engine.copies.thread import Copier, InlineCopier, ThreadCopier
+from kvkeep.engine.pool import MappedPool
+from kvkeep.engine.rank.device_worker import DeviceWorker
+from kvkeep.engine.rank.worker import Worker
+from kvkeep.engine.scheduler.planner import PlannerOptions
+from kvkeep.testing.doubles.device import LOCKS, HeldDevice
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.testing.doubles.transfers import FaultyTransfer, HeldCopier
+from kvkeep.testing.fake_engine.engine import FakeEngine
+from kvkeep.testing.fake_engine.model import GroupShape
+from kvkeep.testing.fake_engine.request import EngineShape, Phase
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Transfer
-from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import Stats
+from kvkeep.wire.pool_socket import PoolDoor
 
 CHUNK = 8
 FULL = (GroupShape(4),)
@@ -83,7 +83,7 @@ class Bench:
         self.copiers.append(self.copier())
         return self.copiers[-1]
 
-    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: Choice) -> Worker | DeviceWorker:
+    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: CopyMode) -> Worker | DeviceWorker:
         if isinstance(transfer, DeviceTransfer):
             mode = "layerwise" if self.shape.layerwise else "bulk"
             return DeviceWorker(Rank(rank, transfer, MappedPool(door, LOCKS)), self.make_copier, mode)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvkeep.engine.fingerprint import (
+from kvkeep.doors.fingerprint import (
     WEIGHT_SUFFIXES,
     changed_since,
     default_memory,
@@ -157,7 +157,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[Path, tuple[int, int]]:
         mtime_ns, ctime_ns = said.get(Path(path), (LONG_AGO_NS, LONG_AGO_NS))
         return SimpleNamespace(st_mode=true(path).st_mode, st_mtime_ns=mtime_ns, st_ctime_ns=ctime_ns)
 
-    monkeypatch.setattr("kvkeep.engine.fingerprint.os.lstat", lstat)
+    monkeypatch.setattr("kvkeep.doors.fingerprint.os.lstat", lstat)
     return said
 
 
@@ -242,7 +242,7 @@ def test_times_of_this_machine_are_compared_with_when_this_process_began(folder:
     assert changed_since(folder, WEIGHT_SUFFIXES, start_ns) is not None  # the tests wrote it just now
     assert 0 < start_ns < time.time_ns()
     assert changed_since(Path(os.__file__).parent, (".py",), start_ns) is None
-    child = "import time; from kvkeep.engine.fingerprint import process_start_ns as p; print(p(), time.time_ns())"
+    child = "import time; from kvkeep.doors.fingerprint import process_start_ns as p; print(p(), time.time_ns())"
     before_ns = time.time_ns()
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
     began_ns, now_ns = map(int, done.stdout.split())

@@ -27,22 +27,23 @@ from kvkeep.engine.link import (
     SharedSource,
     Source,
 )
-from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp
-from kvkeep.engine.planner import Planner, PlannerOptions
-from kvkeep.engine.worker import Worker
+from kvkeep.engine.rank.worker import Worker
+from kvkeep.engine.scheduler.lookups import Request
+from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.errors import BlockError, KVKeepError, StoreGone
+from kvkeep.options import StoreOptions
+from kvkeep.store.server.listening import listen
 from kvkeep.telemetry import Figures
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.testing.store_thread import ThreadSource, shared_store
+from kvkeep.testing.doubles.store_thread import ThreadSource, shared_store
+from kvkeep.testing.doubles.transfers import ManualClock
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.client import Client
-from kvkeep.wire.handoff import PoolDoor
-from kvkeep.wire.listening import listen
 from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.process import Child, StoreOptions, join_shared
+from kvkeep.wire.pool_socket import PoolDoor
+from kvkeep.wire.start import Child, join_shared
 
 CHUNK, ROOM = 4096, 8
 OPTIONS = StoreOptions(ROOM * CHUNK, log_level="error")

@@ -15,16 +15,16 @@ import pytest
 
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link, PrivateSource
-from kvkeep.engine.mapped import LATE_S, MappedPool
+from kvkeep.engine.pool import LATE_S, MappedPool
 from kvkeep.errors import StoreGone
-from kvkeep.memory.pin import PinCalls
+from kvkeep.memory.limits import Limit, MemoryLimits, check_room
+from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.region import Region
-from kvkeep.memory.room import Limit, Limits, check_room
-from kvkeep.testing.device_doubles import LOCKS
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.wire.handoff import MAX_WAITING, HandedPool, PoolDoor, send_pool
+from kvkeep.options import StoreOptions
+from kvkeep.testing.doubles.device import LOCKS
+from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.wire.messages import VERSION, Hello
-from kvkeep.wire.process import StoreOptions
+from kvkeep.wire.pool_socket import MAX_WAITING, HandedPool, PoolDoor, send_pool
 
 SHARD = ShardLayout(1, (GroupLayout(1, 0, (LayerLayout("l", (mmap.PAGESIZE,)),)),))
 POOL_NBYTES = 16 * mmap.PAGESIZE
@@ -290,9 +290,9 @@ def test_a_store_whose_pool_does_not_fit_beside_a_dead_one_comes_back(monkeypatc
 
     def checked(nbytes: int) -> None:
         in_use = POOL_NBYTES if held(inodes) else 0
-        check_room(nbytes, Limits((Limit("/proc/meminfo", POOL_NBYTES * 3 // 2, in_use),)), beside_nbytes=0)
+        check_room(nbytes, MemoryLimits((Limit("/proc/meminfo", POOL_NBYTES * 3 // 2, in_use),)), beside_nbytes=0)
 
-    monkeypatch.setattr("kvkeep.wire.process.check_room", checked)
+    monkeypatch.setattr("kvkeep.store.process.check_room", checked)
     clock, door = ManualClock(), PoolDoor()
     mapped = MappedPool(door, late_s=0.0)
     source = PrivateSource(StoreOptions(POOL_NBYTES, log_level="critical"))

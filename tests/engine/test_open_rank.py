@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from kvkeep.config import Config
-from kvkeep.engine.device_worker import DeviceWorker
-from kvkeep.engine.open_rank import open_rank, wish_of
-from kvkeep.engine.worker import Worker
-from kvkeep.testing.device_doubles import LOCKS, HeldDevice
-from kvkeep.transfer.choice import Wish
+from kvkeep.engine.rank.device_worker import DeviceWorker
+from kvkeep.engine.rank.open import open_rank, wish_of
+from kvkeep.engine.rank.worker import Worker
+from kvkeep.testing.doubles.device import LOCKS, HeldDevice
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.choice import Wish
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened
-from kvkeep.wire.handoff import PoolDoor
+from kvkeep.wire.pool_socket import PoolDoor
 
 GROUPS = [GroupCaches({"l": torch.zeros(4, 8)}, 4, 4, 0)]
 ON_DEVICE = Opened(HeldDevice().transfer(GROUPS, 8), LOCKS, "a device")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
-from kvkeep.engine.ops import advance, aligned, load_ops, rewind, store_op
 from kvkeep.engine.plan import LoadOp
-from kvkeep.engine.request import Match, OpenChunk
+from kvkeep.engine.scheduler.ops import advance, aligned, load_ops, rewind, store_op
+from kvkeep.engine.scheduler.request import Match, OpenChunk
 from kvkeep.transfer.transfer import Blocks
 
 LAYERS = (LayerLayout("l", (64,)),)

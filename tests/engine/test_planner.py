@@ -14,13 +14,13 @@ import pytest
 from kvkeep.core.key import BlockHashes, Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link
-from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDone
-from kvkeep.engine.planner import Planner, PlannerOptions
-from kvkeep.engine.request import Match
+from kvkeep.engine.scheduler.lookups import Request
+from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
+from kvkeep.engine.scheduler.request import Match
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.wire.messages import VERSION, Hello, Matched, Stats
 
 CHUNK, BLOCK, ROOM = 256, 16, 32
@@ -938,7 +938,7 @@ def test_a_request_that_was_admitted_without_a_store_may_come_back_longer(bench:
 def test_an_engine_is_not_kept_awake_for_ever_by_a_report_that_never_comes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvkeep.engine.planner.MAX_EMPTY_STEPS", 5)
+    monkeypatch.setattr("kvkeep.engine.scheduler.planner.MAX_EMPTY_STEPS", 5)
     request = asking("w", range(300))
     bench.planner.match(request, 0)
     bench.admit(request)

@@ -16,17 +16,17 @@ import torch
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.link import Link
-from kvkeep.engine.lookups import Request
 from kvkeep.engine.plan import Scheduled, StepPlan
-from kvkeep.engine.planner import Planner, PlannerOptions
-from kvkeep.engine.worker import Worker
+from kvkeep.engine.rank.worker import Worker
+from kvkeep.engine.scheduler.lookups import Request
+from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.testing.doubles import ManualClock
-from kvkeep.testing.store_thread import ThreadSource
+from kvkeep.testing.doubles.store_thread import ThreadSource
+from kvkeep.testing.doubles.transfers import ManualClock
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.wire.handoff import PoolDoor
 from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.pool_socket import PoolDoor
 
 CHUNK, BLOCK, NUM_BLOCKS = 32, 16, 64
 LIMIT_S = 20.0

@@ -7,10 +7,10 @@ from itertools import permutations
 import pytest
 
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.engine.ops import rewind
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StoresDone
-from kvkeep.engine.request import OpenChunk, Record
-from kvkeep.engine.steps import Done, Load, Steps
+from kvkeep.engine.scheduler.ops import rewind
+from kvkeep.engine.scheduler.request import OpenChunk, Record
+from kvkeep.engine.scheduler.steps import Done, Load, Steps
 from kvkeep.telemetry import Figures
 
 BOOT = b"b" * 16

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvkeep.engine.vllm_log import join_log, leave_log
+from kvkeep.doors.vllm.log import join_log, leave_log
 
 
 class Kept(logging.Handler):

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.engine.choice import Choice
-from kvkeep.engine.copier import Copier, ThreadCopier
+from kvkeep.engine.copies.mode import CopyMode
+from kvkeep.engine.copies.thread import Copier, ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone, Trip
-from kvkeep.engine.worker import Worker
+from kvkeep.engine.rank.worker import Worker
 from kvkeep.errors import BlockError
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
-from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.testing.doubles.transfers import FaultyTransfer
 from kvkeep.trace import Trace
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
+from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 
 NUM_BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 16, 4, 8
 FIRST, SECOND = b"boot number one.", b"boot number two."
@@ -42,7 +42,7 @@ class Rank:
         groups = [GroupCaches(caches, NUM_BLOCKS, BLOCK_TOKENS, 0)]
         self.faults = FaultyTransfer(ReferenceTransfer(groups, CHUNK_TOKENS))
         self.door = PoolDoor()
-        mode = Choice("layerwise" if layers > 1 else "bulk", possible=True)
+        mode = CopyMode("layerwise" if layers > 1 else "bulk", possible=True)
         self.worker = Worker(rank, self.faults, self.door, copier, mode, trace)
         self.pools: list[Region] = []
 

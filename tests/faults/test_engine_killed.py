@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from kvkeep.memory.region import Region
-from kvkeep.testing.store_thread import shared_store
+from kvkeep.options import StoreOptions
+from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import StoreOptions, join_shared
+from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM = 4096, 4
 LIMIT_S = 20.0
@@ -25,7 +26,7 @@ import os, sys
 from kvkeep.memory.region import Region
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 hello = m.Hello(m.VERSION, "engine", b"n" * 16, "", 4096, [os.getpid()])
 client = Joining(join_shared(sys.argv[1], 20.0), hello).wait(20.0)
 digests = [bytes([n]) * 32 for n in range(4)]

@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from kvkeep.engine.link import SharedSource
-from kvkeep.engine.planner import PlannerOptions
-from kvkeep.testing.fake_engine import FakeEngine
-from kvkeep.testing.fake_model import GroupShape
-from kvkeep.testing.fake_request import EngineShape
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.engine.scheduler.planner import PlannerOptions
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.testing.fake_engine.engine import FakeEngine
+from kvkeep.testing.fake_engine.model import GroupShape
+from kvkeep.testing.fake_engine.request import EngineShape
 from kvkeep.wire.messages import Stats
 
 LIMIT_S = 20.0
@@ -31,10 +30,11 @@ OWN = b"an epoch of mine"
 def socket_path(tmp_path: Path) -> Iterator[str]:
     """A store process with a disk."""
     path = tmp_path / "run" / "store"
-    options = DiskOptions(directories=(str(tmp_path / "disk"),), limit_nbytes=16 << 20, min_free_nbytes=0)
+    disk = DiskOptions(directories=(str(tmp_path / "disk"),), limit_nbytes=16 << 20, min_free_nbytes=0)
     (tmp_path / "disk").mkdir()
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", "--pool-nbytes=8388608"]
-    with subprocess.Popen([*command, f"--disk={msgspec.json.encode(options).decode()}", "--log-level=error"]) as store:
+    options = StoreOptions(8 << 20, log_level="error", disk=disk)
+    command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
+    with subprocess.Popen(command) as store:
         yield str(path)
         store.terminate()
 

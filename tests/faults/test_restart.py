@@ -15,11 +15,11 @@ import pytest
 import xxhash
 
 from kvkeep.memory.region import Region
-from kvkeep.testing.faulty_files import record_paths
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.testing.doubles.faulty_files import record_paths
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import Child, StoreOptions, start_private
+from kvkeep.wire.start import Child, start_private
 
 SIZES = [8192, 4096]
 CHUNK = sum(SIZES)

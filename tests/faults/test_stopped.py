@@ -17,11 +17,20 @@ import pytest
 
 from kvkeep.engine.link import SharedSource
 from kvkeep.memory.region import Region
-from kvkeep.testing.engine_process import CHUNK_NBYTES, OPTIONS, POINTS, SHAPE, Ask, EngineProcess, right_tokens
-from kvkeep.testing.fake_engine import FakeEngine
+from kvkeep.options import StoreOptions
+from kvkeep.testing.fake_engine.engine import FakeEngine
+from kvkeep.testing.fake_engine.engine_process import (
+    CHUNK_NBYTES,
+    OPTIONS,
+    POINTS,
+    SHAPE,
+    Ask,
+    EngineProcess,
+    right_tokens,
+)
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +73,9 @@ def at_rest(now: dict[str, int]) -> bool:
 
 def started(path: Path) -> Store:
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", f"--pool-nbytes={ROOM * CHUNK_NBYTES}"]
-    process = subprocess.Popen(
-        [*command, "--max-pinned-share=1.0", f"--lease-time-s={LEASE_TIME_S}"], stderr=subprocess.PIPE, text=True
-    )
+    options = StoreOptions(ROOM * CHUNK_NBYTES, max_pinned_share=1.0, lease_time_s=LEASE_TIME_S)
+    command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert "pool of" in process.stderr.readline()
     return Store(path, process)
@@ -214,7 +222,7 @@ def test_ranks_that_outlive_their_planner_keep_its_memory_until_they_are_gone(st
 
 PARENT = """
 import json, sys
-from kvkeep.testing.engine_process import Ask, EngineProcess
+from kvkeep.testing.fake_engine.engine_process import Ask, EngineProcess
 one = EngineProcess(sys.argv[1])
 one.start()
 one.ask(Ask("held", tuple(range(30)), stop="rank0 gather"))

@@ -11,7 +11,7 @@ import pytest
 
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 CHUNK = 4096
 LIMIT_S = 20.0
@@ -22,11 +22,11 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier
-from kvkeep.wire.listening import listen
-from kvkeep.wire.process import serve_to_the_end
-from kvkeep.wire.server import Server
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.testing.doubles.gate_tier import GateTier
+from kvkeep.store.server.listening import listen
+from kvkeep.store.process import serve_to_the_end
+from kvkeep.store.server.server import Server
 from pathlib import Path
 
 class Hanging(GateTier):

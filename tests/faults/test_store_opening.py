@@ -9,13 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-
 from kvkeep.errors import StoreGone
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 CHUNK, LIMIT_S = 4096, 20.0
 
@@ -40,9 +38,9 @@ def test_a_miss_before_the_disk_is_open_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     disk = tmp_path / "disk"
     disk.mkdir(mode=0o700)
-    options = DiskOptions(directories=(str(disk),), limit_nbytes=1 << 20, min_free_nbytes=0)
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={tmp_path / 'store'}", f"--pool-nbytes={8 * CHUNK}"]
-    command += ["--log-level=critical", f"--disk={msgspec.json.encode(options).decode()}"]
+    tier = DiskOptions(directories=(str(disk),), limit_nbytes=1 << 20, min_free_nbytes=0)
+    options = StoreOptions(8 * CHUNK, log_level="critical", disk=tier)
+    command = [sys.executable, "-m", "kvkeep.store", f"--socket={tmp_path / 'store'}", f"--options={options.json()}"]
     with open(disk / "lock", "wb") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
         process = subprocess.Popen(command)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
-from kvkeep.memory.pin import Pin, PinCalls
+from kvkeep.memory.page_lock import PageLock, PinCalls
 from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
 
@@ -40,7 +40,7 @@ class Device:
 @given(st.integers(1, 1000), st.integers(1, 300), st.lists(st.integers(0, 1000)))
 def test_what_is_populated_is_locked_in_whole_pieces_and_nothing_else(nbytes: int, piece: int, steps: list[int]):
     device = Device()
-    pin = Pin(BASE, nbytes, device.calls, piece)
+    pin = PageLock(BASE, nbytes, device.calls, piece)
     for populated in [*sorted(min(step, nbytes) for step in steps), nbytes]:
         pin.grow(populated)
         assert sum(device.locked.values()) == pin.pinned_nbytes <= populated
@@ -55,7 +55,7 @@ def test_what_is_populated_is_locked_in_whole_pieces_and_nothing_else(nbytes: in
 @given(st.integers(1, 500), st.integers(1, 100), st.integers(0, 500), st.integers(0, 400), st.integers(1, 100))
 def test_pieces_are_those_that_the_device_was_given(nbytes: int, piece: int, grown: int, offset: int, length: int):
     device = Device()
-    pin = Pin(BASE, nbytes, device.calls, piece)
+    pin = PageLock(BASE, nbytes, device.calls, piece)
     pin.grow(min(grown, nbytes))
     bytes_locked = [at - BASE + i for at, size in device.locked.items() for i in range(size)]
     wanted = range(offset, offset + length)
@@ -68,7 +68,7 @@ def test_pieces_are_those_that_the_device_was_given(nbytes: int, piece: int, gro
 
 def test_a_refusal_is_told_once_with_what_it_costs(caplog: pytest.LogCaptureFixture):
     device = Device(limit=2 << 20)
-    pin = Pin(BASE, 5 << 20, device.calls, 1 << 20)
+    pin = PageLock(BASE, 5 << 20, device.calls, 1 << 20)
     for populated in range(1 << 20, 6 << 20, 1 << 20):
         pin.grow(populated)
     assert pin.pinned_nbytes == 2 << 20
@@ -84,7 +84,7 @@ def test_a_refusal_is_told_once_with_what_it_costs(caplog: pytest.LogCaptureFixt
 
 def test_the_log_says_now_and_then_how_far_it_has_come(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "kvkeep")
-    pin = Pin(BASE, 40 << 30, Device().calls, 4 << 30)
+    pin = PageLock(BASE, 40 << 30, Device().calls, 4 << 30)
     for populated in range(0, 44 << 30, 4 << 30):
         pin.grow(populated)
     told = [record.message.split(" MiB")[0].removeprefix("kvkeep: ") for record in caplog.records]
@@ -94,7 +94,7 @@ def test_the_log_says_now_and_then_how_far_it_has_come(caplog: pytest.LogCapture
 
 def test_nothing_is_locked_after_the_end(caplog: pytest.LogCaptureFixture):
     device = Device()
-    pin = Pin(BASE, 10, device.calls, 5)
+    pin = PageLock(BASE, 10, device.calls, 5)
     pin.grow(5)
     device.locked.clear()
     pin.release()

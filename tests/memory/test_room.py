@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from kvkeep.config import parse_size
 from kvkeep.errors import ConfigError
-from kvkeep.memory.room import (
+from kvkeep.memory.limits import (
     STORE_NBYTES,
     Limit,
-    Limits,
+    MemoryLimits,
     amount_text,
     check_room,
     read_limits,
@@ -60,7 +60,7 @@ def test_available_memory_binds(tmp_path: Path) -> None:
 
 def test_a_store_keeps_its_own_memory_beside_the_pool(tmp_path: Path) -> None:
     """A pool that takes all that is left is killed as soon as its store reads from a disk."""
-    limits = Limits((Limit("memory.max", 140 * MIB, 0),))
+    limits = MemoryLimits((Limit("memory.max", 140 * MIB, 0),))
     check_room(40 * MIB, limits)
     with pytest.raises(ConfigError, match=r"100\.00 MiB beside it .* set pool_size to at most 40 MiB"):
         check_room(40 * MIB + 1, limits)
@@ -141,7 +141,7 @@ def test_a_mount_point_may_hold_a_blank(tmp_path: Path) -> None:
 
 def test_files_that_are_not_there_bind_nothing(tmp_path: Path) -> None:
     limits = read_limits(tmp_path)
-    assert limits == Limits(())
+    assert limits == MemoryLimits(())
     assert limits.tightest is None
     assert limits.available_nbytes == 0
     check_room(1 << 50, limits)
@@ -153,7 +153,7 @@ def test_a_named_file_is_bound_by_its_file_system(tmp_path: Path) -> None:
     assert limit.file == str(tmp_path)
     assert 0 < limit.available_nbytes <= limit.bound_nbytes
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        check_room(limit.available_nbytes + 1, Limits((limit,)))
+        check_room(limit.available_nbytes + 1, MemoryLimits((limit,)))
 
 
 def test_this_machine_has_room_for_a_page() -> None:
@@ -164,7 +164,7 @@ def test_this_machine_has_room_for_a_page() -> None:
 @settings(max_examples=100, deadline=None)
 @given(bound=st.integers(0, 1 << 45), used=st.integers(0, 1 << 45), nbytes=st.integers(1, 1 << 46))
 def test_the_cure_cures(bound: int, used: int, nbytes: int) -> None:
-    limits = Limits((Limit("a", 1 << 46, 0), Limit("b", bound, used)))
+    limits = MemoryLimits((Limit("a", 1 << 46, 0), Limit("b", bound, used)))
     if nbytes <= max(0, bound - used) - STORE_NBYTES:
         check_room(nbytes, limits)
         return

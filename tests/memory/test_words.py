@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvkeep.memory.progress import FAILED, WORDS_NBYTES, Words, arrival_at, region_nbytes, words_behind
 from kvkeep.memory.region import Region
-from kvkeep.memory.words import FAILED, WORDS_NBYTES, Words, arrival_at, region_nbytes, words_behind
 
 POOL = 2 * 4096
 RANGES = 5

@@ -9,12 +9,12 @@ import numpy as np
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
-from kvkeep.memory.words import WORDS_NBYTES, Arrival, Words, region_nbytes
+from kvkeep.memory.progress import WORDS_NBYTES, Arrival, Words, region_nbytes
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
-from kvkeep.store.waiting import Found, Limits
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier, ManualLoop
+from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
 CHUNK = 8192
 SIZES = (4096, 4096)
@@ -75,7 +75,7 @@ class House:
         async def go() -> None:
             one = session or self.session
             self.walk.promotions.fetch(
-                one, [digest(n) for n in numbers], Limits(deadline_s, limit_s, early), found.append
+                one, [digest(n) for n in numbers], FetchLimits(deadline_s, limit_s, early), found.append
             )
 
         self.loop.run_until_complete(go())

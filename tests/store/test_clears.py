@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.store.walk import VERB_LIMIT_S
-from kvkeep.testing.gate_tier import ManualLoop
+from kvkeep.store.below.tiers import VERB_LIMIT_S
+from kvkeep.testing.doubles.gate_tier import ManualLoop
 from kvkeep.tiers.tier import OPENING
 
 from .house import House, digest

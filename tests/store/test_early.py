@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvkeep.memory.words import Arrival
+from kvkeep.memory.progress import Arrival
 from kvkeep.store.store import Why
-from kvkeep.testing.gate_tier import ManualLoop
+from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
 

@@ -12,12 +12,12 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import WireError
+from kvkeep.store.below.states import FoundState, StateFetches
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.below.waiting import FetchLimits
 from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.states import FoundState, StateFetches
 from kvkeep.store.store import Store, Why, states_of
-from kvkeep.store.waiting import Limits
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier, ManualLoop
+from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
 SIZES, STATE_SIZES = (4096, 4096), (4096,)
 ROOM_NBYTES = 32 * 8192
@@ -74,7 +74,7 @@ class House:
 
         async def go() -> None:
             digests = [digest(one) for one in numbers]
-            self.fetches.fetch(self.session, digests, Limits(DEADLINE_S, LIMIT_S), found.append)
+            self.fetches.fetch(self.session, digests, FetchLimits(DEADLINE_S, LIMIT_S), found.append)
 
         self.loop.run_until_complete(go())
         self.loop.turn()

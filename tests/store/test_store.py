@@ -11,7 +11,7 @@ from kvkeep.core.policy import lru
 from kvkeep.errors import WireError
 from kvkeep.store.sessions import Opening, Session, WriteLease
 from kvkeep.store.store import MAX_RANGES, Fetched, Reservation, Store
-from kvkeep.testing.doubles import ManualClock
+from kvkeep.testing.doubles.transfers import ManualClock
 
 NBYTES = 8192
 NAMESPACES = [b"a" * 16, b"b" * 16]

@@ -9,7 +9,7 @@ import pytest
 from kvkeep.errors import TierBusy
 from kvkeep.store.sessions import Opening
 from kvkeep.store.store import Why
-from kvkeep.testing.gate_tier import ManualLoop
+from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
 

@@ -12,15 +12,15 @@ import kvkeep.tiers.open as tiers_open
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
+from kvkeep.options import DiskOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store, Why
-from kvkeep.store.waiting import Found, Limits
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import key, write_of
-from kvkeep.tiers.directio import aligned_bytes
-from kvkeep.tiers.disk import DiskTier, open_disk
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import key, write_of
+from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.tier import Tier
 
 SIZES = (4096,)
@@ -33,7 +33,7 @@ async def asked(walk: TierWalk, session: Session, *numbers: int, deadline_s: flo
     """The answer to a fetch, its lease released."""
     found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
     digests = [WRITES[number].key[16:] for number in numbers]
-    walk.promotions.fetch(session, digests, Limits(deadline_s), found.set_result)
+    walk.promotions.fetch(session, digests, FetchLimits(deadline_s), found.set_result)
     answer = await found
     walk.store.release(session, answer.fetched.lease)
     return answer

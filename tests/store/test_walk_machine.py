@@ -17,12 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
-from kvkeep.memory.words import Arrival, Words
+from kvkeep.memory.progress import Arrival, Words
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session, WriteLease
 from kvkeep.store.store import Store
-from kvkeep.store.waiting import Found, Limits
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier, ManualLoop
+from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
 CHUNK, RANGE, ROOM, KEYS, WORDS = 8192, 4096, 8, 16, 8
 VERBS = st.sampled_from(["load", "range", "store", "contains"])
@@ -112,7 +112,7 @@ class WalkMachine(RuleBasedStateMachine):
                     assert (self.memory[offset : offset + CHUNK] == payload(number, self.epoch)).all(), number
 
         digests = [digest(number) for number in numbers]
-        self.in_loop(lambda: self.walk.promotions.fetch(one, digests, Limits(wait, early=early), answered))
+        self.in_loop(lambda: self.walk.promotions.fetch(one, digests, FetchLimits(wait, early=early), answered))
 
     @rule(session=SESSION, numbers=NUMBERS, late=st.booleans())
     def put(self, session: int, numbers: list[int], late: bool) -> None:

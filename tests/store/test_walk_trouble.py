@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvkeep.store.store import Why
-from kvkeep.testing.gate_tier import ManualLoop
+from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kvkeep.tiers.directio import Files
-from kvkeep.tiers.disk import DiskOptions, DiskTier, open_disk
+from kvkeep.options import DiskOptions
+from kvkeep.tiers.disk.directio import Files
+from kvkeep.tiers.disk.disk import DiskTier, open_disk
 
 Opened = Callable[..., AbstractAsyncContextManager[DiskTier]]
 Run = Callable[[Callable[[], Coroutine[Any, Any, None]]], None]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvkeep.testing.faulty_files import FaultyDisk, record_paths
-from kvkeep.testing.tier_conformance import holds, key, write_of
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, record_paths
+from kvkeep.testing.suites.tiers import holds, key, write_of
 from kvkeep.tiers.record import record_nbytes
 
 WRITES = [write_of(key(number), (4096,)) for number in range(80)]

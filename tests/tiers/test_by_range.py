@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkeep.testing.faulty_files import FaultyDisk, flip_bit
-from kvkeep.testing.tier_conformance import key, memory_for, write_of
-from kvkeep.tiers.by_range import PIECE_NBYTES, pieces
-from kvkeep.tiers.disk import DiskTier
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
+from kvkeep.testing.suites.tiers import key, memory_for, write_of
+from kvkeep.tiers.disk.by_range import PIECE_NBYTES, pieces
+from kvkeep.tiers.disk.disk import DiskTier
 from kvkeep.tiers.record import header_nbytes, record_nbytes
 from kvkeep.tiers.tier import Write
 

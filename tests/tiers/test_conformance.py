@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.testing.memory_tier import MemoryTier
-from kvkeep.testing.tier_conformance import CHECKS, Check
-from kvkeep.tiers.disk import DiskOptions, open_disk
-from kvkeep.tiers.shelf import Durability
+from kvkeep.options import DiskOptions, Durability
+from kvkeep.testing.doubles.memory_tier import MemoryTier
+from kvkeep.testing.suites.tiers import CHECKS, Check
+from kvkeep.tiers.disk.disk import open_disk
 from kvkeep.tiers.tier import Tier
 
 LIMIT = 64 << 20

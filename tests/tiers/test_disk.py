@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import TierBusy, TierOwned, TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import holds, key, memory_for, write_of
-from kvkeep.tiers.disk import DiskOptions, DiskTier, open_disk
+from kvkeep.options import DiskOptions, Durability
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
+from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.record import record_nbytes
-from kvkeep.tiers.shelf import Durability
 from kvkeep.tiers.tier import Stored
 
 WRITES = [write_of(key(number)) for number in range(12)]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk, record_paths
-from kvkeep.testing.tier_conformance import holds, key, write_of
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, record_paths
+from kvkeep.testing.suites.tiers import holds, key, write_of
 from kvkeep.tiers.epochs import Epochs, decode_epochs, encode_epochs
 from kvkeep.tiers.tier import Stored
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import TierOwned, TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk, flip_bit
-from kvkeep.testing.power_cut import PowerCut
-from kvkeep.testing.tier_conformance import UNTOUCHED, holds, key, memory_for, write_of
-from kvkeep.tiers.directio import PosixNames, posix_files
-from kvkeep.tiers.disk import DiskTier
+from kvkeep.options import Durability
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
+from kvkeep.testing.doubles.power_cut import PowerCut
+from kvkeep.testing.suites.tiers import UNTOUCHED, holds, key, memory_for, write_of
+from kvkeep.tiers.disk.directio import PosixNames, posix_files
+from kvkeep.tiers.disk.disk import DiskTier
 from kvkeep.tiers.record import record_nbytes
-from kvkeep.tiers.shelf import Durability
 from kvkeep.tiers.tier import Stored
 
 SMALL = [write_of(key(number), (4096,)) for number in range(6)]
@@ -365,7 +365,7 @@ def test_a_small_tmpfs_runs_full(run: Any, opened: Any, root: Path) -> None:
 
 
 def test_renames_that_replace_nothing_without_renameat2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("kvkeep.tiers.directio._LIBC", object())
+    monkeypatch.setattr("kvkeep.tiers.disk.directio._LIBC", object())
     names = PosixNames()
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)

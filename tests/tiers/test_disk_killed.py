@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import holds, key, write_of
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import holds, key, write_of
 from kvkeep.tiers.record import record_nbytes
 
 SIZES = (1 << 16,)
@@ -17,8 +17,9 @@ COUNT = 64
 
 STORING = """
 import asyncio, sys
-from kvkeep.testing.tier_conformance import key, write_of
-from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.testing.suites.tiers import key, write_of
+from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.options import DiskOptions
 
 async def main():
     tier = await open_disk(DiskOptions(directories=(sys.argv[1],), limit_nbytes=3 << 20, min_free_nbytes=0))
@@ -33,9 +34,10 @@ asyncio.run(main())
 
 HANGING = """
 import asyncio, sys
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import key, write_of, memory_for
-from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import key, write_of, memory_for
+from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.options import DiskOptions
 
 async def main():
     disk = FaultyDisk()

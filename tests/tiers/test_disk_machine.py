@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk, flip_bit
-from kvkeep.testing.tier_conformance import holds, key, write_of
-from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.options import DiskOptions
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
+from kvkeep.testing.suites.tiers import holds, key, write_of
+from kvkeep.tiers.disk.disk import open_disk
 from kvkeep.tiers.record import record_nbytes
 from kvkeep.tiers.tier import Stored
 

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import holds, key, memory_for, write_of
-from kvkeep.tiers.directio import posix_files
-from kvkeep.tiers.disk import DiskTier
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
+from kvkeep.tiers.disk.directio import posix_files
+from kvkeep.tiers.disk.disk import DiskTier
+from kvkeep.tiers.disk.scrub import Condition, known_epochs, record_paths, scrub
 from kvkeep.tiers.record import record_nbytes
-from kvkeep.tiers.scrub import Condition, known_epochs, record_paths, scrub
 from kvkeep.tiers.tier import Stored, Write
 
 SMALL = [write_of(key(number), (4096,)) for number in range(6)]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk, record_paths
-from kvkeep.testing.power_cut import PowerCut
-from kvkeep.testing.tier_conformance import holds, key, memory_for, write_of
-from kvkeep.tiers.disk import DiskTier
+from kvkeep.options import Durability
+from kvkeep.testing.doubles.faulty_files import FaultyDisk, record_paths
+from kvkeep.testing.doubles.power_cut import PowerCut
+from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
+from kvkeep.tiers.disk.disk import DiskTier
 from kvkeep.tiers.record import record_nbytes
-from kvkeep.tiers.shelf import Durability
 from kvkeep.tiers.tier import Stored
 
 SIZES = (4096, 8192)
@@ -31,9 +31,10 @@ EVERY_FEW = [5, pytest.param(1, marks=pytest.mark.slow)]
 # Forks a child for each step, which kills itself there; prints how many steps there were.
 STEPS = """
 import asyncio, itertools, os, shutil, signal, sys
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import key, write_of
-from kvkeep.tiers.disk import DiskOptions, open_disk
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import key, write_of
+from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.options import DiskOptions
 
 root, before, stride = sys.argv[1:]
 

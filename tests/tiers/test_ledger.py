@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvkeep.core.policy import lru
-from kvkeep.tiers.ledger import Entry, Ledger
+from kvkeep.tiers.disk.ledger import Ledger, LedgerEntry
 
 LIMIT = 10
 NUMBERS = st.integers(0, 7)
@@ -27,7 +27,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.old = dict(self.names)
         self.ledger = Ledger(LIMIT, lru(), sum(left.values()))
         self.temporary: list[tuple[bytes, int]] = []
-        self.readers: list[Entry] = []
+        self.readers: list[LedgerEntry] = []
         self.settled = False
 
     def device_nbytes(self) -> int:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from kvkeep.errors import TierOwned, TierUnavailable
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.testing.tier_conformance import key, write_of
+from kvkeep.options import DiskOptions
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers import open as opening
-from kvkeep.tiers.boot import refuse_foreign
-from kvkeep.tiers.disk import DiskTier
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.tiers.disk.boot import refuse_foreign
+from kvkeep.tiers.disk.disk import DiskTier
 from kvkeep.tiers.open import DISK, open_tiers
 from kvkeep.tiers.tier import OPENING
 

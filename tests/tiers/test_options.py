@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 from kvkeep.config import Config
-from kvkeep.tiers.holding import Durability
-from kvkeep.tiers.open import disk_options
+from kvkeep.options import Durability, disk_options
 
 
 def test_without_a_directory_there_is_no_disk_tier():

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvkeep.errors import CorruptChunk
-from kvkeep.testing.tier_conformance import key, write_of
+from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers.record import (
     Header,
     announced_header_nbytes,

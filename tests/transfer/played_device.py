@@ -19,8 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvkeep.testing.device_doubles import LOCKS, MemmoveDriver
-from kvkeep.transfer import cuda, kernels, probe, turned_scatter
+from kvkeep.testing.doubles.device import LOCKS, MemmoveDriver
+from kvkeep.transfer.device import cuda, kernels, probe
+from kvkeep.transfer.rope import scatter as turned_scatter
 
 
 class Event:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.device_doubles import MemmoveDriver
-from kvkeep.transfer.device import DeviceTransfer, Path
-from kvkeep.transfer.lanes import InlineLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Job, Numbers
+from kvkeep.testing.doubles.device import MemmoveDriver
+from kvkeep.transfer.device.device import DeviceTransfer, Path
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.streams import InlineLane
+from kvkeep.transfer.device.tables import CopyJob, Numbers
 from kvkeep.transfer.pages import GroupCaches, across_layers, group_rows
 from kvkeep.transfer.transfer import Blocks
 
@@ -124,9 +124,9 @@ def test_the_copy_engine_takes_a_block_in_one_piece(joined: bool, copies: int):
     )
     memory = torch.zeros(transfer.shard.nbytes, dtype=torch.uint8).numpy()
     lease = Lease(memory, transfer.shard, (0,))
-    transfer.start_gather([Job([Blocks(0, 0, (4, 1))], lease)]).wait()
+    transfer.start_gather([CopyJob([Blocks(0, 0, (4, 1))], lease)]).wait()
     assert len(driver.sizes) == copies
     wanted = whole[[2, 5]].clone(), whole[[4, 1]].clone()
-    transfer.start_scatter([Job([Blocks(0, 0, (2, 5))], lease)]).wait()
+    transfer.start_scatter([CopyJob([Blocks(0, 0, (2, 5))], lease)]).wait()
     assert not torch.equal(wanted[0], whole[[2, 5]])
     assert torch.equal(wanted[1], whole[[2, 5]])

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvkeep.transfer.choice import (
+from kvkeep.transfer.device.choice import (
     NEVER,
     WORTH,
-    Choice,
+    DevicePath,
     Sample,
     Way,
     Wish,
@@ -78,7 +78,7 @@ def test_a_file_that_is_something_else_is_no_choice(tmp_path: Path, content: byt
 
 
 def test_a_choice_of_another_version_is_none(tmp_path: Path):
-    assert write_choice(tmp_path / "f", Choice("H100", 1, 1, version=0))
+    assert write_choice(tmp_path / "f", DevicePath("H100", 1, 1, version=0))
     assert kept_choice(tmp_path / "f") is None
 
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvkeep.transfer.kernels import TILE_NBYTES, copy_pages
-from kvkeep.transfer.turned_scatter import scatter_turned
+from kvkeep.transfer.device.kernels import TILE_NBYTES, copy_pages
+from kvkeep.transfer.rope.scatter import scatter_turned
 
 TARGETS = [80, 90]
 WIDE = {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16", 1: "b8"}

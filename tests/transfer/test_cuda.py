@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvkeep.memory.pin import Pin
-from kvkeep.transfer.cuda import CudaDriver, CudaMemory
+from kvkeep.memory.page_lock import PageLock
+from kvkeep.transfer.device.cuda import CudaDriver, CudaMemory
 
 Copy = tuple[int, int, int]
 
@@ -113,7 +113,7 @@ class CudaHost:
 
 def test_memory_is_locked_in_the_devices_context_and_no_context_is_left_behind():
     cuda = CudaHost(limit=250)
-    pin = Pin(1 << 47, 300, CudaMemory(cuda, 3).calls, piece_nbytes=100)
+    pin = PageLock(1 << 47, 300, CudaMemory(cuda, 3).calls, piece_nbytes=100)
     pin.grow(300)
     assert cuda.locked == {1 << 47: 100, (1 << 47) + 100: 100}
     assert pin.refusal == "cuMemHostRegister_v2: CUDA error 2"

@@ -18,14 +18,14 @@ from triton.runtime.interpreter import InterpretedFunction
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import LeaseExpired
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.conformance import CHECKS, TransferCase
-from kvkeep.transfer.device import DeviceTransfer, Path
-from kvkeep.transfer.kernels import TILE_NBYTES, KernelMover, copy_pages, refusal
-from kvkeep.transfer.lanes import Flight, InlineLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Job, Mover, Part
+from kvkeep.testing.suites.transfers import CHECKS, TransferCase
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.device import DeviceTransfer, Path
+from kvkeep.transfer.device.kernels import TILE_NBYTES, KernelMover, copy_pages, refusal
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.streams import Flight, InlineLane
+from kvkeep.transfer.device.tables import CopyJob, Mover, Part
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import Blocks
 
 CPU = torch.device("cpu")
@@ -242,7 +242,9 @@ def test_many_chunks_go_in_one_batch_all_layers_or_one(way: str, only: int | Non
     transfer = transfer_of([caches.group], 64, MOVERS[way])
     chunks = [memory_for(transfer.shard) for _ in range(3)]
     ids = [(1, 2, 3, 4), (8, 7, 6, 5), (9, 11)]
-    jobs = [Job([Blocks(0, 1 if len(one) < 4 else 0, one)], lease) for one, (_, lease) in zip(ids, chunks, strict=True)]
+    jobs = [
+        CopyJob([Blocks(0, 1 if len(one) < 4 else 0, one)], lease) for one, (_, lease) in zip(ids, chunks, strict=True)
+    ]
     transfer.start_gather(jobs, only).wait()
     reference = ReferenceTransfer([caches.group], 64)
     for job, (memory, _) in zip(jobs, chunks, strict=True):
@@ -269,12 +271,12 @@ def test_many_chunks_go_in_one_batch_all_layers_or_one(way: str, only: int | Non
 def test_a_batch_is_one_launch_of_a_bounded_number_of_programs():
     caches, launches = build(MODEL, 13, 1), Launches()
     transfer = transfer_of([caches.group], 64, partial(by_kernel, kernel=launches))
-    jobs = [Job([Blocks(0, 0, (n, n + 1))], memory_for(transfer.shard)[1]) for n in (1, 5, 9)]
+    jobs = [CopyJob([Blocks(0, 0, (n, n + 1))], memory_for(transfer.shard)[1]) for n in (1, 5, 9)]
     transfer.start_gather(jobs).wait()
     assert launches.grids == [PROGRAMS]
-    transfer.start_gather([Job([Blocks(0, 0, (3,))], jobs[0].lease)], only=1).wait()
+    transfer.start_gather([CopyJob([Blocks(0, 0, (3,))], jobs[0].lease)], only=1).wait()
     assert launches.grids == [PROGRAMS, 2], "K and V of one block are two tiles"
-    transfer.start_gather([Job([Blocks(0, 0, ())], jobs[0].lease)]).wait()
+    transfer.start_gather([CopyJob([Blocks(0, 0, ())], jobs[0].lease)]).wait()
     transfer.start_gather([]).wait()
     assert len(launches.grids) == 2, "nothing to do was launched"
 
@@ -407,7 +409,7 @@ def test_each_direction_has_its_lane_and_nothing_is_given_back_before_its_copies
     assert transfer.scatter(lease, [Blocks(0, 0, (3, 4))], sums), "summed before its copy had landed"
     assert torch.equal(cache[3:5], cache[1:3])
     assert events[2:] == ["load starts", "load ordered", "load landed"]
-    flight = transfer.start_scatter([Job([Blocks(0, 0, (5,))], lease)])
+    flight = transfer.start_scatter([CopyJob([Blocks(0, 0, (5,))], lease)])
     assert not flight.done()
     assert len(events) == 6, "a batch waited"
 
@@ -427,7 +429,7 @@ def test_memory_that_is_not_page_locked_is_staged():
     assert torch.equal(cache[3:5], cache[1:3])
     assert events == []
     with pytest.raises(ValueError, match="not page-locked"):
-        transfer.start_gather([Job([Blocks(0, 0, (1,))], lease)])
+        transfer.start_gather([CopyJob([Blocks(0, 0, (1,))], lease)])
 
 
 def test_a_lease_that_ended_is_not_used():

@@ -11,33 +11,33 @@ import pytest
 import torch
 import xxhash
 
-from kvkeep.engine.by_layer import Chunk
-from kvkeep.engine.by_stream import StreamLoads, Streams
-from kvkeep.engine.copier import ThreadCopier
-from kvkeep.engine.device_copies import Rank
-from kvkeep.engine.device_worker import DeviceWorker, Mode
-from kvkeep.engine.mapped import MappedPool
+from kvkeep.doors.library.by_layer import Chunk
+from kvkeep.doors.library.by_stream import StreamLoads, Streams
+from kvkeep.engine.copies.device import Rank
+from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
-from kvkeep.memory.pin import Pin
+from kvkeep.engine.pool import MappedPool
+from kvkeep.engine.rank.device_worker import DeviceWorker, Mode
+from kvkeep.memory.page_lock import PageLock
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
-from kvkeep.testing.conformance import CHECKS, TransferCase
-from kvkeep.transfer.choice import Sample, Wish, decide, read_choice
-from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device import DeviceTransfer, Path, Turned
-from kvkeep.transfer.kernels import KernelMover
-from kvkeep.transfer.lanes import CudaLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Job, Mover, Part
+from kvkeep.testing.suites.transfers import CHECKS, TransferCase
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.choice import Sample, Wish, decide, read_choice
+from kvkeep.transfer.device.cuda import CudaDriver, CudaMemory, load_driver
+from kvkeep.transfer.device.device import DeviceTransfer, Path, Turned
+from kvkeep.transfer.device.kernels import KernelMover
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.streams import CudaLane
+from kvkeep.transfer.device.tables import CopyJob, Mover, Part
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, rotate_blocks, turn_between
+from kvkeep.transfer.rope.frequencies import Span, frequencies
+from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.rotate import Pairing, rotate_blocks, turn_between
+from kvkeep.transfer.rope.scatter import TurnedScatter
 from kvkeep.transfer.transfer import Blocks, seal_ranges
-from kvkeep.transfer.turned_scatter import TurnedScatter
-from kvkeep.transfer.turning import Keys, Turning
-from kvkeep.wire.handoff import HandedPool, PoolDoor, send_pool
+from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -155,7 +155,7 @@ def test_a_batch_is_bit_equal_to_the_reference(way: str, only: int | None):
     reference = ReferenceTransfer([GroupCaches({n: c.cpu() for n, c in caches.items()}, 65, 16, 0)], 256)
     order = np.random.default_rng(1).permutation(np.arange(1, 65)).tolist()
     jobs = [
-        Job([Blocks(0, 0, tuple(order[n : n + 16]))], Lease(locked(transfer.shard.nbytes), transfer.shard, (0,)))
+        CopyJob([Blocks(0, 0, tuple(order[n : n + 16]))], Lease(locked(transfer.shard.nbytes), transfer.shard, (0,)))
         for n in range(0, 64, 16)
     ]
     transfer.start_gather(jobs, only).wait()
@@ -197,7 +197,7 @@ def test_the_pool_itself_is_read_and_written(way: str, pool: Pool):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_chunk_may_cross_from_one_locked_piece_to_the_next(way: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Pin.__init__, "__defaults__", (4 << 20,))
+    monkeypatch.setattr(PageLock.__init__, "__defaults__", (4 << 20,))
     pool = Pool(b"boot", Region.create(16 << 20), CudaMemory(load_driver(), 0).calls)
     pool.populated.wait(30.0)
     cache = on_device(NB, 16, 1024)
@@ -264,7 +264,7 @@ def test_a_batch_that_is_ordered_is_not_overtaken(way: str):
     for turn in range(TURNS):
         busy()
         cache.fill_(turn % 251)
-        flight = transfer.start_gather([Job([ALL], lease)])
+        flight = transfer.start_gather([CopyJob([ALL], lease)])
         flight.order()
         cache.fill_(255)
         flight.wait()
@@ -280,7 +280,7 @@ def test_a_load_overwrites_what_was_written_before_it_and_is_seen_by_what_comes_
         memory[:] = turn % 251
         busy()
         cache.fill_(255)  # late: an earlier step still writes there
-        flight = transfer.start_scatter([Job([ALL], lease)])
+        flight = transfer.start_scatter([CopyJob([ALL], lease)])
         flight.order()
         seen.copy_(cache)  # as attention would
         flight.wait()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kvkeep.transfer.lanes import CudaLane
+from kvkeep.transfer.device.streams import CudaLane
 
 
 class Played:

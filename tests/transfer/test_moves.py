@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.moves import (
-    Job,
+from kvkeep.transfer.device.tables import (
+    CopyJob,
     Pages,
     Part,
     address_of,
@@ -37,8 +37,8 @@ PARTS = (
 )
 
 
-def job(*blocks: Blocks, pieces: tuple[int, ...] = (0,)) -> Job:
-    return Job(blocks, Lease(np.zeros(SHARD.nbytes, np.uint8), SHARD, pieces))
+def job(*blocks: Blocks, pieces: tuple[int, ...] = (0,)) -> CopyJob:
+    return CopyJob(blocks, Lease(np.zeros(SHARD.nbytes, np.uint8), SHARD, pieces))
 
 
 def test_parts_lie_one_after_the_other_in_their_range():
@@ -76,13 +76,13 @@ def test_a_page_goes_to_its_place_in_its_chunk():
 
 def test_block_ids_may_be_an_array():
     lease = Lease(np.zeros(SHARD.nbytes, np.uint8), SHARD, (0,))
-    listed, packed = ([Job([Blocks(0, 1, ids)], lease)] for ids in ((5, 3), np.array([5, 3], np.intp)))
+    listed, packed = ([CopyJob([Blocks(0, 1, ids)], lease)] for ids in ((5, 3), np.array([5, 3], np.intp)))
     assert (
         places(packed, 0).tolist()
         == places(listed, 0).tolist()
         == [[5, address_of(lease), 1], [3, address_of(lease), 2]]
     )
-    assert len(places([Job([Blocks(0, 0, np.zeros(0, np.intp))], lease)], 0)) == 0
+    assert len(places([CopyJob([Blocks(0, 0, np.zeros(0, np.intp))], lease)], 0)) == 0
 
 
 def test_neighbouring_blocks_are_one_copy_unless_the_engine_leaves_gaps():

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.transfer import probe as probe_module
-from kvkeep.transfer.choice import Wish
-from kvkeep.transfer.lanes import InlineLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Mover, Part
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device import probe as probe_module
+from kvkeep.transfer.device.choice import Wish
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.probe import PAGE_SIZES, probe, scattered
+from kvkeep.transfer.device.streams import InlineLane
+from kvkeep.transfer.device.tables import Mover, Part
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.probe import PAGE_SIZES, probe, scattered
-from kvkeep.transfer.reference import ReferenceTransfer
 
 
 class Memmove:

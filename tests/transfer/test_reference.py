@@ -12,9 +12,9 @@ import xxhash
 from kvkeep.core.layout import ALIGN_NBYTES
 from kvkeep.errors import BlockError, LayoutMismatch, LeaseExpired
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.conformance import CHECKS, TransferCase
+from kvkeep.testing.suites.transfers import CHECKS, TransferCase
+from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.transfer import SUM_NBYTES, Blocks
 
 NB = 9  # blocks of a group; twice a chunk's blocks and the null block fit

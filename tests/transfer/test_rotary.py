@@ -12,8 +12,8 @@ from transformers.models.gptj.modeling_gptj import rotate_every_two
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from kvkeep.errors import LayoutMismatch
-from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate, rotate_blocks, turn_between
+from kvkeep.transfer.rope.frequencies import Span, frequencies
+from kvkeep.transfer.rope.rotate import Pairing, Turn, key_pages, rotate, rotate_blocks, turn_between
 
 HEAD = 64
 MODEL = 512

@@ -13,15 +13,15 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.errors import LayoutMismatch
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.device_doubles import HeldDevice
-from kvkeep.transfer.device import DeviceTransfer
-from kvkeep.transfer.moves import Job
+from kvkeep.testing.doubles.device import HeldDevice
+from kvkeep.transfer.device.device import DeviceTransfer
+from kvkeep.transfer.device.tables import CopyJob
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.rope import Span, frequencies
-from kvkeep.transfer.rotary import Pairing, Turn, key_pages, rotate, turn_between
+from kvkeep.transfer.rope.frequencies import Span, frequencies
+from kvkeep.transfer.rope.keys import Alike, Batch, Keys, Turning
+from kvkeep.transfer.rope.rotate import Pairing, Turn, key_pages, rotate, turn_between
+from kvkeep.transfer.rope.scatter import TurnedScatter, scatter_turned
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.transfer.turned_scatter import TurnedScatter, scatter_turned
-from kvkeep.transfer.turning import Alike, Batch, Keys, Turning
 
 BLOCKS, TOKENS, PER_CHUNK = 9, 4, 3
 MOVED = partial(TurnedScatter, kernel=InterpretedFunction(scatter_turned.fn))
@@ -48,9 +48,9 @@ class Model:
         for cache in self.caches.values():
             cache.zero_()
 
-    def jobs(self, *blocks: Blocks) -> list[Job]:
+    def jobs(self, *blocks: Blocks) -> list[CopyJob]:
         leases = [Lease(memory, self.transfer.shard, (0,)) for memory in self.memory]
-        return [Job([one], lease) for one, lease in zip(blocks, leases, strict=False)]
+        return [CopyJob([one], lease) for one, lease in zip(blocks, leases, strict=False)]
 
     def alike(self, turn: Turn, pairing: Pairing = HALVES) -> Alike:
         keys = dict.fromkeys(self.caches, Keys(self.axes, torch.zeros(turn.cos.shape[1]), pairing))
@@ -59,7 +59,7 @@ class Model:
         return alike
 
     def in_two(
-        self, jobs: list[Job], turn: Turn, pairing: Pairing, ids: list[int], only: int | None
+        self, jobs: list[CopyJob], turn: Turn, pairing: Pairing, ids: list[int], only: int | None
     ) -> list[torch.Tensor]:
         """What a plain scatter and a turn in place make of it; the caches are empty again afterwards."""
         self.transfer.start_scatter(jobs, only).wait()

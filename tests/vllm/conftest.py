@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from kvkeep.options import StoreOptions
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
@@ -299,7 +300,13 @@ def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
         if name not in stores:
             folder = tmp_path_factory.mktemp(name)
             folder.chmod(0o700)
-            command = [sys.executable, "-m", "kvkeep.wire", f"--socket={folder / 'store'}", f"--pool-nbytes={64 << 20}"]
+            command = [
+                sys.executable,
+                "-m",
+                "kvkeep.store",
+                f"--socket={folder / 'store'}",
+                f"--options={StoreOptions(64 << 20).json()}",
+            ]
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             assert process.stderr is not None
             assert "pool of" in process.stderr.readline()  # it listens by now

@@ -36,7 +36,7 @@ def test_nothing_is_held_and_the_index_adds_up(kept):
 def test_a_private_store_ends_with_its_engine(kept):
     assert bool(kept.facts["stores"]) == kept.private
     end_s = time.monotonic() + ENDING_S
-    while left := [pid for pid in kept.facts["stores"] if "kvkeep.wire" in command_of(pid)]:
+    while left := [pid for pid in kept.facts["stores"] if "kvkeep.store" in command_of(pid)]:
         assert time.monotonic() < end_s, f"{left} go on"  # it writes what waits for the disk first
         time.sleep(0.05)
 

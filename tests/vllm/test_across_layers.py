@@ -49,7 +49,7 @@ def test_chunks_of_joined_layers_never_meet_those_of_layers_apart():
     import torch
 
     from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
-    from kvkeep.engine.vllm_identity import worker_facts
+    from kvkeep.doors.vllm.identity import worker_facts
 
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     caches = {name: torch.zeros(5, 2, 16, 16) for name in ("l0", "l1")}
@@ -72,7 +72,7 @@ def test_chunks_of_joined_layers_never_meet_those_of_layers_apart():
     ],
 )
 def test_vllm_is_asked_for_them_where_that_is_set_and_no_load_goes_by_layer(settings, layout):
-    from kvkeep.engine.vllm import KVKeepConnector
+    from kvkeep.doors.vllm.connector import KVKeepConnector
 
     config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector_extra_config=settings))
     assert KVKeepConnector.get_required_kvcache_layout(config) == layout

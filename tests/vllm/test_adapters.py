@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.engine.adapters import Expected, LoadedAdapter, Resident
+from kvkeep.doors.vllm.loaded import Expected, LoadedAdapter, Resident
 from kvkeep.engine.plan import LoadOp, StepPlan, Trip
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
@@ -39,7 +39,7 @@ def digest(*of: Any, **more: Any) -> str:
 
 
 def digest_of_model(model: Any) -> str:
-    from kvkeep.engine.vllm_adapters import _named, digest_of
+    from kvkeep.doors.vllm.adapters import _named, digest_of
 
     parts = _named(model)
     return digest_of(parts) if parts is not None else ""
@@ -120,7 +120,7 @@ def engines(monkeypatch: pytest.MonkeyPatch):
 
 def rank_of(config: Any, rank: int = 0, jobs: list[Callable[[], None]] | None = None) -> Any:
     """A rank's half; what it has done on a thread is done at once, or put into `jobs`."""
-    from kvkeep.engine.vllm_adapters import RankAdapters
+    from kvkeep.doors.vllm.adapters import RankAdapters
 
     def at_once(job: Callable[[], None]) -> bool:
         job()
@@ -172,7 +172,7 @@ def test_a_digest_that_comes_after_another_load_is_not_taken_for_that_ones(engin
 
 
 def test_a_digest_that_hangs_holds_nobody_up_and_too_many_are_not_made(engines):
-    from kvkeep.engine.vllm_adapters import MAX_WAITING, Background
+    from kvkeep.doors.vllm.adapters import MAX_WAITING, Background
 
     background, begun, let_go = Background(), threading.Event(), threading.Event()
 
@@ -194,7 +194,7 @@ def test_a_digest_that_hangs_holds_nobody_up_and_too_many_are_not_made(engines):
 
 
 def test_what_was_put_off_is_done_in_its_order():
-    from kvkeep.engine.vllm_adapters import Background
+    from kvkeep.doors.vllm.adapters import Background
 
     background, ran, end = Background(), [], threading.Event()
     for number in range(5):
@@ -280,8 +280,8 @@ def test_an_engine_without_adapters_is_left_alone(engines):
 
 def test_a_request_with_an_adapter_counts_from_its_arrival_on_among_those_that_may_read_a_load():
     """What its digests begin with is decided later; a step's own load must know by then that it is shared."""
-    from kvkeep.engine.vllm import KVKeepConnector
-    from kvkeep.engine.vllm_chain import Requests
+    from kvkeep.doors.vllm.chain import Requests
+    from kvkeep.doors.vllm.connector import KVKeepConnector
 
     arrived: list[tuple[str, list[int]]] = []
     connector: Any = object.__new__(KVKeepConnector)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvkeep.engine.adapters import Adapters, Expected, LoadedAdapter, Resident
+from kvkeep.doors.vllm.loaded import Adapters, Expected, LoadedAdapter, Resident
 from kvkeep.telemetry import Miss
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's import warns
@@ -32,7 +32,7 @@ def hasher(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def requests():
     """Translates, over block hashes; adapters 1 and 2 are loaded, of different contents, and 3 is not."""
-    from kvkeep.engine.vllm_chain import ChainKind, Requests
+    from kvkeep.doors.vllm.chain import ChainKind, Requests
 
     made = Requests(Adapters(), ChainKind(BLOCK))
     load(made, {1: "aa", 2: "bb"})
@@ -165,7 +165,7 @@ def with_images(count: int, every: int, length: int):
 
 
 def test_each_image_is_looked_at_a_few_times_however_many_there_are():
-    from kvkeep.engine.vllm_chain import extra_keys
+    from kvkeep.doors.vllm.chain import extra_keys
 
     images, every = 500, 80
     asked = with_images(images, every, 70)
@@ -179,7 +179,7 @@ def test_each_image_is_looked_at_a_few_times_however_many_there_are():
 def test_the_images_of_a_range_are_the_same_in_whatever_order_ranges_are_asked_for():
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
-    from kvkeep.engine.vllm_chain import extra_keys
+    from kvkeep.doors.vllm.chain import extra_keys
 
     asked = with_images(40, 100, 90)
     of_range = extra_keys(asked)
@@ -202,7 +202,7 @@ def test_the_images_of_a_range_are_the_same_in_whatever_order_ranges_are_asked_f
 )
 def test_only_reproducible_hashes_of_whole_chunks_are_taken(monkeypatch, wanted, algorithm, chunk, name):
     from kvkeep.core.key import DEFAULT_SEED
-    from kvkeep.engine.vllm_chain import chain_kind
+    from kvkeep.doors.vllm.chain import chain_kind
 
     cache = SimpleNamespace(
         prefix_caching_hash_algo=algorithm, block_size=BLOCK, prefix_match_unit=None, enable_prefix_caching=True

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from kvkeep.testing.faulty_files import flip_bit, record_paths
+from kvkeep.testing.doubles.faulty_files import flip_bit, record_paths
 
 pytestmark = pytest.mark.vllm
 

@@ -49,7 +49,7 @@ def settings(
 
 
 def refused(**parts: Any) -> str:
-    from kvkeep.engine import vllm_facts
+    from kvkeep.doors.vllm import facts as vllm_facts
 
     return vllm_facts.refusal(settings(**parts), caches(full()))
 
@@ -93,7 +93,7 @@ def test_every_drafter_of_vllm_but_those_without_a_kv_cache_is_refused_by_name()
 def test_no_drafter_that_vllm_says_has_a_kv_cache_is_kept():
     from vllm.config.speculative import SpeculativeConfig
 
-    from kvkeep.engine.vllm_facts import DRAFTERS_WITHOUT_KV
+    from kvkeep.doors.vllm.facts import DRAFTERS_WITHOUT_KV
 
     for method in DRAFTERS_WITHOUT_KV:
         spec = object.__new__(SpeculativeConfig)
@@ -105,7 +105,7 @@ def test_layers_of_several_sizes_with_one_window_have_it():
     """Workers see all of them, the scheduler one: both must know what vLLM frees."""
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
-    from kvkeep.engine import vllm_facts
+    from kvkeep.doors.vllm import facts as vllm_facts
 
     both = UniformTypeKVCacheSpecs.from_specs({"a": sliding(64), "b": sliding(64, heads=4)})
     seen = [vllm_facts.window(one) for one in caches(both, sliding(64), full()).kv_cache_groups]
@@ -114,14 +114,14 @@ def test_layers_of_several_sizes_with_one_window_have_it():
 
 @pytest.mark.parametrize(("windows", "whole"), [((0,), False), ((64,), True), ((0, 64), True), ((0, 0), True)], ids=str)
 def test_which_loads_fail_as_a_whole(windows: tuple[int, ...], whole: bool):
-    from kvkeep.engine import vllm_facts
+    from kvkeep.doors.vllm import facts as vllm_facts
 
     assert vllm_facts.fails_whole(caches(*(sliding(one) if one else full() for one in windows))) is whole
 
 
 @pytest.mark.parametrize(("batches", "window", "never"), [(1, 0, False), (2, 0, True), (1, 64, True)])
 def test_when_a_step_must_not_make_a_load_of_its_own(batches: int, window: int, never: bool):
-    from kvkeep.engine import vllm_facts
+    from kvkeep.doors.vllm import facts as vllm_facts
 
     one = caches(sliding(window) if window else full())
     assert vllm_facts.never_in_step(SimpleNamespace(max_concurrent_batches=batches), one) is never
@@ -130,7 +130,7 @@ def test_when_a_step_must_not_make_a_load_of_its_own(batches: int, window: int, 
 def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> None:
     from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-    from kvkeep.engine.vllm_metrics import KVKeepPromMetrics
+    from kvkeep.doors.vllm.metrics import KVKeepPromMetrics
 
     types = {kind: kind for kind in (Counter, Gauge, Histogram)}
     for _ in range(2):
@@ -143,7 +143,7 @@ def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> N
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """The name of the weights of a folder, to an engine that began so many seconds after their file was written."""
-    from kvkeep.engine import vllm_identity
+    from kvkeep.doors.vllm import identity as vllm_identity
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
@@ -180,3 +180,10 @@ def test_weights_younger_than_the_engine_have_one_for_this_start_and_the_log_say
     caplog.clear()
     assert weights(-1, outlived=False).startswith("this start only: ")  # nobody could find it: no file is read
     assert not caplog.records
+
+
+def test_the_former_path_still_names_the_connector():
+    import kvkeep.engine.vllm
+    import kvkeep.vllm
+
+    assert kvkeep.engine.vllm.KVKeepConnector is kvkeep.vllm.KVKeepConnector

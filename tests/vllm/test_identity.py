@@ -33,7 +33,7 @@ FLEET: dict[str, dict[str, Any]] = {
     "kept": {
         "kv_transfer_config": {
             "kv_connector": "KVKeepConnector",
-            "kv_connector_module_path": "kvkeep.engine.vllm",
+            "kv_connector_module_path": "kvkeep.vllm",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"pool_size": "64 MiB"},
         }
@@ -116,7 +116,7 @@ class Colour(Enum):
 
 
 def canonical(value: Any) -> str:
-    from kvkeep.engine.vllm_settings import canonical
+    from kvkeep.doors.vllm.settings import canonical
 
     return json.dumps(canonical(value), sort_keys=True)
 
@@ -156,8 +156,8 @@ def test_what_contains_itself_is_not_followed_for_ever():
 def test_a_setting_that_cannot_be_named_is_of_this_start_alone(caplog):
     from dataclasses import dataclass
 
-    from kvkeep.engine.vllm_identity import unknown
-    from kvkeep.engine.vllm_settings import settings
+    from kvkeep.doors.vllm.identity import unknown
+    from kvkeep.doors.vllm.settings import settings
 
     @dataclass
     class Config:
@@ -169,7 +169,7 @@ def test_a_setting_that_cannot_be_named_is_of_this_start_alone(caplog):
 
 
 def test_vllms_variables_count_where_they_are_set_but_for_harmless_ones(monkeypatch):
-    from kvkeep.engine.vllm_settings import environment
+    from kvkeep.doors.vllm.settings import environment
 
     before = environment()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
@@ -190,8 +190,8 @@ def test_vllms_variables_count_where_they_are_set_but_for_harmless_ones(monkeypa
 
 
 def test_ranks_that_differ_are_all_in_the_identity():
+    from kvkeep.doors.vllm.identity import of_all_ranks
     from kvkeep.engine.plan import RankInfo
-    from kvkeep.engine.vllm_identity import of_all_ranks
 
     def together(*sets: str) -> dict[str, str]:
         ranks = [RankInfo(rank, 1, "", None, {"isa": isa, "dtype": "f"}) for rank, isa in enumerate(sets)]
@@ -205,7 +205,7 @@ def test_ranks_that_differ_are_all_in_the_identity():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A model's folder, old enough, and what is said of it: `said(part=changes)` as `fingerprints` gives it."""
-    from kvkeep.engine import vllm_identity
+    from kvkeep.doors.vllm import identity as vllm_identity
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 0.5}')
@@ -257,7 +257,7 @@ def test_a_folder_without_other_files_has_a_name(folder):
 
 
 def test_a_file_that_changed_while_the_engine_started_is_of_this_start_alone(folder, monkeypatch, caplog):
-    from kvkeep.engine import vllm_identity
+    from kvkeep.doors.vllm import identity as vllm_identity
 
     late = folder.path / "preprocessor_config.json"
     monkeypatch.setattr(vllm_identity, "changed_since", lambda _, names, __: late if late.name in names else None)

@@ -32,9 +32,9 @@ def test_the_first_runner_calls_us_before_it_writes_and_the_second_one_does_not(
 
 CALLS = """
 from types import SimpleNamespace
-from kvkeep.engine import vllm_facts
-from kvkeep.engine.vllm import KVKeepConnector
-from kvkeep.engine.vllm_messages import PlanMeta
+from kvkeep.doors.vllm import facts as vllm_facts
+from kvkeep.doors.vllm.connector import KVKeepConnector
+from kvkeep.doors.vllm.messages import PlanMeta
 
 for config, wanted in (
     (SimpleNamespace(use_v2_model_runner=False), ["store"]),

@@ -20,18 +20,19 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
 from kvkeep.errors import ConfigError, StoreGone, WireError
+from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region
-from kvkeep.memory.words import region_nbytes
+from kvkeep.options import StoreOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.server.listening import listen
+from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.store_thread import RunningStore, shared_store
+from kvkeep.testing.doubles.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import framed
-from kvkeep.wire.handoff import BOOT_NBYTES, HandedPool, PoolDoor, send_pool
-from kvkeep.wire.listening import listen
-from kvkeep.wire.process import Child, StoreOptions, join_shared, start_private
-from kvkeep.wire.server import Server
+from kvkeep.wire.pool_socket import BOOT_NBYTES, HandedPool, PoolDoor, send_pool
+from kvkeep.wire.start import Child, join_shared, start_private
 
 CHUNK, ROOM = 4096, 8
 OPTIONS = StoreOptions(ROOM * CHUNK, max_pinned_share=1.0, log_level="error")

@@ -12,12 +12,12 @@ import pytest
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.gate_tier import GateTier, ManualLoop
+from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.server import Server
 
 CHUNK, NAMESPACE, DIGESTS = 4096, b"n" * 16, [bytes([n]) * 32 for n in range(2)]
 

@@ -19,19 +19,19 @@ import msgspec
 import pytest
 
 from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.options import StoreOptions
 from kvkeep.store.namespaces import MOST
-from kvkeep.testing.store_thread import RunningStore, shared_store
+from kvkeep.store.server import reception as reception_module
+from kvkeep.store.server import server as server_module
+from kvkeep.store.server.answers import Checks
+from kvkeep.store.server.lingering import Lingering
+from kvkeep.store.server.server import MAX_ERRANDS
+from kvkeep.testing.doubles.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
-from kvkeep.wire import reception as reception_module
-from kvkeep.wire import server as server_module
-from kvkeep.wire.answers import Checks
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import MAX_FRAME_NBYTES, FrameReader, framed
-from kvkeep.wire.holders import Holders, holders_of
-from kvkeep.wire.lingering import Lingering
-from kvkeep.wire.peer import Credentials
-from kvkeep.wire.process import StoreOptions, join_shared
-from kvkeep.wire.server import MAX_ERRANDS
+from kvkeep.wire.processes import Credentials, Holders, holders_of
+from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM, LIMIT_S = 4096, 16, 20.0
 NAMESPACE = b"n" * 16
@@ -341,7 +341,7 @@ RESERVES = """
 import os, sys
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 for _ in range(3):
     client = Joining(join_shared(sys.argv[1], 20.0), m.Hello(m.VERSION, "hog", b"h" * 16, "", 4096, [])).wait(20.0)
     granted = client.wait(client.reserve([os.urandom(32) for _ in range(16)]), 20.0)

@@ -6,15 +6,14 @@ import sys
 import threading
 from pathlib import Path
 
-import msgspec
 import pytest
 
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.store.identities import FILE, MAX_NBYTES, read_identities, write_identities
 from kvkeep.store.namespaces import MOST, Named
-from kvkeep.tiers.holding import DiskOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.identities import FILE, MAX_NBYTES, read_identities, write_identities
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 LIMIT_S = 20.0
 KNOWN = {bytes([n]) * 16: Named(f"vllm {n}", f"model  {n}\nkv_dtype  'bfloat16'") for n in range(MOST)}
@@ -85,8 +84,8 @@ def lived(folder: Path, namespace: bytes, identity: str) -> str:
     """One life of a store over the same directory, until its session is noted there; what it logged."""
     path = folder / "run" / "store"
     disk = DiskOptions(directories=(str(folder / "disk"),), limit_nbytes=1 << 20, min_free_nbytes=0)
-    options = ["--pool-nbytes=1048576", f"--disk={msgspec.json.encode(disk).decode()}"]
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", *options]
+    options = StoreOptions(1 << 20, disk=disk)
+    command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "pool of" in process.stderr.readline()

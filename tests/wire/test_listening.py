@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import ConfigError
-from kvkeep.wire.listening import MAX_PATH_NBYTES, listen, unlink_own
+from kvkeep.store.server.listening import MAX_PATH_NBYTES, listen, unlink_own
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.options import StoreOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM = 4096, 8
 LIMIT_S = 30.0
@@ -28,7 +29,7 @@ import os, sys, subprocess
 from kvkeep.memory.region import Region
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 worker = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 planner = os.fork()
 if not planner:
@@ -79,7 +80,13 @@ def path(tmp_path: Path) -> Iterator[Path]:
     """A store in a container of its own."""
     path = tmp_path / "run" / "store"
     path.parent.mkdir(mode=0o700)
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={path}", f"--pool-nbytes={ROOM * CHUNK}"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvkeep.store",
+        f"--socket={path}",
+        f"--options={StoreOptions(ROOM * CHUNK).json()}",
+    ]
     with subprocess.Popen([*CONTAINER, *command], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

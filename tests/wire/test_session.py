@@ -18,16 +18,17 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
 from kvkeep.errors import StoreGone, WireError
+from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region
-from kvkeep.memory.words import region_nbytes
+from kvkeep.options import StoreOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.store_thread import RunningStore, ThreadSource, shared_store
+from kvkeep.testing.doubles.store_thread import RunningStore, ThreadSource, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Answer, Call, Client, Joining
 from kvkeep.wire.frames import FrameReader, framed
-from kvkeep.wire.process import StoreOptions, join_shared
-from kvkeep.wire.server import Server
+from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM = 4096, 8
 OPTIONS = StoreOptions(ROOM * CHUNK, max_pinned_share=1.0)
@@ -37,7 +38,7 @@ CLIENT = """
 import sys
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello
-from kvkeep.wire.process import join_shared
+from kvkeep.wire.start import join_shared
 client = Joining(
     join_shared(sys.argv[1], 10.0), Hello(VERSION, "child", b"n" * 16, "", 4096, [int(pid) for pid in sys.argv[2:]])
 ).wait(10.0)
@@ -244,7 +245,7 @@ def test_the_refusal_reaches_a_client_that_is_joining(path: Path, running: Runni
 def test_a_client_that_does_not_read_is_disconnected(
     connect: Callable[..., Client], raw: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvkeep.wire.server.MAX_UNSENT_NBYTES", 1 << 16)
+    monkeypatch.setattr("kvkeep.store.server.server.MAX_UNSENT_NBYTES", 1 << 16)
     other = connect()
     raw.sendall(framed(m.encoded(hello())))
     many = framed(m.encoded(m.AskStats(1))) * 1000

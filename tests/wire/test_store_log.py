@@ -7,10 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvkeep.options import StoreOptions
+
 
 def test_each_line_says_who_how_bad_and_when(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    command = [sys.executable, "-m", "kvkeep.wire", f"--socket={tmp_path / 'store'}", f"--pool-nbytes={1 << 20}"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvkeep.store",
+        f"--socket={tmp_path / 'store'}",
+        f"--options={StoreOptions(1 << 20).json()}",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()

@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
-from kvkeep.cli.bench_core import alloc_rows, key_rows, policy_rows
-from kvkeep.cli.bench_daemon import idle_rows, lookup_rows
-from kvkeep.cli.bench_disk import disk_rows
-from kvkeep.cli.bench_engine import WITHOUT_TORCH, engine_rows, has_torch
-from kvkeep.cli.bench_index import index_rows
-from kvkeep.cli.bench_moves import move_rows
-from kvkeep.cli.rows import Row, check_target, say, show, write
+from kvkeep.bench.core import alloc_rows, key_rows, policy_rows
+from kvkeep.bench.daemon import idle_rows, lookup_rows
+from kvkeep.bench.disk import disk_rows
+from kvkeep.bench.engine_child import WITHOUT_TORCH, engine_rows, has_torch
+from kvkeep.bench.index import index_rows
+from kvkeep.bench.moves import move_rows
+from kvkeep.bench.rows import Row, check_target, say, show, write
 
 
 class Group(StrEnum):

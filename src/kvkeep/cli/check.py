@@ -20,11 +20,11 @@ from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import show_namespaces
 from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
+from kvkeep.store.identities import FILE, load_identities
 from kvkeep.store.namespaces import Named
-from kvkeep.tiers.boot import lock_directory
-from kvkeep.tiers.directio import Files, posix_files
-from kvkeep.tiers.scrub import Condition, Finding, known_epochs, record_paths, scrub
-from kvkeep.wire.identities import FILE, load_identities
+from kvkeep.tiers.disk.boot import lock_directory
+from kvkeep.tiers.disk.directio import Files, posix_files
+from kvkeep.tiers.disk.scrub import Condition, Finding, known_epochs, record_paths, scrub
 from kvkeep.wire.messages import Known
 
 _SHOWN = 100  # lines of a report that a person reads

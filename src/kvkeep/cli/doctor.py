@@ -26,9 +26,9 @@ from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import ask_stats
 from kvkeep.config import Config, load_config, parse_size
 from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.memory.limits import MemoryLimits, check_room, read_limits, size_text
 from kvkeep.memory.region import Region
-from kvkeep.memory.room import Limits, check_room, read_limits, size_text
-from kvkeep.transfer.choice import default_file, kept_choice
+from kvkeep.transfer.device.choice import default_file, kept_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,7 +139,7 @@ def check_early(config: Config) -> Check:
     return Check("early_loads", f"none: {why}" if why else "where an engine can wait by layer for what is still read")
 
 
-def check_memory(config: Config, limits: Limits) -> Check:
+def check_memory(config: Config, limits: MemoryLimits) -> Check:
     """Check that the configured pool fits what the machine and its control groups leave."""
     nbytes = config.pool_nbytes(limits.available_nbytes)
     found = f"a pool of {size_text(nbytes)}, {size_text(limits.available_nbytes)} are available"

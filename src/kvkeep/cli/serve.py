@@ -15,10 +15,12 @@ from kvkeep.cli.plain import cell
 from kvkeep.config import load_config
 from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
-from kvkeep.memory.room import amount_text, read_limits
+from kvkeep.memory.limits import amount_text, read_limits
+from kvkeep.options import store_options
+from kvkeep.store.process import run, write_log
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Known, Stats
-from kvkeep.wire.process import join_shared, run, store_options, write_log
+from kvkeep.wire.start import join_shared
 
 ANSWER_LIMIT_S = 5.0
 MAX_SHOWN_CHARS = 256  # of a name

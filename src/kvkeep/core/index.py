@@ -34,7 +34,7 @@ BUSY: Final = Outcome.BUSY
 NO_ROOM: Final = Outcome.NO_ROOM
 
 
-class Entry:
+class IndexEntry:
     """One chunk in memory. Others read it; only the Index changes it.
 
     sums is None while it is being written; owner is the lease's id until then, else 0.
@@ -79,8 +79,8 @@ class Index:
     def __init__(self, allocator: Allocator, policy: EvictionPolicy) -> None:
         self._allocator = allocator
         self._policy = policy
-        self._entries: dict[bytes, Entry] = {}
-        self._dead: set[Entry] = set()
+        self._entries: dict[bytes, IndexEntry] = {}
+        self._dead: set[IndexEntry] = set()
         self._spared: dict[bytes, int] = {}  # how often; hidden from the policy, but not held
         self._writing_entries = 0
         self._committed_nbytes = 0
@@ -94,7 +94,7 @@ class Index:
         """Say which keys are committed; this promises nothing and counts as no use."""
         return [(entry := self._entries.get(key)) is not None and entry.sums is not None for key in keys]
 
-    def committed(self) -> list[Entry]:
+    def committed(self) -> list[IndexEntry]:
         """Get all entries that can be read, in the order in which they were reserved."""
         return [entry for entry in self._entries.values() if entry.sums is not None]
 
@@ -102,7 +102,7 @@ class Index:
         """Count the keys by their first nbytes; those being written are among them."""
         return Counter(key[:nbytes] for key in self._entries)
 
-    def pin_prefix(self, keys: Iterable[bytes]) -> list[Entry]:
+    def pin_prefix(self, keys: Iterable[bytes]) -> list[IndexEntry]:
         """Pin each of the longest run of committed entries from the first key on; they stay until unpinned.
 
         They are touched from the last to the first, so that a prompt's tail is evicted before its head.
@@ -126,11 +126,11 @@ class Index:
         self._evictable_nbytes -= pinned_nbytes
         return run
 
-    def writing(self, keys: Iterable[bytes]) -> list[Entry]:
+    def writing(self, keys: Iterable[bytes]) -> list[IndexEntry]:
         """Get the entries of keys that are being written."""
         return [entry for key in keys if (entry := self._entries.get(key)) is not None and entry.sums is None]
 
-    def hold(self, key: bytes) -> Entry | None:
+    def hold(self, key: bytes) -> IndexEntry | None:
         """Pin one committed entry without counting it as used: its place in the order of eviction stays."""
         entry = self._entries.get(key)
         if entry is None or entry.sums is None:
@@ -161,7 +161,7 @@ class Index:
         elif count and not self._entries[key].pins:
             self._policy.show(key)
 
-    def unpin(self, entries: Iterable[Entry]) -> None:
+    def unpin(self, entries: Iterable[IndexEntry]) -> None:
         """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
         for entry in entries:
             if entry.pins <= 0:
@@ -177,7 +177,9 @@ class Index:
                 if entry.key not in self._spared:
                     self._policy.show(entry.key)
 
-    def reserve(self, keys: Sequence[bytes], nbytes: int, owner: int, most: int | None = None) -> list[Entry | Outcome]:
+    def reserve(
+        self, keys: Sequence[bytes], nbytes: int, owner: int, most: int | None = None
+    ) -> list[IndexEntry | Outcome]:
         """Get an entry of nbytes to write for each absent key, or for the first `most`; owner is the lease's id.
 
         If all absent keys fit into free and evictable bytes, as few entries as needed are evicted, none of them
@@ -192,14 +194,14 @@ class Index:
         unique = dict.fromkeys(keys)
         absent = [key for key in unique if key not in entries][:most]
         extents = self._lend(len(absent), nbytes, unique)
-        fresh = {key: Entry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
+        fresh = {key: IndexEntry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
         # The place is given now, tail first, and not at commit: steps commit a prompt's head first.
         for key in reversed(fresh):
             policy.insert(key)
             policy.hide(key)
         self._writing_entries += len(fresh)
         self._writing_nbytes += sum([entry.nbytes for entry in fresh.values()])
-        outcomes: list[Entry | Outcome] = []
+        outcomes: list[IndexEntry | Outcome] = []
         for key in keys:
             entry = fresh.pop(key, None)
             if entry is not None:
@@ -210,7 +212,7 @@ class Index:
                 outcomes.append(NO_ROOM if held is None else BUSY if held.sums is None else PRESENT)
         return outcomes
 
-    def commit(self, entry: Entry, sums: bytes) -> bool:
+    def commit(self, entry: IndexEntry, sums: bytes) -> bool:
         """Make a written entry readable; False: it had lost its key, and its memory is free now."""
         if not entry.owner:
             raise AssertionError(f"{entry} is not being written")
@@ -226,17 +228,17 @@ class Index:
         self._policy.show(entry.key)
         return True
 
-    def commit_all(self, written: Iterable[tuple[Entry, bytes]]) -> list[bool]:
+    def commit_all(self, written: Iterable[tuple[IndexEntry, bytes]]) -> list[bool]:
         """Commit a request's entries, each with its sums; for each what `commit` answers."""
         return [self.commit(entry, sums) for entry, sums in written]
 
-    def abandon(self, entry: Entry) -> None:
+    def abandon(self, entry: IndexEntry) -> None:
         """Give an uncommitted entry up: its memory is free now, so nobody may still be writing to it."""
         self.revoke(entry)
         entry.owner = 0
         self._bury(entry)
 
-    def revoke(self, entry: Entry) -> None:
+    def revoke(self, entry: IndexEntry) -> None:
         """Take the key from an uncommitted entry; its memory stays lent until commit or abandon."""
         if not entry.owner:
             raise AssertionError(f"{entry} is not being written")
@@ -376,7 +378,7 @@ class Index:
             extents.append(extent)
         return extents
 
-    def _forget_committed(self, entry: Entry) -> Entry:
+    def _forget_committed(self, entry: IndexEntry) -> IndexEntry:
         """Take the key from a committed entry that its policy has forgotten."""
         del self._entries[entry.key]
         self._spared.pop(entry.key, None)
@@ -385,13 +387,13 @@ class Index:
             self._evictable_nbytes -= entry.nbytes
         return entry
 
-    def _bury(self, entry: Entry) -> None:
+    def _bury(self, entry: IndexEntry) -> None:
         """Free the memory of an entry that died while it was held."""
         self._dead.remove(entry)
         self._dead_nbytes -= entry.nbytes
         self._allocator.free(entry.extent)
 
-    def _hold_dead(self, entry: Entry) -> None:
+    def _hold_dead(self, entry: IndexEntry) -> None:
         """Keep the memory of a dead entry until its holder gives it up."""
         self._dead.add(entry)
         self._dead_nbytes += entry.nbytes

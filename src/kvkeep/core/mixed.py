@@ -71,7 +71,7 @@ class Mixed:
         return self._list.check()
 
 
-class Steps:
+class SlotSteps:
     """An allocator whose space grows by steps, up to `limit_nbytes`, when it has no room: never before.
 
     What is not grown yet counts as free, so nobody evicts for what a step would give. `nbytes` is how far the space

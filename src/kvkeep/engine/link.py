@@ -16,11 +16,12 @@ from typing import Protocol
 
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError, KVKeepError, StoreGone
-from kvkeep.memory.room import read_limits, size_text
+from kvkeep.memory.limits import read_limits, size_text
+from kvkeep.options import StoreOptions, store_options
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.handoff import send_pool
 from kvkeep.wire.messages import Hello
-from kvkeep.wire.process import DRAIN_S, Child, StoreOptions, join_shared, start_private, store_options
+from kvkeep.wire.pool_socket import send_pool
+from kvkeep.wire.start import DRAIN_S, Child, join_shared, start_private
 
 log = logging.getLogger("kvkeep")
 

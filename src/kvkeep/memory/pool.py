@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import ConfigError, LeaseExpired, WireError
-from kvkeep.memory.pin import Pin, PinCalls
+from kvkeep.memory.page_lock import PageLock, PinCalls
+from kvkeep.memory.progress import Arrival, arrival_at
 from kvkeep.memory.region import Region
-from kvkeep.memory.words import Arrival, arrival_at
 
 Bytes = npt.NDArray[np.uint8]
 POPULATE_PIECE_NBYTES = 16 << 20
@@ -75,7 +75,7 @@ class Pool:
 
     def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:
         self.boot = boot
-        self.pin = Pin(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
+        self.pin = PageLock(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
         self._region = region
         self._changed = threading.Condition()
         self._closing = False

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvkeep.core.index import Entry
-from kvkeep.store.early import Early
+from kvkeep.core.index import IndexEntry
+from kvkeep.store.lent import Early
 
 SUM_NBYTES = 16
 
@@ -43,7 +43,7 @@ class Opening:
 class ReadLease:
     """Chunks that a planner may have read: pinned `entries`, and those that were lent before they had come."""
 
-    entries: list[Entry]
+    entries: list[IndexEntry]
     early: Sequence[Early] = ()
 
     @property
@@ -59,7 +59,7 @@ class WriteLease:
     `alive_s` is when its writer last showed that it is at work: at the reservation, then at each commit.
     """
 
-    entries: dict[int, Entry]
+    entries: dict[int, IndexEntry]
     alive_s: float = 0.0
 
     @property

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from kvkeep.core.index import Entry, Index, Outcome
+from kvkeep.core.index import Index, IndexEntry, Outcome
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import WireError
-from kvkeep.store.early import Early
+from kvkeep.store.lent import Early
 from kvkeep.store.namespaces import Namespaces, plain_identity, plain_name
 from kvkeep.store.sessions import SUM_NBYTES, Opening, ReadLease, Session, WriteLease
 
@@ -77,7 +77,7 @@ class Store:
     lingering: dict[int, Session] = field(default_factory=dict)
     lending: bool = True
     revoked: int = 0
-    late: set[Entry] = field(default_factory=set)
+    late: set[IndexEntry] = field(default_factory=set)
     namespaces: Namespaces = field(default_factory=Namespaces)
     _last: int = 0
     _writing: dict[int, WriteLease] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Store:
         held_nbytes = self._quarantined[session.client] + sum(side.reserved_nbytes for side in own)
         return max(0, int(self.pool_nbytes * self.max_pinned_share) - held_nbytes)
 
-    def pin(self, session: Session, keys: Sequence[bytes]) -> list[Entry]:
+    def pin(self, session: Session, keys: Sequence[bytes]) -> list[IndexEntry]:
         """Pins the longest run of present chunks that are of the session's shape."""
         shape = self.shape(session)
         entries = self.index.pin_prefix(keys)
@@ -132,7 +132,7 @@ class Store:
         self.index.unpin(entries[fitting:])
         return entries[:fitting]
 
-    def lend(self, session: Session, entries: list[Entry], early: Sequence[Early] = ()) -> Fetched:
+    def lend(self, session: Session, entries: list[IndexEntry], early: Sequence[Early] = ()) -> Fetched:
         """A lease on chunks; all are pinned, but for those that are lent `early`."""
         if not entries:
             return Fetched(0, [], {})
@@ -154,11 +154,11 @@ class Store:
         self.revoke_overdue(keys)
         most = self.reservable_nbytes(session) // self.taken(session)
         got = self.index.reserve(keys, session.opening.chunk_nbytes, lease, most)
-        entries = {place: one for place, one in enumerate(got) if isinstance(one, Entry)}
+        entries = {place: one for place, one in enumerate(got) if isinstance(one, IndexEntry)}
         if entries:
             held = session.leases[lease] = self._writing[lease] = WriteLease(entries, self.clock())
             session.reserved_nbytes += held.nbytes
-        places = [one.offset if isinstance(one, Entry) else one for one in got]
+        places = [one.offset if isinstance(one, IndexEntry) else one for one in got]
         return Reservation(lease if entries else 0, places)
 
     def revoke_overdue(self, keys: Sequence[bytes]) -> None:
@@ -172,7 +172,7 @@ class Store:
                 self.index.revoke(entry)
                 self.revoked += 1
 
-    def written(self, session: Session, lease: int, places: Sequence[int]) -> list[Entry | None]:
+    def written(self, session: Session, lease: int, places: Sequence[int]) -> list[IndexEntry | None]:
         """The entries that a commit of these places is about; None for what is not this lease's."""
         held = session.leases.get(lease)
         return [held.entries.get(place) if isinstance(held, WriteLease) else None for place in places]
@@ -290,7 +290,7 @@ class Store:
             self.index.clear(namespace)
             self.namespaces.forget(namespace)
 
-    def _sampled(self, session: Session, entries: Sequence[Entry]) -> dict[int, bytes]:
+    def _sampled(self, session: Session, entries: Sequence[IndexEntry]) -> dict[int, bytes]:
         every = session.opening.verify_every
         first = session.fetched_chunks
         session.fetched_chunks += len(entries)
@@ -300,7 +300,7 @@ class Store:
         return {place: sums for place in places if (sums := entries[place].sums) is not None}
 
 
-def is_shaped(entry: Entry, shape: tuple[int, int]) -> bool:
+def is_shaped(entry: IndexEntry, shape: tuple[int, int]) -> bool:
     """Whether a readable chunk is of a session's shape: another one under the same key is not what was asked for."""
     nbytes, sums_nbytes = shape
     return entry.nbytes == nbytes and (not sums_nbytes or len(entry.sums or b"") == sums_nbytes)

@@ -10,12 +10,10 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
-from kvkeep.config import Config, parse_size
 from kvkeep.errors import TierError, TierOwned
-from kvkeep.memory.room import size_text
-from kvkeep.tiers.disk import DiskTier, open_disk
-from kvkeep.tiers.holding import DiskOptions
-from kvkeep.tiers.shelf import Durability
+from kvkeep.memory.limits import size_text
+from kvkeep.options import DiskOptions
+from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.tier import OPENING, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -26,19 +24,6 @@ SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
 # a tier's name, itself, what tells its figures, how many reads it does at once
 Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]], int], Awaitable[None]]
-
-
-def disk_options(config: Config) -> DiskOptions | None:
-    """The disk tier that the settings describe; None for none."""
-    if not config.disk_directories:
-        return None
-    return DiskOptions(
-        directories=config.disk_directories,
-        limit_nbytes=parse_size(config.disk_size, "disk_size"),
-        min_free_nbytes=parse_size(config.disk_min_free, "disk_min_free"),
-        durability=Durability(config.disk_durability),
-        threads=config.disk_threads,
-    )
 
 
 async def open_tiers(disk: DiskOptions | None, take: Taker, left_out: Callable[[str, str], None]) -> None:

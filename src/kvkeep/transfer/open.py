@@ -11,21 +11,21 @@ from functools import partial
 
 import torch
 
-from kvkeep.transfer.choice import Choice, Sample, Wish, choose
-from kvkeep.transfer.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device import DeviceTransfer, Path, Turned
-from kvkeep.transfer.lanes import CudaLane
-from kvkeep.transfer.memcpy import CopyMover
-from kvkeep.transfer.moves import Mover, Part
+from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.choice import DevicePath, Sample, Wish, choose
+from kvkeep.transfer.device.cuda import CudaDriver, CudaMemory, load_driver
+from kvkeep.transfer.device.device import DeviceTransfer, Path, Turned
+from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.probe import probe
+from kvkeep.transfer.device.streams import CudaLane
+from kvkeep.transfer.device.tables import Mover, Part
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.probe import probe
-from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened
 
 try:
-    from kvkeep.transfer.kernels import KernelMover, refusal
-    from kvkeep.transfer.turned_scatter import TurnedScatter
+    from kvkeep.transfer.device.kernels import KernelMover, refusal
+    from kvkeep.transfer.rope.scatter import TurnedScatter
 except ImportError as _error:  # Triton is an extra, and is not made for every machine
     _WITHOUT_TRITON = str(_error)
 else:
@@ -83,7 +83,7 @@ class _Movers:
     def measure(self) -> list[Sample]:
         return probe(self._device, CudaLane(self._device), self.kernel, self.engine)
 
-    def paths(self, choice: Choice, parts: tuple[Part, ...]) -> tuple[Path, Path]:
+    def paths(self, choice: DevicePath, parts: tuple[Part, ...]) -> tuple[Path, Path]:
         """The way that is right for the largest pages, where most bytes are, with a lane for each direction."""
         page_nbytes = max(part.pages.nbytes for part in parts)
         made: dict[str, Callable[[Sequence[Part]], Mover]] = {"kernel": self.kernel, "engine": self.engine}

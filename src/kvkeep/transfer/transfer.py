@@ -14,7 +14,7 @@ import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
 from kvkeep.errors import BlockError
-from kvkeep.memory.pin import PinCalls
+from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0

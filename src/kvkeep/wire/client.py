@@ -17,8 +17,8 @@ import msgspec
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import READ_NBYTES, FrameReader, framed
-from kvkeep.wire.handoff import HandedPool, close_all
-from kvkeep.wire.holders import open_handles
+from kvkeep.wire.pool_socket import HandedPool, close_all
+from kvkeep.wire.processes import open_handles
 
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_OPEN_CALLS = 4096

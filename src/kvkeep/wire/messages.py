@@ -81,7 +81,7 @@ class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
     `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
     its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
     how long the tiers were waited for. In a session that has states the run ends where `state` is. `words` are the
-    places of chunks still being read, each with where its word is in the pool's region (`kvkeep.memory.words`).
+    places of chunks still being read, each with where its word is in the pool's region (`kvkeep.memory.progress`).
     `used_nbytes` and `pinned_nbytes` are of the pool, as in Committed.
     """
 

@@ -62,7 +62,7 @@ class Engine:
         if self.keep is not None:
             options["kv_transfer_config"] = {
                 "kv_connector": "KVKeepConnector",
-                "kv_connector_module_path": "kvkeep.engine.vllm",
+                "kv_connector_module_path": "kvkeep.vllm",
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": {"pool_size": PLENTY, **self.keep},
             }
@@ -177,7 +177,7 @@ def store_processes(root: int) -> list[int]:
         ancestor = pid
         while ancestor and ancestor != root:
             ancestor = parents.get(ancestor, 0)
-        if ancestor and b"kvkeep.wire" in _command(pid):
+        if ancestor and b"kvkeep.store" in _command(pid):
             found.append(pid)
     return found
 

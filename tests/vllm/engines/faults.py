@@ -21,9 +21,9 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from kvkeep.core.identity import namespace
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.engine.estimate import Estimate
-from kvkeep.testing.doubles import FaultyTransfer
-from kvkeep.testing.faulty_files import flip_bit
+from kvkeep.engine.scheduler.estimate import Estimate
+from kvkeep.testing.doubles.faulty_files import flip_bit
+from kvkeep.testing.doubles.transfers import FaultyTransfer
 
 QUARTER = 256  # tokens; a chunk, or two of them
 LONG = prompt(11, 4 * QUARTER + 90)

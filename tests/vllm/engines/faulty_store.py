@@ -28,15 +28,15 @@ from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import TierError
 from kvkeep.memory.region import Region
+from kvkeep.options import DiskOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.process import serve_to_the_end
+from kvkeep.store.server.listening import listen
+from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
-from kvkeep.store.walk import TierWalk
-from kvkeep.testing.faulty_files import FaultyDisk
-from kvkeep.tiers.disk import open_disk
-from kvkeep.tiers.holding import DiskOptions
+from kvkeep.testing.doubles.faulty_files import FaultyDisk
+from kvkeep.tiers.disk.disk import open_disk
 from kvkeep.tiers.open import disk_figures
-from kvkeep.wire.listening import listen
-from kvkeep.wire.process import serve_to_the_end
-from kvkeep.wire.server import Server
 
 DISK_NBYTES, FREE_NBYTES = 64 << 20, 1 << 20
 DRAIN_S = 5.0

@@ -24,7 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.testing.doubles import FaultyTransfer
+from kvkeep.testing.doubles.transfers import FaultyTransfer
 
 BLOCK = 32
 
@@ -70,7 +70,7 @@ class Run:
         extra["local_reset"] = "keep"  # how what is kept is asked for in one process
         config = {
             "kv_connector": "KVKeepConnector",
-            "kv_connector_module_path": "kvkeep.engine.vllm",
+            "kv_connector_module_path": "kvkeep.vllm",
             "kv_role": "kv_both",
             "kv_connector_extra_config": extra,
         }

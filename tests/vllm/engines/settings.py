@@ -26,11 +26,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from kvkeep.core.identity import namespace
+from kvkeep.doors.vllm.chain import ChainKind
+from kvkeep.doors.vllm.harmless import NAMES
+from kvkeep.doors.vllm.identity import identity
+from kvkeep.doors.vllm.settings import harmless
 from kvkeep.engine.plan import RankInfo
-from kvkeep.engine.vllm_chain import ChainKind
-from kvkeep.engine.vllm_harmless import NAMES
-from kvkeep.engine.vllm_identity import identity
-from kvkeep.engine.vllm_settings import harmless
 
 FACTS = ("attention_backend", "instruction_set", "kv_scales", "kv_dtype", "page_shapes")
 

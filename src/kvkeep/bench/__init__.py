@@ -1,0 +1,1 @@
+"""What `kvkeep bench` measures: the cases, each beside a yardstick of the same run, and how rows are shown."""

@@ -1,0 +1,121 @@
+"""`kvkeep bench daemon`, what is moved: a client of a store process stores and retrieves 256 MiB, block by block.
+
+Each copy is one layer of one block, as between a cache with layers first and a chunk, in a loop in Python on both sides
+of the comparison. Knows nothing about engines.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.bench.daemon import LIMIT_S, client, serving
+from kvkeep.bench.rows import Case, Row, alternate, seconds
+from kvkeep.memory.region import Region
+from kvkeep.wire.client import Client
+from kvkeep.wire.messages import Granted, Matched
+
+TOKEN_NBYTES = 128 << 10
+CHUNK_NBYTES = 256 * TOKEN_NBYTES
+MOVED_NBYTES = 256 << 20
+MOVED_CHUNKS = MOVED_NBYTES // CHUNK_NBYTES
+BLOCK_NBYTES = 16 * TOKEN_NBYTES  # what one block of 16 tokens has of all layers
+LAYERS = 32
+LINE_NBYTES = 64
+
+Octets = npt.NDArray[np.uint8]
+
+
+class PieceMover:
+    """One client over an engine's cache of blocks, layer by layer, and bare memory to compare with."""
+
+    def __init__(self, one: Client, pool: Octets, bare: Octets) -> None:
+        self.one, self.pool, self.bare = one, pool, bare
+        self.blocks = aligned(MOVED_NBYTES).reshape(LAYERS, MOVED_NBYTES // BLOCK_NBYTES, BLOCK_NBYTES // LAYERS)
+        self.digests: list[bytes] = []
+
+    def memmove(self, out: bool) -> float:
+        """The copies alone, to or from bare memory (GB/s)."""
+        return _speed(lambda: self._copied(np.split(self.bare, MOVED_CHUNKS), out))
+
+    def store(self) -> float:
+        """Reserves, copies, commits (GB/s)."""
+        return _speed(self._store)
+
+    def retrieve(self) -> float:
+        """Fetches, copies, releases (GB/s)."""
+        return _speed(self._retrieve)
+
+    def _store(self) -> None:
+        self.digests = [secrets.token_bytes(32) for _ in range(MOVED_CHUNKS)]
+        granted = self.one.wait(self.one.reserve(self.digests), LIMIT_S)
+        assert isinstance(granted, Granted)
+        self._copied(self._chunks(granted.offsets), out=True)
+        self.one.wait(self.one.commit(granted.lease, range(MOVED_CHUNKS), [bytes(1024)] * MOVED_CHUNKS), LIMIT_S)
+        self.one.release(granted.lease)
+
+    def _retrieve(self) -> None:
+        found = self.one.wait(self.one.fetch(self.digests), LIMIT_S)
+        assert isinstance(found, Matched)
+        self._copied(self._chunks(found.offsets), out=False)
+        self.one.release(found.lease)
+
+    def _copied(self, chunks: list[Octets], out: bool) -> None:
+        number = 0
+        for chunk in chunks:
+            for piece in chunk.reshape(-1, LAYERS, BLOCK_NBYTES // LAYERS):
+                for layer in range(LAYERS):
+                    if out:
+                        piece[layer] = self.blocks[layer, number]
+                    else:
+                        self.blocks[layer, number] = piece[layer]
+                number += 1
+
+    def _chunks(self, offsets: list[int]) -> list[Octets]:
+        assert len(offsets) == MOVED_CHUNKS
+        assert min(offsets) >= 0
+        return [self.pool[offset : offset + CHUNK_NBYTES] for offset in offsets]
+
+
+def move_rows(runs: int) -> list[Row]:
+    """Stores and retrieves by one client, beside the same copies to private and to shared memory."""
+    rows = []
+    with serving(2 * MOVED_NBYTES + CHUNK_NBYTES) as (path, _):
+        one = client(path, CHUNK_NBYTES)
+        with Region.attach(os.dup(one.pool_fd)) as region, Region.create(MOVED_NBYTES) as shared:
+            region.populate(0, region.nbytes)
+            shared.array[:] = 1
+            for name, bare in (("private", aligned(MOVED_NBYTES)), ("shared", shared.array)):
+                rows += _beside(PieceMover(one, region.array, bare), name, runs)
+            del bare
+        one.close()
+    return rows
+
+
+def _beside(mover: PieceMover, name: str, runs: int) -> list[Row]:
+    bare_out, stored, bare_in, retrieved = alternate(
+        runs, lambda: mover.memmove(True), mover.store, lambda: mover.memmove(False), mover.retrieve
+    )
+    end, yardstick = "" if name == "private" else f"-{name}", f"memmove, {name} memory (GB/s)"
+    return [
+        Case(f"daemon-{case}{end}", "GB/s", yardstick, better="higher", goal=">= 0.9").row(ours, theirs)
+        for case, ours, theirs in (("store", stored, bare_out), ("retrieve", retrieved, bare_in))
+    ]
+
+
+def aligned(nbytes: int) -> Octets:
+    """Written memory that begins at a cache line, as an engine's tensors do; NumPy's own begins 16 bytes after one.
+
+    A copy to there takes twice as long where the source is a page, as in the pool.
+    """
+    raw = np.ones(nbytes + LINE_NBYTES, np.uint8)
+    start = -raw.ctypes.data % LINE_NBYTES
+    return raw[start : start + nbytes]
+
+
+def _speed(action: Callable[[], object]) -> float:
+    return MOVED_NBYTES / seconds(action) / 1e9

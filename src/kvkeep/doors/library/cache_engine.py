@@ -1,0 +1,354 @@
+"""`CacheEngine`: the door for engines in one process: store and retrieve whole chunks, at once or layer by layer.
+
+Knows nothing about models, sockets or devices: a `Transfer` reaches the engine's cache, a `Connection` the store. It
+changes nothing of the process: no signal handlers, environment, logging settings or module state.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+
+from kvkeep.config import Config
+from kvkeep.core.identity import Identity, described, namespace
+from kvkeep.core.key import Tokens, none_hash
+from kvkeep.doors.library.by_layer import ALONE, Chunk, Copies, LoadSteps, Means, StoreSteps, Ways
+from kvkeep.doors.library.by_stream import Streams
+from kvkeep.doors.library.connection import Connection, Held
+from kvkeep.doors.library.digests import Extra, Prompts
+from kvkeep.doors.library.span import Cut, Mask, Tables, cut
+from kvkeep.engine.link import Link, Source
+from kvkeep.memory.pool import Lease
+from kvkeep.telemetry import Figures, Miss
+from kvkeep.transfer.device.device import DeviceTransfer
+from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened
+from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
+
+START_LIMIT_S = 30.0
+
+Flags = Mask | Sequence[bool] | None
+Started = TypeVar("Started", LoadSteps, StoreSteps)
+
+
+@dataclass
+class Work:
+    """The copies of one request: each chunk's memory, its blocks, its digest, the sums to verify (none: no check)."""
+
+    held: Held | None = None
+    places: list[int] = field(default_factory=list)
+    chunks: list[Lease] = field(default_factory=list)
+    blocks: list[list[Blocks]] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    sums: list[bytes] = field(default_factory=list)
+    first: int = 0
+
+    @property
+    def copies(self) -> list[Chunk]:
+        """The chunks as copies take them."""
+        sums = self.sums or [b""] * len(self.chunks)
+        return [Chunk(*one) for one in zip(self.chunks, self.blocks, sums, strict=True)]
+
+
+class CacheEngine:
+    """Keeps the KV cache of prompts in the store of `source`, for the cache that `transfer` reaches.
+
+    `tokens` are all of a request's tokens, `blocks` one block table a group from the first token on, `mask` false for
+    what the engine has already and true from there on (None: true), `extra` what the bytes depend on besides the tokens
+    (adapter, tenant's salt). ValueError for a mask with a hole and for tables that are too short; BlockError, a
+    ValueError too, for a block that does not exist, is the null block 0, or is to be written twice.
+
+    Any number of threads may call at the same time: each call to the store has its turn, copies run side by side. No
+    verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. `layers` are
+    all layers' names in the order in which the engine computes them (empty: as they were registered). The copier of
+    `means` ends with the engine.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        identity: Identity,
+        source: Source,
+        config: Config,
+        layers: Sequence[str] = (),
+        means: Means = ALONE,
+    ) -> None:
+        self.figures = Figures()
+        transfer = opened.transfer
+        self._transfer = transfer
+        order = transfer.shard.in_order(layers)
+        self.layers = len(order)
+        """How many layers the layerwise verbs go through."""
+        self._means = means
+        self._ways: Copies
+        if isinstance(transfer, DeviceTransfer):
+            self._ways = Streams(transfer, order, config.transfer_mode)
+        else:
+            self._ways = Ways(transfer, order, config.transfer_mode, means)
+        self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
+        self._counting = threading.Lock()
+        self._frozen = False
+        self._bypassed = not config.enabled
+
+        def hello(resumes: int) -> Hello:
+            return Hello(
+                version=VERSION,
+                name=f"library {identity.model}",
+                namespace=namespace(identity),
+                identity=described(identity),
+                chunk_nbytes=transfer.shard.nbytes,
+                holders=[os.getpid()],
+                verify_every=config.verify_every,
+                resumes=resumes,
+                sizes=[one.padded_nbytes for one in transfer.shard.ranges],
+            )
+
+        link = Link(source, hello, [], means.clock)
+        link.start(START_LIMIT_S)
+        self._line = Connection(link, transfer.shard, config.deadline_s, opened.pin_calls)
+
+    # ---- bulk ------------------------------------------------------------------------------------------------------
+
+    def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
+        """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
+        work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
+        with self._stores(work, at_once=True) as copies:
+            return self._commit(work, copies.over())
+
+    def retrieve(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
+    ) -> Mask:
+        """Fills the engine's blocks; the mask is true exactly for the tokens whose bytes have arrived in every layer.
+
+        They follow the mask's false part without a gap, and end with a chunk. What the mask leaves false is not
+        written; where it does not end with a block of every group, that is a miss. `at` is the position at which the
+        first of the tokens stands now: K moves there, as if the engine had computed these tokens there, and nothing
+        before them. ValueError for one that is negative, or not 0 where nothing says how K turns.
+        """
+        span = self._cut(tokens, blocks, mask)
+        self._check_position(at)
+        work = self._found(span, tokens, extra)
+        with self._loads(work, at, at_once=True) as copies:
+            copies.step(0)
+            return self._arrived(span, work, copies)
+
+    # ---- layerwise -------------------------------------------------------------------------------------------------
+
+    def store_layer(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None
+    ) -> Generator[None]:
+        """As `store`, layer by layer: yields layers + 1 times, whatever happens.
+
+        At the k-th step the engine must have computed the k-th layer; the last one makes the chunks readable. When a
+        layer is copied is the business of `transfer_mode`, so that the blocks must stay as they are until that step.
+        Closed before it, nothing is kept.
+        """
+        return self._storing(self._cut(tokens, blocks, mask), tokens, extra)
+
+    def retrieve_layer(
+        self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
+    ) -> Generator[int | Mask | None]:
+        """As `retrieve`, layer by layer: yields layers + 2 times, whatever happens.
+
+        First how many tokens are about to come; then, a layer a step, None once that layer has been written (on a
+        device: for what is launched on the current stream from then on); last the mask, which is the only word on what
+        has arrived in every layer.
+        """
+        self._check_position(at)
+        return self._retrieving(self._cut(tokens, blocks, mask), tokens, extra, at)
+
+    def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
+        work = self._room(span, tokens, extra)
+        with self._stores(work) as copies:
+            for number in range(self.layers):
+                copies.step(number)
+                yield
+            self._commit(work, copies.over())
+        yield
+
+    def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None, at: int) -> Generator[int | Mask | None]:
+        work = self._found(span, tokens, extra)
+        with self._loads(work, at) as copies:
+            coming = len(work.chunks)
+            yield self._reach(span, work, coming) - span.start if coming else 0
+            for number in range(self.layers):
+                copies.step(number)
+                yield None
+            mask = self._arrived(span, work, copies)
+        yield mask
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: Tokens, pin_id: str | None = None, extra: Extra | None = None) -> int:
+        """How many tokens from the first one on could be retrieved now; with `pin_id` they stay until it is unpinned.
+
+        An id pins one prompt at a time. What is pinned counts against `max_pinned_share` of the pool.
+        """
+        if self._bypassed:
+            return 0
+        hit = self._line.present(self._prompts.digests(tokens, extra), pin_id) * self._transfer.shard.chunk_tokens
+        self._count(lookups=1, lookup_tokens=len(tokens))
+        return hit
+
+    def unpin(self, pin_id: str) -> None:
+        """What this id pinned may be evicted again; an id that pins nothing is no error."""
+        self._line.unpin(pin_id)
+
+    def freeze(self, on: bool) -> None:
+        """While it is on, hits are served and nothing new is stored."""
+        self._frozen = on
+
+    def bypass(self, on: bool) -> None:
+        """While it is on, nothing is looked up and nothing is stored."""
+        self._bypassed = on
+
+    def clear(self) -> int:
+        """Drops every chunk of this identity, in every tier, and every pin; how many chunks.
+
+        What is being stored at this moment is dropped as well. StoreGone if the store has not said that it is done,
+        TierUnavailable if a disk may give them again after a restart: the message says why, and what to do.
+        """
+        return self._line.clear()
+
+    def store_figures(self) -> dict[str, int]:
+        """What the store says of its pool (bytes and counts by name); empty if it does not answer."""
+        return self._line.figures()
+
+    def close(self) -> None:
+        """Ends the session and a private store; every verb after it is a miss. Idempotent."""
+        if self._means.copier is not None:
+            self._means.copier.close()
+        self._line.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- parts of the verbs ----------------------------------------------------------------------------------------
+
+    def _cut(self, tokens: Tokens, blocks: Tables, mask: Flags) -> Cut:
+        return cut(self._transfer.shard, len(tokens), blocks, mask)
+
+    def _room(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
+        """Memory for the chunks that are to be stored and are absent; empty if there is nothing to do."""
+        first = -(-span.start // span.shard.chunk_tokens)
+        if self._frozen or self._bypassed or first >= span.chunks:
+            return Work()
+        digests = self._prompts.digests(tokens, extra)
+        room = self._line.reserve(digests[first:])
+        if room is None:
+            return Work()
+        work = Work(room.held, list(room.chunks), list(room.chunks.values()), first=first)
+        full = room.outcomes.count(NO_ROOM)
+        self._count(skipped_full_chunks=full, skipped_present_chunks=len(room.outcomes) - full - len(work.places))
+        work.blocks = span.blocks(first + place for place in work.places)
+        self._check(work, unique=False)
+        return work
+
+    def _commit(self, work: Work, sums: list[bytes]) -> int:
+        """Makes what was gathered readable, unless storing was switched off meanwhile; how many tokens."""
+        if work.held is None or not sums or self._frozen or self._bypassed:
+            return 0
+        chunks = self._line.commit(work.held, work.places, sums)
+        stored = chunks * self._transfer.shard.chunk_tokens
+        self._count(stored_chunks=chunks, stored_tokens=stored, dropped_chunks=len(sums) - chunks)
+        return stored
+
+    def _found(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
+        """The chunks that can be retrieved, in the pool and pinned; empty on a miss."""
+        first = span.start // span.shard.chunk_tokens
+        if self._bypassed or not span.aligned or first >= span.chunks:
+            if self._bypassed or not span.aligned:
+                self._miss(Miss.BYPASS if self._bypassed else Miss.UNALIGNED)
+            elif span.chunks:
+                self._count(covered=1)
+            else:
+                self._miss(Miss.SHORT)
+            return Work()
+        digests = self._prompts.digests(tokens, extra)[first:]
+        found = self._line.fetch(digests, first)
+        if isinstance(found, Miss):
+            self._miss(found)
+            return Work()
+        if len(found.chunks) < len(digests):
+            self._miss(found.why or Miss.PARTLY_STORED)
+        work = Work(found.held, chunks=list(found.chunks), digests=digests, first=first)
+        work.sums = [found.sums.get(place, b"") for place in range(len(work.chunks))]
+        full = SUM_NBYTES * self.layers  # sums of another length hold for no layer
+        work.sums = [one if len(one) in (0, full) else bytes(full) for one in work.sums]
+        work.blocks = span.blocks(range(first, first + len(work.chunks)))
+        self._check(work, unique=True)
+        return work
+
+    @contextmanager
+    def _copying(self, work: Work, begin: Callable[[], Started]) -> Iterator[Started]:
+        """The copies of a request; at the end none is under way and nothing is held, whatever was raised."""
+        try:
+            copies = begin()
+            try:
+                yield copies
+            finally:
+                copies.end()
+        finally:
+            self._give_back(work)
+
+    def _stores(self, work: Work, at_once: bool = False) -> AbstractContextManager[StoreSteps]:
+        return self._copying(work, lambda: self._ways.stores(work.copies, at_once))
+
+    def _loads(self, work: Work, at: int, at_once: bool = False) -> AbstractContextManager[LoadSteps]:
+        turning = self._means.turning if at and work.chunks else None
+
+        def begin() -> LoadSteps:
+            turns = turning.turns(work.blocks, work.first, at) if turning is not None else None
+            return self._ways.loads(work.copies, turns, at_once)
+
+        return self._copying(work, begin)
+
+    def _check_position(self, at: int) -> None:
+        if at < 0:
+            raise ValueError(f"at: there is no position {at}")
+        if at and self._means.turning is None:
+            raise ValueError(f"at: nothing says how K moves to position {at}: open the engine with `keys`")
+
+    def _check(self, work: Work, unique: bool) -> None:
+        """Every block of the request at once, before anything is copied; a lease does not survive its failure."""
+        with ExitStack() as failing:
+            failing.callback(self._give_back, work)
+            self._transfer.check([one for blocks in work.blocks for one in blocks], unique)
+            failing.pop_all()
+
+    def _reach(self, span: Cut, work: Work, arrived: int) -> int:
+        """The token behind the last chunk that has arrived."""
+        return (work.first + arrived) * span.shard.chunk_tokens
+
+    def _arrived(self, span: Cut, work: Work, copies: LoadSteps) -> Mask:
+        """The mask of a retrieve. The first chunk that was not what had been written is not given out again."""
+        arrived = copies.over()
+        end = self._reach(span, work, arrived) if arrived else span.start
+        failed = len(work.chunks) - arrived
+        if failed and copies.differs and work.held is not None:
+            self._line.discard(work.held, work.digests[arrived])
+        self._count(delivered_tokens=end - span.start, failed_tokens=failed * span.shard.chunk_tokens)
+        return span.mask(end)
+
+    def _give_back(self, work: Work) -> None:
+        held, work.held = work.held, None
+        if held is not None:
+            self._line.give_back(held)
+
+    def _count(self, **amounts: int) -> None:
+        with self._counting:
+            for name, amount in amounts.items():
+                self.figures.add(name, amount)
+
+    def _miss(self, why: Miss) -> None:
+        with self._counting:
+            self.figures.miss(why)

@@ -1,0 +1,184 @@
+"""How the digests of vLLM 0.32's requests are chained: by hashing their tokens, or out of vLLM's own block hashes.
+
+vLLM's hashes cost nothing more, since it makes them for itself; they are taken where they are the SHA-256 of canonical
+CBOR, as ours are. Knows nothing about the planner's decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core.kv_cache_utils import (
+    generate_block_hash_extra_keys,
+    resolve_kv_cache_block_sizes,
+    resolve_none_hash_seed,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request as VllmRequest
+
+from kvkeep.core.key import DEFAULT_SEED, BlockHashes, ExtraKeys, mixed_root, none_hash
+from kvkeep.doors.vllm.loaded import Adapter, Adapters, Expected, LoadedAdapter, Resident
+from kvkeep.engine.plan import Scheduled
+from kvkeep.engine.scheduler.lookups import Request
+from kvkeep.telemetry import Miss
+
+LeftBehind = Callable[[Iterable[tuple[int, int, int]]], list[tuple[int, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True)
+class ChainKind:
+    """What digests are made of: block hashes of `block_tokens` tokens each (0: the tokens), chained from `seed`."""
+
+    block_tokens: int = 0
+    seed: str = DEFAULT_SEED
+
+    @property
+    def name(self) -> Literal["kvkeep", "vllm"]:
+        """As in the identity."""
+        return "vllm" if self.block_tokens else "kvkeep"
+
+
+def chain_kind(
+    wanted: Literal["auto", "kvkeep"], chunk_tokens: int, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> ChainKind:
+    """The kind that may be used. vLLM's default, `sha256`, hashes pickles, which another Python may write otherwise."""
+    if wanted != "auto" or vllm_config.cache_config.prefix_caching_hash_algo != "sha256_cbor":
+        return ChainKind()
+    block_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1]
+    if chunk_tokens % block_tokens:
+        return ChainKind()
+    return ChainKind(block_tokens, resolve_none_hash_seed(sha256_cbor))
+
+
+@dataclass
+class Requests:
+    """The engine's requests in the planner's words, from their arrival to their end."""
+
+    adapters: Adapters = field(default_factory=Adapters)
+    kind: ChainKind = ChainKind()
+    known: dict[str, VllmRequest] = field(default_factory=dict)
+    _roots: dict[str, bytes | Miss] = field(default_factory=dict)
+    _hashes: dict[str, BlockHashes] = field(default_factory=dict)
+    _adapted: dict[str, tuple[Adapter, bytes | None]] = field(default_factory=dict)  # with what they began
+
+    def add(self, request: VllmRequest) -> None:
+        """Remembers a request."""
+        self.known[request.request_id] = request
+
+    def drop(self, name: str) -> None:
+        """Forgets a request."""
+        for table in (self.known, self._roots, self._hashes, self._adapted):
+            table.pop(name, None)
+
+    def translated(self, request: VllmRequest) -> Request:
+        """The request for the planner. What its digests begin with is decided when this is first asked."""
+        name = request.request_id
+        if name not in self.known:
+            self.add(request)
+        if name not in self._roots:
+            self._begin(request)
+        return Request(
+            name,
+            request.all_token_ids,
+            request.num_prompt_tokens,
+            self._roots[name],
+            extra_keys(request),
+            request.num_preemptions > 0,
+            self._hashes.get(name),
+            not request.skip_reading_prefix_cache,  # vLLM would not take what is offered
+        )
+
+    def scheduled(self, output: SchedulerOutput, left_behind: LeftBehind) -> list[Scheduled]:
+        """What a step computes; `left_behind` gives the states that it leaves behind for what vLLM hands over."""
+        steps, handed = [], output.kv_connector_block_state.boundary_state_offloads
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.known.get(name)
+            if request is not None:
+                start = request.num_computed_tokens
+                final = min(start + count, request.num_tokens)
+                steps.append(Scheduled(name, final, request.all_token_ids, start, left_behind(handed.get(name, ()))))
+        return steps
+
+    def step_over(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> list[str]:
+        """Takes in what ranks have loaded by a step's end; gives the requests that another adapter has computed."""
+        if not self.adapters.told(loads, resident):
+            return []
+        doubtful = [
+            name
+            for name, (adapter, content) in self._adapted.items()
+            if content is not None and not self.adapters.is_still(adapter, content)
+        ]
+        for name in doubtful:
+            self._adapted[name] = (self._adapted[name][0], None)
+            self._roots[name] = Miss.ADAPTER
+        return doubtful
+
+    def own_cache_emptied(self) -> None:
+        """The engine's own prefix cache holds no block of any request."""
+        self.adapters.emptied(adapter for adapter, _ in self._adapted.values())
+
+    def expected(self, names: Iterable[str]) -> dict[str, Expected]:
+        """What ranks must have loaded for those of these requests that have an adapter."""
+        return {name: self.adapters.expected(self._adapted[name][0]) for name in names if name in self._adapted}
+
+    def _begin(self, request: VllmRequest) -> None:
+        name, block_tokens = request.request_id, self.kind.block_tokens
+        content: bytes | None = b""
+        if request.lora_request is not None:
+            adapter = adapter_of(request.lora_request)
+            content = self.adapters.begin(adapter)
+            self._adapted[name] = (adapter, content)
+        self._roots[name] = self._root(request, content)
+        if block_tokens:
+            self._hashes[name] = BlockHashes(request.block_hashes, block_tokens, content or b"")
+
+    def _root(self, request: VllmRequest, content: bytes | None) -> bytes | Miss:
+        """What starts a request's digests, given its adapter's content (empty: it has none); or why it is not kept."""
+        block_tokens = self.kind.block_tokens
+        if request.resumable:
+            return Miss.SESSION  # vLLM may cut its tokens, and with them what was hashed
+        if content is None:
+            return Miss.ADAPTER
+        if block_tokens and len(request.block_hashes) != request.num_tokens // block_tokens:
+            return Miss.HASHES
+        return mixed_root(none_hash(), content) if content else none_hash()
+
+
+def adapter_of(request: LoRARequest) -> Adapter:
+    """The adapter that a request names."""
+    return Adapter(request.lora_int_id, request.lora_name, request.lora_path, request.load_inplace)
+
+
+def extra_keys(request: VllmRequest) -> ExtraKeys | None:
+    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
+    plain = not (request.lora_request or request.mm_features or request.cache_salt)
+    if plain and request.prompt_embeds is None:
+        return None
+    return RangeKeys(request)
+
+
+class RangeKeys:
+    """What vLLM mixes into the hash of a token range.
+
+    Ranges may be asked for in any order. Where each begins at or after the end of the one before it, as a request's
+    chunks do, the images that have passed are not looked at again.
+    """
+
+    def __init__(self, request: VllmRequest) -> None:
+        self._request = request
+        self._end = 0  # of the range that was asked for last
+        self._image = 0  # the first image that may reach beyond it
+
+    def __call__(self, start: int, end: int) -> tuple[Any, ...] | None:
+        """The keys of tokens [start, end)."""
+        image = self._image if start >= self._end else 0
+        keys: tuple[Any, ...] | None
+        keys, self._image = generate_block_hash_extra_keys(self._request, start, end, image)
+        self._end = end
+        return keys

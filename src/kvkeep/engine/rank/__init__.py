@@ -1,0 +1,1 @@
+"""One rank's half: it does the copies of a step's plan and reports them."""

@@ -1,0 +1,1 @@
+"""The scheduler's half: what to look up, load and store for which request, and when."""

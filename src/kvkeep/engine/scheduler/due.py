@@ -1,0 +1,72 @@
+"""Loads that the engine has admitted and that no plan carries yet.
+
+Knows nothing about steps under way. A load leaves with the next plan, or is dropped when its request ends first.
+"""
+
+from __future__ import annotations
+
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.plan import LoadOp
+from kvkeep.engine.scheduler.ops import Tables, load_ops
+from kvkeep.engine.scheduler.request import Match, Record
+from kvkeep.engine.scheduler.states import States
+from kvkeep.engine.scheduler.steps import Load
+from kvkeep.transfer.transfer import SUM_NBYTES
+from kvkeep.wire.client import Client
+
+
+class DueLoads:
+    """The due loads of one engine; `layout` is that of whole chunks, `states` loads the state at a claim's end."""
+
+    def __init__(self, layout: ChunkLayout, states: States | None) -> None:
+        self._layout = layout
+        self._shard = layout.shards[0]
+        self._states = states
+        self._loads: list[tuple[Record, Load]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._loads)
+
+    def add(self, record: Record, match: Match, external: int, tables: Tables) -> None:
+        """Takes in the load of `external` tokens of a match into the request's blocks."""
+        span = (record.computed, record.computed + external)
+        ops = load_ops(self._shard, record.request, match, span, tables)
+        first = span[0] // self._layout.chunk_tokens
+        digests = record.chain.digests[first : first + len(ops)]
+        ops = [self._completed(op, match, chunk) for chunk, op in enumerate(ops, first)]
+        if self._states is not None:
+            ops.append(self._states.load_op(record.request, match, span, tables))
+            digests.append(digests[-1])
+        # of a chunk that is outside every window nothing is needed, and nothing can fail
+        needed = [(op, digest) for op, digest in zip(ops, digests, strict=True) if op.blocks]
+        # what a synchronous load fills may be in the engine's prefix cache already, and so may all that follows
+        blocks = () if record.beside else tables[0][span[0] // self._shard.groups[0].block_tokens :]
+        record.claimed_from = match.tokens_by_source(external)
+        ops, digests = [op for op, _ in needed], [digest for _, digest in needed]
+        load = Load(match.boot, match.leases, span, tuple(ops), tuple(digests), tuple(blocks), record.beside)
+        self._loads.append((record, load))
+
+    def take(self) -> list[tuple[Record, Load]]:
+        """All due loads, which leave with the plan that is being made."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def drop(self, record: Record, client: Client | None) -> None:
+        """Drops a request's loads and gives their leases back: its blocks are not its own any more."""
+        for owner, load in self._loads:
+            if owner is record and client is not None and load.boot == client.welcome.boot:
+                for lease in load.leases:
+                    client.release(lease)
+        self._loads = [(owner, load) for owner, load in self._loads if owner is not record]
+
+    def _completed(self, op: LoadOp, match: Match, chunk: int) -> LoadOp:
+        """The op with its word, or with each rank's part of the chunk's sums where the store wants it verified."""
+        sums = match.sums.get(chunk - match.first)
+        if not sums:
+            return op._replace(word=match.words.get(chunk - match.first, 0))
+        parts, start = [], 0
+        for shard in self._layout.shards:
+            end = start + SUM_NBYTES * len(shard.ranges)
+            parts.append(sums[start:end])
+            start = end
+        return op._replace(sums=tuple(parts))

@@ -1,0 +1,130 @@
+"""The states of recurrent layers: which of them a step leaves behind is stored, which a claim ends at is loaded.
+
+A state stands for all tokens before it and cannot be cut: a claim ends exactly where one was stored, and its block is
+the one at the claim's end. It is kept apart from its chunk, under the same digest, since an engine leaves few of them
+behind. Knows nothing about lookups, or about how the engine keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.link import Link
+from kvkeep.engine.plan import LoadOp, Scheduled, StoreOp
+from kvkeep.engine.scheduler.ops import Tables
+from kvkeep.engine.scheduler.request import Match, OpenChunk, Record
+from kvkeep.engine.scheduler.steps import Step
+from kvkeep.telemetry import Figures
+from kvkeep.transfer.transfer import NULL_BLOCK, SUM_NBYTES, Blocks
+from kvkeep.wire.client import Call, Client
+from kvkeep.wire.messages import BUSY, PRESENT, Granted
+
+
+class States:
+    """The states of one engine; `layout` is that of one of them, all ranks, with one block a group.
+
+    Its blocks hold as many tokens as a state's block does in the engine; their tables come after the chunks' groups'.
+    """
+
+    def __init__(
+        self, layout: ChunkLayout, figures: Figures, link: Link, patience_s: float, *, deadline_s: float
+    ) -> None:
+        self._layout = layout
+        self._figures = figures
+        self._link = link
+        self._patience_s = patience_s
+        self._deadline_s = deadline_s
+        self._unanswered_since_s: float | None = None
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each rank's part of a state starts in it (bytes)."""
+        return tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
+
+    def load_op(self, request: str, match: Match, span: tuple[int, int], tables: Tables) -> LoadOp:
+        """The scatter of the state at the end of tokens [start, end), into the block that ends there."""
+        state, (start, end) = match.state, span
+        assert state is not None
+        shard = self._layout.shards[0]
+        assert not end % shard.chunk_tokens, f"a claim of {end} tokens ends inside a state's block"
+        place = end // shard.chunk_tokens - 1
+        own = tables[len(tables) - len(shard.groups) :]
+        blocks = tuple(Blocks(group, 0, (table[place],)) for group, table in enumerate(own))
+        return LoadOp(match.boot, request, start, state.offset, blocks, self._sums(state.sums), state=True)
+
+    def store_ops(
+        self,
+        step: Step,
+        scheduled: Sequence[Scheduled],
+        records: Mapping[str, Record],
+        client: Client,
+        chunk_tokens: int,
+    ) -> list[StoreOp]:
+        """The step's gathers of states at chunks' ends. They are gone after it: what has no room by then is skipped."""
+        asked = []
+        for one in scheduled:
+            record = records.get(one.request)
+            if record is not None and record.stores:
+                left = _left_behind(record, one, chunk_tokens)
+                if left:
+                    digests = [record.chain.digests[number] for number in left]
+                    asked.append((record, left, client.reserve(digests, states=True)))
+        ops: list[StoreOp] = []
+        patience_s = self._patience_s
+        for record, left, call in asked:
+            answer = client.wait(call, patience_s)
+            patience_s = patience_s if call.done else 0.0  # one wait a step
+            self._heed(call)
+            if isinstance(answer, Granted):
+                ops += self._granted(step, record, left, answer, client.welcome.boot)
+            else:
+                client.abandon(call)
+                self._figures.add("skipped_states", len(left))
+        return ops
+
+    def _heed(self, call: Call) -> None:
+        """Leaves a store alone that has answered no reservation of a state for `deadline_s`."""
+        if call.done:
+            self._unanswered_since_s = None
+        elif self._unanswered_since_s is None:
+            self._unanswered_since_s = self._link.clock()
+        elif self._link.clock() - self._unanswered_since_s > self._deadline_s:
+            self._unanswered_since_s = None
+            self._link.suspend()
+
+    def _granted(
+        self, step: Step, record: Record, left: Mapping[int, tuple[int, ...]], answer: Granted, boot: bytes
+    ) -> list[StoreOp]:
+        if answer.lease:
+            record.write_leases.append(answer.lease)
+            record.boot = boot
+        ops = []
+        for place, (number, offset) in enumerate(zip(left, answer.offsets, strict=False)):
+            if offset >= 0:
+                chunk = OpenChunk(number, answer.lease, place, offset, [], step.number, state=True)
+                record.states[number] = chunk
+                step.add_gather(record, chunk, seal=True)
+                blocks = tuple(Blocks(group, 0, (block,)) for group, block in enumerate(left[number]))
+                ops.append(StoreOp(offset, blocks, seal=True, state=True))
+            elif offset not in (PRESENT, BUSY):
+                self._figures.add("skipped_states")
+        return ops
+
+    def _sums(self, sums: bytes) -> tuple[bytes, ...]:
+        """Each rank's part of a state's sums."""
+        sizes = [SUM_NBYTES * len(shard.ranges) for shard in self._layout.shards] if sums else []
+        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        return tuple(sums[end - size : end] for size, end in zip(sizes, ends, strict=True))
+
+
+def _left_behind(record: Record, one: Scheduled, chunk_tokens: int) -> dict[int, tuple[int, ...]]:
+    """The blocks of the states that a step leaves behind at the ends of chunks, by the chunk's number."""
+    kept = min(record.reserved_to, len(record.chain.digests))
+    return {
+        tokens // chunk_tokens - 1: block_ids
+        for tokens, block_ids in one.states
+        if 0 < tokens <= min(one.final, kept * chunk_tokens)
+        and not tokens % chunk_tokens
+        and NULL_BLOCK not in block_ids
+    }

@@ -1,0 +1,222 @@
+"""All that lies below the pool of one store: its tiers in order, the fetches down them, the writes to each.
+
+Knows nothing about sockets, or what kinds of tiers there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvkeep.core.index import IndexEntry
+from kvkeep.errors import TierBusy, TierError, TierUnavailable
+from kvkeep.memory.progress import Words
+from kvkeep.store.below.flush import Flush, FlushOptions
+from kvkeep.store.below.promote import Promotions
+from kvkeep.store.below.reads import TierReads
+from kvkeep.store.sessions import SUM_NBYTES, Session
+from kvkeep.store.store import NAMESPACE_NBYTES, Store
+from kvkeep.tiers.tier import OPENING, Bytes, Tier
+
+log = logging.getLogger("kvkeep.store")
+
+BATCH_NBYTES = 32 << 20
+HELD_SHARE = 8  # flushes may hold an eighth of the pool
+SPARED_SHARE = 2  # what waits to be written is evicted last, as far as it takes half of the pool
+VERB_LIMIT_S = 5.0  # of a clear or a delete
+CLOSE_LIMIT_S = 2.0
+SILENT = "tier %s does not say what it has, which counts as nothing: %s"
+MAX_NAMESPACES = 256  # whose ranges, and whose clears, are remembered for tiers that come late
+
+
+class Left(NamedTuple):
+    """How many chunks of the pool are in `no_tier` at the end; those of them that a tier should have are `lost`."""
+
+    no_tier: int
+    lost: int
+
+
+@dataclass
+class TierWalk:
+    """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before.
+
+    `words` are those behind the pool, of which chunks that are lent early get one each.
+    """
+
+    store: Store
+    memory: Bytes
+    words: Words | None = None
+    out: dict[str, str] = field(default_factory=dict)  # tiers that are not there, and why
+    loads: list[TierReads] = field(default_factory=list)
+    flushes: list[Flush] = field(default_factory=list)
+    _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _sizes: dict[bytes, Sequence[int]] = field(default_factory=dict)  # of a chunk's ranges, by namespace
+    _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
+
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)  # `out` has
+
+    def __post_init__(self) -> None:
+        self.promotions = Promotions(self.store, self.loads, self._promoted, self.words)
+
+    async def admit(
+        self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1
+    ) -> None:
+        """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""
+        forgotten: set[bytes | None] = set()
+        while missing := list(self._cleared - forgotten):
+            failure = await self._within(VERB_LIMIT_S, tier.clear(missing[0]))
+            if failure is not None:
+                log.error("tier %s is left out, it may hold what was cleared: %s", name, failure)
+                self.left_out(name, f"it may hold what was cleared: {failure}")
+                await self._within(CLOSE_LIMIT_S, tier.aclose())
+                return
+            forgotten.add(missing[0])
+        self.add(name, tier, figures, reads)
+        self.left_out(name, "")
+
+    def left_out(self, name: str, why: str) -> None:
+        """Notes why a tier that is configured is not there; OPENING: it will be soon, or `why` is known; "": it is."""
+        self.out.pop(name, None)
+        if why:
+            self.out[name] = why
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _opened(self) -> None:
+        while OPENING in self.out.values():
+            await self._changed.wait()
+
+    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1) -> None:
+        """Takes in a tier below all others, and writes to it what the pool has.
+
+        `figures` tells its own numbers, `reads` are how many it does at once.
+        """
+        held_nbytes = self.store.pool_nbytes // HELD_SHARE
+        spared_nbytes = self.store.pool_nbytes // SPARED_SHARE
+        options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes, spared_nbytes)
+        one = TierReads(
+            name, tier, self.memory, self.promotions.settle, lambda coming: self.store.late.add(coming.entry), reads
+        )
+        self.loads.append(one)
+        self._told.append(figures)
+        self.flushes.append(Flush(self.store.index, one, options))
+        self.flushes[-1].catch_up(self._kept())
+
+    def _kept(self) -> Iterator[tuple[bytes, Sequence[int]]]:
+        """The chunks in the pool that a tier can keep, and their ranges."""
+        for entry in self.store.index.committed():
+            sizes = self._sizes.get(entry.key[:NAMESPACE_NBYTES], ())
+            if _is_whole(entry, sizes):
+                yield entry.key, sizes
+
+    def committed(self, session: Session, entries: Sequence[IndexEntry | None]) -> None:
+        """These became readable in the pool: every tier gets them, if anybody can find them after the session.
+
+        A session that does not say what their ranges are keeps them in the pool.
+        """
+        if not session.lasting or not session.opening.sizes:
+            return
+        sizes = session.opening.sizes
+        self._sizes.pop(session.namespace, None)
+        self._sizes[session.namespace] = sizes
+        if len(self._sizes) > MAX_NAMESPACES:
+            del self._sizes[next(iter(self._sizes))]
+        for flush in self.flushes:
+            for entry in entries:
+                if entry is not None and _is_whole(entry, sizes):
+                    flush.submit(entry, sizes)
+
+    async def discard(self, keys: Sequence[bytes]) -> None:
+        """Takes chunks out of every tier (the pool has lost them already)."""
+        await self._each(lambda tier: tier.delete(keys))
+        self.store.index.discard(keys)  # what a tier gave before its turn came
+
+    async def clear(self, namespace: bytes | None) -> str:
+        """Drops a namespace, or everything, from every tier, also from later ones (the pool has lost it already).
+
+        Returns why it may be there again after a restart: a tier failed, did not answer, is not there. "": it is gone.
+        """
+        self._cleared.add(namespace if len(self._cleared) < MAX_NAMESPACES else None)
+        await self._within(VERB_LIMIT_S, self._opened())
+        failed = {name: str(failure) for name, failure in await self._each(lambda tier: tier.clear(namespace))}
+        self.store.index.clear(namespace)  # what a tier gave before its turn to forget came
+        return "; ".join(f"tier {name}: {why}" for name, why in {**self.out, **failed}.items())
+
+    async def aclose(self, drain_s: float) -> Left:
+        """Writes what waits, at most for `drain_s`, and ends the tiers; which chunks of the pool they do not have."""
+        await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes))
+        left = await self._left()
+        for one in self.loads:
+            failure = await self._within(CLOSE_LIMIT_S, one.tier.aclose())
+            if failure is not None:
+                log.warning("tier %s did not end well: %s", one.name, failure)
+        return left
+
+    async def _left(self) -> Left:
+        keys = [entry.key for entry in self.store.index.committed()]
+        held: set[bytes] = set()
+
+        async def ask(one: TierReads) -> None:
+            try:
+                held.update(itertools.compress(keys, await one.tier.contains(keys)))
+            except TierError as error:
+                log.warning(SILENT, one.name, error)
+
+        for one in self.loads:
+            failure = await self._within(CLOSE_LIMIT_S, ask(one))
+            if failure is not None:
+                log.warning(SILENT, one.name, failure)
+        lost = sum(key not in held for key, _ in self._kept()) if self.loads else 0
+        return Left(sum(key not in held for key in keys), lost)
+
+    def figures(self) -> dict[str, int]:
+        """What happened below the pool, by tier."""
+        figures = dict(self.promotions.figures)
+        for one, flush, told in zip(self.loads, self.flushes, self._told, strict=True):
+            counts = dict(told()) | {f"flush_{name}": count for name, count in flush.figures.items()}
+            counts |= {"flush_waiting": flush.waiting, "failures": one.breaker.failures}
+            counts |= {"under_way_nbytes": one.under_way_nbytes, "quarantined_nbytes": one.quarantined_nbytes}
+            figures |= {f"{one.name}_{name}": count for name, count in counts.items()}
+        return figures
+
+    def _promoted(self, entry: IndexEntry, sizes: Sequence[int], number: int) -> None:
+        """A chunk came from tier `number`: those above it get it too."""
+        for flush in self.flushes[:number]:
+            flush.submit(entry, sizes)
+
+    async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> list[tuple[str, TierError]]:
+        """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone.
+
+        Returns the names of those that did not do it, and what went wrong.
+        """
+        failures = []
+        for one in self.loads:
+            failure = await self._within(VERB_LIMIT_S, verb(one.tier))
+            if failure is not None:
+                failures.append((one.name, failure))
+                if not isinstance(failure, TierBusy):
+                    one.overdue((), str(failure))
+        return failures
+
+    async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
+        """Runs a verb for at most `limit_s`, then leaves it to itself; what went wrong."""
+        task = asyncio.get_running_loop().create_task(verb)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({task}, timeout=limit_s)  # not wait_for, which waits for what it cancels
+        if not task.done():
+            return TierUnavailable(f"no answer within {limit_s:.0f} s")
+        failure = task.exception()
+        if failure is not None and not isinstance(failure, TierError):
+            raise failure
+        return failure
+
+
+def _is_whole(entry: IndexEntry, sizes: Sequence[int]) -> bool:
+    """Whether a chunk can be verified later: a client may have sent sums of another number than its ranges."""
+    return bool(sizes) and len(entry.sums or b"") == SUM_NBYTES * len(sizes)

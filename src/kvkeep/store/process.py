@@ -1,0 +1,138 @@
+"""Starting the store process, joining one that runs, and being one.
+
+A private store inherits one end of a socket pair and ends with its file; a shared one listens on a Unix socket.
+Knows nothing about engines. The process imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.errors import ConfigError
+from kvkeep.memory.limits import check_room, size_text, still_beside_nbytes
+from kvkeep.memory.progress import region_nbytes, words_behind
+from kvkeep.memory.region import Region
+from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.identities import Identities
+from kvkeep.store.server.listening import listen, unlink_own
+from kvkeep.store.server.server import Server
+from kvkeep.store.store import Store
+from kvkeep.store.systemd import notify
+from kvkeep.tiers.open import open_tiers
+
+log = logging.getLogger("kvkeep.store")
+
+POPULATE_PIECE_NBYTES = 16 << 20
+POPULATE_SAY_S = 2.0
+END_LIMIT_S = 5.0
+DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
+
+
+def write_log(level: str) -> None:
+    """Writes the store process's lines of this level and above to stderr, with the time as vLLM writes it."""
+    form = "kvkeep store %(process)d %(levelname)s %(asctime)s %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, datefmt="%m-%d %H:%M:%S")
+
+
+def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
+    """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
+    check_room(options.pool_nbytes, beside_nbytes=still_beside_nbytes())
+    _allow_descriptors()
+    with Region.create(region_nbytes(options.pool_nbytes)) as region:
+        index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
+        store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
+        private = socket.socket(fileno=private_fd) if private_fd is not None else None
+        listener = listen(path) if path is not None else None
+        own = path.lstat() if path is not None else None
+        walk = TierWalk(store, region.array, words_behind(region))
+        server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
+        closing = threading.Event()
+        populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
+        log.info("pool of %s, policy %s, pid %d", size_text(options.pool_nbytes), options.policy, os.getpid())
+        populating.start()
+        try:
+            serve_to_the_end(server, _opened(options.disk, server.walk), DRAIN_S)
+        finally:
+            closing.set()
+            if path is not None and own is not None:
+                unlink_own(path, own)
+            populating.join(END_LIMIT_S)  # it must not meet a closed region
+
+
+async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
+    """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
+    walk.promotions.opening = disk is not None
+    try:
+        await open_tiers(disk, walk.admit, walk.left_out)
+    finally:
+        walk.promotions.opening = False
+    if disk is not None and walk.loads:
+        directory = Path(disk.directories[0])
+        Identities(directory, walk.store.namespaces).start(asyncio.get_running_loop())
+
+
+def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:
+    """Serves until the end, which SIGTERM and SIGINT are too; `opening` opens the tiers meanwhile.
+
+    Then what waits to be written is written, for at most `drain_s` seconds. The loop is left as it is: to close it well
+    is to wait for a device that may hang.
+    """
+    loop = asyncio.new_event_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    task = loop.create_task(opening)
+    notify("READY=1", os.environ)
+    loop.run_until_complete(server.serve())
+    notify("STOPPING=1", os.environ)
+    task.cancel()
+    chunks = server.store.figures()["chunks"]
+    left = loop.run_until_complete(server.walk.aclose(drain_s))
+    level = logging.WARNING if left.lost else logging.INFO
+    what = "ended: the pool had %d chunks, %d of them were written nowhere and are dropped"
+    log.log(level, what, chunks, left.no_tier)
+
+
+def _allow_descriptors() -> None:
+    """Raises the soft limit to the hard one: a store has one descriptor a client and one a process of its session."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _populate(region: Region, store: Store, closing: threading.Event) -> None:
+    """Allocates the pool's pages from the low end, which the allocator lends first; a copy into fresh pages is slow.
+
+    If memory runs out the store stops lending rather than let a worker's copy be killed.
+    """
+    began_s = said_s = time.monotonic()
+    for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
+        if closing.is_set():
+            return
+        try:
+            region.populate(start, min(POPULATE_PIECE_NBYTES, region.nbytes - start))
+        except ConfigError as error:
+            store.lending = False
+            log.error("nothing new is stored: %s", error)
+            return
+        if time.monotonic() - said_s > POPULATE_SAY_S:
+            said_s = time.monotonic()
+            _say(f"populating the pool: {100 * start // region.nbytes} %, {said_s - began_s:.0f} s")
+    _say(f"the pool is populated: {size_text(store.pool_nbytes)} in {time.monotonic() - began_s:.1f} s")
+
+
+def _say(text: str) -> None:
+    log.info("%s", text)
+    notify(f"STATUS={text}", os.environ)

@@ -1,0 +1,132 @@
+"""What the store answers to the messages of an open session that it can answer at once, and to checks of its index.
+
+Knows nothing about sockets or frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvkeep.core.index import Outcome
+from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.errors import WireError
+from kvkeep.store.below.states import FoundState
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.sessions import Session
+from kvkeep.store.store import Store
+from kvkeep.wire import messages as m
+
+log = logging.getLogger("kvkeep.store")
+
+CHECK_SHARE = 20  # checks of the index take at most one twentieth of the time ...
+LONGEST_CHECK_PAUSE_S = 2.0  # ... unless one takes very long
+_OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: m.NO_ROOM}
+
+
+@dataclass
+class Answers:
+    """Answers over `walk`; only the event loop's thread may ask."""
+
+    walk: TierWalk
+
+    @property
+    def store(self) -> Store:
+        """The pool's own store."""
+        return self.walk.store
+
+    def asked(self, session: Session, message: m.ToStore) -> m.FromStore | None:
+        """The answer to a message of an open session, None where it has none."""
+        store = self.store
+        match message:
+            case m.Reserve():
+                side = session.states if message.states else session
+                if side is None:
+                    raise WireError("it has no states")
+                lease, places = store.reserve(side, m.split_digests(message.digests))
+                offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
+                return m.Granted(message.call, lease, offsets)
+            case m.Commit():
+                side = session.side_of(message.lease)
+                entries = store.written(side, message.lease, message.places)
+                done = store.commit(side, message.lease, message.places, message.sums)
+                self.walk.committed(side, list(itertools.compress(entries, done)))
+                return m.Committed(message.call, done, *self.fill())
+            case m.Release():
+                store.release(session.side_of(message.lease), message.lease)
+            case m.Rename():
+                self._rename(session, message)
+            case m.AskStats():
+                return m.Stats(message.call, self.figures(), out=self.walk.out)
+        return None
+
+    def named(self, session: Session, identity: str) -> None:
+        """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
+        apart = self.store.namespaces.name(session.namespace, session.opening.name, identity)
+        if apart:
+            log.info("session %d shares nothing with the one before: %s", session.number, "; ".join(apart))
+
+    def figures(self) -> dict[str, int]:
+        """What the pool and the tiers hold and did, by name."""
+        return self.store.figures() | self.walk.figures()
+
+    def fill(self) -> tuple[int, int]:
+        """The bytes of the pool that hold chunks, and those that leases hold."""
+        stats = self.store.index.stats()
+        return stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes, stats.pinned_nbytes
+
+    def checked(self) -> m.Stats:
+        """All figures, what is wrong with the index, and the namespaces; for the call number 0."""
+        counts = self.store.index.prefixes(NAMESPACE_NBYTES)
+        known = [m.Known(one, *named, counts[one]) for one, named in self.store.namespaces.known.items()]
+        return m.Stats(0, self.figures(), self.store.index.check(), known, self.walk.out)
+
+    def _rename(self, session: Session, asked: m.Rename) -> None:
+        if asked.namespace != session.namespace:
+            log.info(
+                "session %d (%s) is in a namespace of its own from here on%s; what it leaves behind stays for others",
+                session.number,
+                session.opening.name,
+                "" if asked.lasting else ", which ends with it and goes to no disk",
+            )
+        self.store.rename(session, asked.namespace, asked.lasting)
+        self.store.namespaces.name(session.namespace, session.opening.name, asked.identity)
+
+
+@dataclass
+class Checks:
+    """Checks of the index for all that ask: one at a time, and no more of them than a share of the time.
+
+    `check` makes one. Whoever asks while the next one is not due shares it.
+    """
+
+    check: Callable[[], m.Stats]
+    loop: asyncio.AbstractEventLoop
+    _asking: list[Callable[[m.Stats], None]] = field(default_factory=list)
+    _due_s: float = 0.0
+
+    def ask(self, answer: Callable[[m.Stats], None]) -> None:
+        """Calls `answer` with a check that is made from now on."""
+        self._asking.append(answer)
+        if len(self._asking) == 1:
+            self.loop.call_at(max(self.loop.time(), self._due_s), self._run)
+
+    def _run(self) -> None:
+        began_s = self.loop.time()
+        stats = self.check()
+        took_s = self.loop.time() - began_s
+        self._due_s = began_s + took_s + min(LONGEST_CHECK_PAUSE_S, CHECK_SHARE * took_s)
+        asking, self._asking = self._asking, []
+        for answer in asking:
+            answer(stats)
+
+
+def state_of(found: FoundState) -> m.HeldState | None:
+    """The state at the end of a run, as a message's part."""
+    if found.state is None:
+        return None
+    lease, offsets, sums = found.state.fetched
+    return m.HeldState(lease, offsets[0], sums.get(0, b""), next(iter(found.state.sources)))

@@ -1,0 +1,88 @@
+"""Where clients of a shared store arrive: whoever may not come in is told why.
+
+Without descriptors nobody is taken in for a while, for a client that waits would wake the loop again at once. Knows
+nothing about sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvkeep.errors import WireError
+from kvkeep.wire import messages as m
+from kvkeep.wire.frames import framed
+from kvkeep.wire.processes import credentials_of
+
+log = logging.getLogger("kvkeep.store")
+
+REST_S = 1.0
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+@dataclass
+class Reception:
+    """Accepts at `listener` and hands each client to `take_in`; `full` makes room, or says why there is none."""
+
+    listener: socket.socket
+    loop: asyncio.AbstractEventLoop
+    take_in: Callable[[socket.socket], None]
+    full: Callable[[], str]
+    _open: bool = False
+    _short: bool = False
+
+    def open(self) -> None:
+        """Takes clients in from here on."""
+        self._open = True
+        self.listener.setblocking(False)
+        self.loop.add_reader(self.listener, self._welcome)
+
+    def close(self) -> None:
+        """Takes nobody in any more; the listener stays its owner's."""
+        self._open = False
+        self.loop.remove_reader(self.listener)
+
+    def _welcome(self) -> None:
+        try:
+            sock, _ = self.listener.accept()
+        except OSError as error:  # the client is gone again, or descriptors are short: the others are served on
+            if error.errno in _SHORT:
+                self._rest(error)
+            return
+        self._short = False
+        why = stranger(sock) or self.full()
+        if why:
+            log.warning("refused a client: %s", why)
+            turn_away(sock, why)
+        else:
+            self.take_in(sock)
+
+    def _rest(self, error: OSError) -> None:
+        if not self._short:
+            self._short = True
+            log.warning("no client can be taken in (%s): raise the limit of open files of this process", error)
+        self.loop.remove_reader(self.listener)
+        self.loop.call_later(REST_S, lambda: self.open() if self._open else None)
+
+
+def stranger(sock: socket.socket) -> str:
+    """Why the user at the other end may not come in; empty where it may."""
+    uid = credentials_of(sock).uid
+    if uid in (os.getuid(), 0):
+        return ""
+    return f"this store is run by user {os.getuid()} and refuses clients of user {uid}"
+
+
+def turn_away(sock: socket.socket, why: str) -> None:
+    """Says why, if the client listens, and closes the socket."""
+    sock.setblocking(False)
+    try:
+        sock.send(framed(m.encoded(m.Refused(WireError.code, why))))
+    except OSError as failure:
+        log.debug("the refusal could not be sent: %s", failure)
+    sock.close()

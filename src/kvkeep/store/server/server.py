@@ -1,0 +1,367 @@
+"""The store's end of the channel: one event loop over sockets, one reader of frames a client.
+
+Any bytes from any client are a typed error for that client and nothing for the others. A client gets a bounded part of
+each turn of the loop; one that does not read is disconnected once its unsent answers are over a bound, one that says
+no hello in time is too. Knows nothing about pools or keys beyond handing them on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kvkeep.errors import WireError
+from kvkeep.store.below.states import StateFetches
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.below.waiting import FetchLimits, Found
+from kvkeep.store.server.answers import Answers, Checks, state_of
+from kvkeep.store.server.lingering import Lingering
+from kvkeep.store.server.peer import Peer
+from kvkeep.store.server.reception import Reception
+from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.store import Store
+from kvkeep.wire import messages as m
+from kvkeep.wire.frames import framed
+from kvkeep.wire.processes import MAX_HOLDERS, Holders, credentials_of, holders_of
+
+log = logging.getLogger("kvkeep.store")
+
+MAX_UNSENT_NBYTES = 8 << 20
+MAX_CLIENTS = 256
+MAX_DEADLINE_S = 3600.0
+MAX_PID = 2**22  # the kernel's own limit
+HELLO_LIMIT_S = 5.0
+TURN_FRAMES, TURN_S = 32, 1e-3  # what one client gets before the others get theirs
+MAX_ERRANDS = 4  # of one client: clears, discards and checks that are under way
+MAX_FETCHES = 4096  # of one client: lookups that are not answered
+
+
+@dataclass
+class Server:
+    """Serves `store` until `stop` is called, or until the private client's end of file when there is no listener.
+
+    The event loop's thread owns it and the store; only `stop` may be called from another.
+    """
+
+    walk: TierWalk
+    boot: bytes
+    pool_fd: int
+    private: socket.socket | None = None
+    listener: socket.socket | None = None
+    hello_limit_s: float = HELLO_LIMIT_S
+    _peers: dict[int, Peer] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _wake: Callable[[], object] = lambda: None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _reception: Reception | None = None
+
+    def __post_init__(self) -> None:
+        self.states = StateFetches(self.walk.promotions)
+        self.answers = Answers(self.walk)
+        self._life = os.pipe()  # nobody writes to it: whoever has the other end sees when we have ended
+
+    @property
+    def store(self) -> Store:
+        """The pool's own store."""
+        return self.walk.store
+
+    async def serve(self) -> None:
+        """Runs until it is told to stop or its only client is gone."""
+        self.begin(asyncio.get_running_loop())
+        self._wake = lambda: self._loop.call_soon_threadsafe(self._over.set)
+        if self.private is not None:
+            self.accept(self.private)
+        if self._reception is not None:
+            self._reception.open()
+        if not self._stopping.is_set() and (self.listener is not None or self._peers):
+            await self._over.wait()
+        self._close()
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Makes what needs the loop."""
+        self._loop = loop
+        self._over = asyncio.Event()
+        self._lingering = Lingering(self.store, self._loop)
+        if self.listener is not None:
+            self._reception = Reception(self.listener, loop, self.accept, self._full)
+        self._checks = Checks(self.answers.checked, self._loop)
+
+    def stop(self) -> None:
+        """Ends `serve`; also from another thread, and before it has begun."""
+        self._stopping.set()
+        self._wake()
+
+    def _close(self) -> None:
+        self._wake = lambda: None
+        if self._reception is not None:
+            self._reception.close()
+        for peer in self._peers.values():
+            self._unwatch(peer)
+            peer.session = None  # it hears of nothing that ends from here on
+            peer.close()
+        self._lingering.close()
+        for fd in self._life:
+            os.close(fd)
+
+    # ---- who comes
+
+    def accept(self, sock: socket.socket) -> None:
+        """Takes in a connected client."""
+        sock.setblocking(False)
+        peer = Peer(sock, credentials_of(sock).pid)
+        self._peers[sock.fileno()] = peer
+        self._loop.add_reader(sock, self._turn, peer)
+        if sock is not self.private:
+            self._loop.call_later(self.hello_limit_s, self._expect_hello, peer)
+
+    def _full(self) -> str:
+        """Why nobody else can be taken in; empty if there is room, which a client that has said nothing gives up."""
+        silent = next((peer for peer in self._peers.values() if peer.session is None), None)
+        if len(self._peers) < MAX_CLIENTS:
+            return ""
+        if silent is None:
+            return f"{MAX_CLIENTS} clients are connected, and no more are taken"
+        self._drop(silent, "others wait for its place and it has said no hello")
+        return ""
+
+    def _expect_hello(self, peer: Peer) -> None:
+        if peer.session is None and not peer.closed:
+            self._refuse(peer, WireError(f"no hello within {self.hello_limit_s:.0f} s"))
+
+    # ---- a client's turn
+
+    def _turn(self, peer: Peer) -> None:
+        """Reads what one client sent and answers a part of it; an error ends that client only."""
+        peer.due = False
+        if peer.closed:
+            return
+        try:
+            if peer.unsent:
+                self._flush(peer)
+            if not peer.paused and not peer.receive():
+                self._drop(peer, "its end of the socket was closed")
+                return
+            waits = self._answer_some(peer)
+        except WireError as error:
+            self._refuse(peer, error)
+            return
+        if not peer.closed:
+            self._pace(peer, waits)
+
+    def _answer_some(self, peer: Peer) -> bool:
+        """Answers at most a turn's worth; whether the next frame waits for an errand or a lookup of this client."""
+        until_s = self._loop.time() + TURN_S
+        for _ in range(TURN_FRAMES):
+            if not peer.asked or self._loop.time() > until_s:
+                return False
+            message = m.decoded_by_store(peer.asked[0])
+            if _is_too_much(peer, message):
+                return True
+            peer.asked.popleft()
+            self._answer(peer, message)
+            if peer.closed:
+                return False
+        return False
+
+    def _pace(self, peer: Peer, waits: bool) -> None:
+        """Reads nothing more of a client that has frames left; it gets its next turn after the others."""
+        if peer.paused != bool(peer.asked):
+            peer.paused = bool(peer.asked)
+            if peer.paused:
+                self._loop.remove_reader(peer.sock)
+            else:
+                self._loop.add_reader(peer.sock, self._turn, peer)
+        if waits and peer.hung_up():
+            self._drop(peer, "its end of the socket was closed")
+        elif peer.paused and not waits:
+            self._again(peer)
+
+    def _again(self, peer: Peer) -> None:
+        if not peer.due:
+            peer.due = True
+            self._loop.call_soon(self._turn, peer)
+
+    def _eased(self, peer: Peer) -> None:
+        """An errand or a lookup of a client has ended: what waits for it goes on."""
+        if peer.paused:
+            self._again(peer)
+
+    def _answer(self, peer: Peer, message: m.ToStore) -> None:
+        if isinstance(message, m.Hello):
+            self._hello(peer, message)
+            return
+        session = peer.session
+        if session is None:
+            raise WireError("the first message must be a hello")
+        if isinstance(message, m.Bye):
+            self.states.forget(session)
+            self.store.close(session)
+            peer.session = None
+            self._drop(peer, "it said goodbye")
+        elif isinstance(message, m.Fetch):
+            self._fetch(peer, session, message)
+        elif isinstance(message, m.Clear):
+            namespaces = self.store.namespaces_of(session, message.everything)  # now: a rename may be the next message
+            count = self.store.clear(session, message.everything)
+            self._errand(peer, self._clear(namespaces, m.Cleared(message.call, count)))
+        elif isinstance(message, m.Discard):
+            digests = m.split_digests(message.digests)
+            self.store.discard(session, digests)
+            keys = [key for side in session.sides for key in self.store.keys(side, digests)]
+            self._errand(peer, self.walk.discard(keys))
+        elif isinstance(message, m.AskStats) and message.check:
+            self._check(peer, message.call)
+        else:
+            answer = self.answers.asked(session, message)
+            if answer is not None:
+                self._send(peer, answer)
+
+    def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
+        def answer(found: Found, state: m.HeldState | None = None) -> None:
+            why, fill = found.why.value if found.why is not None else "", self.answers.fill()
+            fetched, words = found.fetched, dict(found.words)
+            self._told(peer, m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words, *fill))
+            peer.fetches -= 1
+            self._eased(peer)
+
+        peer.fetches += 1
+        deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
+        limits = FetchLimits(deadline_s, min(MAX_DEADLINE_S, asked.limit_s), asked.early)
+        digests = m.split_digests(asked.digests)
+        if session.states is None:
+            self.walk.promotions.fetch(session, digests, limits, answer)
+        else:
+            self.states.fetch(session, digests, limits, lambda found: answer(found.run, state_of(found)))
+
+    def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore | None]) -> None:
+        """Does what takes longer than a turn, and then gives its answer."""
+        peer.errands += 1
+
+        async def do() -> None:
+            try:
+                answer = await steps
+                if answer is not None:
+                    self._told(peer, answer)
+            finally:
+                peer.errands -= 1
+                self._eased(peer)
+
+        task = self._loop.create_task(do())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _clear(self, namespaces: Sequence[bytes | None], answer: m.Cleared) -> m.Cleared:
+        failures = [await self.walk.clear(namespace) for namespace in namespaces]
+        return msgspec.structs.replace(answer, not_durable="; ".join(dict.fromkeys(filter(None, failures))))
+
+    def _check(self, peer: Peer, call: int) -> None:
+        def answer(stats: m.Stats) -> None:
+            peer.errands -= 1
+            self._told(peer, msgspec.structs.replace(stats, call=call))
+            self._eased(peer)
+
+        peer.errands += 1
+        self._checks.ask(answer)
+
+    def _hello(self, peer: Peer, hello: m.Hello) -> None:
+        if hello.version != m.VERSION:
+            raise WireError(f"protocol version {hello.version} is not {m.VERSION}: use the same kvkeep on both sides")
+        if peer.session is not None or len(hello.holders) > MAX_HOLDERS:
+            raise WireError(f"a session says hello once and names at most {MAX_HOLDERS} processes")
+        if not all(0 < pid <= MAX_PID for pid in hello.holders):
+            raise WireError("a holder is no process id")
+        fds, peer.fds = peer.fds, []
+        peer.holders = holders_of(fds, len(set(hello.holders)))
+        self._lingering.resume(hello.resumes, peer.holders)
+        opening = Opening(
+            hello.name,
+            hello.namespace,
+            hello.identity,
+            hello.chunk_nbytes,
+            tuple(hello.holders),
+            hello.verify_every,
+            tuple(hello.sizes),
+            tuple(hello.state_sizes),
+            owner=peer.pid,
+        )
+        peer.session = self.store.open(opening)
+        welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
+        try:
+            socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd, self._life[0]])
+        except OSError as error:
+            raise WireError(f"the pool could not be handed over: {error}") from error
+        name = peer.session.opening.name
+        log.info("session %d opened by %s (pid %d)", peer.session.number, name, peer.pid)
+        if peer.holders.doubt:
+            log.warning("session %d (%s): a process of it cannot be watched (no pidfd)", peer.session.number, name)
+        if hello.identity:
+            self.answers.named(peer.session, hello.identity)
+
+    # ---- what goes back
+
+    def _told(self, peer: Peer, answer: m.FromStore) -> None:
+        """Sends an answer that has taken a while, if its client is still there."""
+        if peer.session is None:
+            return
+        try:
+            self._send(peer, answer)
+        except WireError as error:
+            self._refuse(peer, error)
+
+    def _send(self, peer: Peer, answer: m.FromStore) -> None:
+        peer.unsent += framed(m.encoded(answer))
+        self._flush(peer)
+        if len(peer.unsent) > MAX_UNSENT_NBYTES:
+            raise WireError("it does not read its answers")
+
+    def _flush(self, peer: Peer) -> None:
+        peer.send()
+        if peer.writing != bool(peer.unsent):
+            peer.writing = bool(peer.unsent)
+            if peer.writing:
+                self._loop.add_writer(peer.sock, self._turn, peer)
+            else:
+                self._loop.remove_writer(peer.sock)
+
+    def _refuse(self, peer: Peer, error: WireError) -> None:
+        try:
+            if not peer.unsent:  # else it would be taken for the rest of an answer that is half sent
+                peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
+        except OSError as failure:
+            log.debug("the refusal could not be sent: %s", failure)
+        self._drop(peer, str(error))
+
+    def _unwatch(self, peer: Peer) -> None:
+        self._loop.remove_reader(peer.sock)
+        self._loop.remove_writer(peer.sock)
+
+    def _drop(self, peer: Peer, why: str) -> None:
+        """Ends a client; memory that its processes may still touch is kept until they are gone."""
+        log.info("client (pid %d) ended: %s", peer.pid, why)
+        self._unwatch(peer)
+        del self._peers[peer.sock.fileno()]
+        holders, peer.holders = peer.holders, Holders()
+        session, peer.session = peer.session, None
+        peer.close()
+        if self.listener is None and not self._peers:
+            self._over.set()
+        if session is None:
+            holders.close()
+            return
+        self.states.forget(session)
+        self._lingering.add(session, holders)
+
+
+def _is_too_much(peer: Peer, message: m.ToStore) -> bool:
+    """Whether a message must wait until something that its client asked for before has ended."""
+    if isinstance(message, m.Fetch):
+        return peer.fetches >= MAX_FETCHES
+    heavy = isinstance(message, m.Clear | m.Discard) or (isinstance(message, m.AskStats) and message.check)
+    return heavy and peer.errands >= MAX_ERRANDS

@@ -1,0 +1,106 @@
+"""A real store and its server in a thread of the test, so that a test can look into the store and needs no process.
+
+Knows nothing about engines. An engine must never do this: a busy thread beside it would take its interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvkeep.core.allocator import FreeList
+from kvkeep.core.index import Index
+from kvkeep.core.policy import policy_by_name
+from kvkeep.memory.progress import region_nbytes, words_behind
+from kvkeep.memory.region import Region
+from kvkeep.options import StoreOptions
+from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.server.listening import listen
+from kvkeep.store.server.server import Server
+from kvkeep.store.store import Store
+
+END_LIMIT_S = 10.0
+
+
+@dataclass
+class RunningStore:
+    """One boot of a store: its parts, and the thread that owns them until its server's loop has ended.
+
+    Look into `store` only while the thread is idle.
+    """
+
+    region: Region
+    store: Store
+    server: Server
+    thread: threading.Thread
+
+    def join(self) -> None:
+        """Waits for the end of the thread and gives the pool's memory back."""
+        self.thread.join(END_LIMIT_S)
+        assert not self.thread.is_alive(), "the server's loop has not ended"
+        self.region.close()
+
+
+@dataclass
+class ThreadSource:
+    """A `Source` (see `kvkeep.engine.link`): each connection gets a store of its own, a new boot with a new pool.
+
+    The client's goodbye or end of file ends it, as with a private store.
+    """
+
+    pool_nbytes: int
+    policy: str = "lru"
+    max_pinned_share: float = 0.5
+    outlived: bool = False
+    boots: list[RunningStore] = field(default_factory=list)
+
+    @property
+    def running(self) -> RunningStore:
+        """The newest boot."""
+        return self.boots[-1]
+
+    def connect(self) -> socket.socket:
+        """A socket to a new store."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        options = StoreOptions(self.pool_nbytes, self.policy, self.max_pinned_share)
+        self.boots.append(_started(options, theirs, None))
+        return ours
+
+    def end(self, wait: bool) -> None:
+        """Waits for every store whose client has gone; without `wait` nothing is done."""
+        if wait:
+            for one in self.boots:
+                one.join()
+
+    def patience_s(self) -> float | None:
+        """It always starts."""
+        return None
+
+
+@contextmanager
+def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
+    """A store that listens at `path` for any number of clients, as long as the context lasts."""
+    with listen(path) as listener:
+        running = _started(options, None, listener)
+        try:
+            yield running
+        finally:
+            running.server.stop()
+            running.join()
+
+
+def _started(options: StoreOptions, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
+    region = Region.create(region_nbytes(options.pool_nbytes))
+    index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
+    store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
+    walk = TierWalk(store, region.array, words_behind(region))
+    server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
+    thread.start()
+    return RunningStore(region, store, server, thread)

@@ -1,0 +1,1 @@
+"""An engine whose KV bytes prove themselves, driving the real planner and workers without vLLM."""

@@ -1,0 +1,38 @@
+"""Whether the pool's chunks and the engine's blocks hold what a fake model computes, as integers.
+
+Knows nothing about scheduling or the store.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.core.layout import ChunkLayout
+from kvkeep.testing.fake_engine.model import PARTS, FakeModel
+from kvkeep.testing.fake_engine.request import FakeRequest
+
+
+def check_chunk(model: FakeModel, layout: ChunkLayout, chunk: npt.NDArray[np.uint8], prefix: tuple[int, ...]) -> None:
+    """AssertionError unless `chunk` starts with the chunk that ends `prefix`, padding included."""
+    tokens = layout.chunk_tokens
+    for rank, shard in enumerate(layout.shards):
+        base = layout.shard_offset(rank)
+        for one in shard.ranges:
+            right = model.expected(one.group, prefix)[rank, one.layer, :, -tokens:]
+            raw = chunk[base + one.offset : base + one.offset + one.nbytes]
+            held = raw.view(np.uint64).reshape(PARTS, tokens)
+            assert (held == right).all(), f"the pool's chunk that ends {prefix} is wrong on rank {rank}"
+            padding = chunk[base + one.offset + one.nbytes : base + one.offset + one.padded_nbytes]
+            assert not padding.any(), "padding is not zero"
+
+
+def check_table(model: FakeModel, request: FakeRequest, group: int) -> None:
+    """AssertionError unless a request has all blocks of a group that its next token sees, and they are right."""
+    right = model.expected(group, tuple(request.tokens[: request.computed]))
+    cache, size = model.caches[group], model.groups[group].block_tokens
+    seen = np.arange(model.first_seen(group, request.computed), request.computed)
+    blocks = np.array(request.tables[group])[seen // size]
+    assert (blocks != 0).all(), f"{request.name}: group {group} gave up a block that is still seen"
+    held = cache[..., blocks, seen % size]
+    assert (held == right[..., seen]).all(), f"{request.name}: a computed block of group {group} is wrong"

@@ -1,0 +1,1 @@
+"""Conformance suites: what every allocator, transfer and tier must do."""

@@ -1,0 +1,1 @@
+"""The disk tier: one directory or several, a record a file."""

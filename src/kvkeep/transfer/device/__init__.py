@@ -1,0 +1,1 @@
+"""Copies on a CUDA device: by a kernel or its copy engine, ordered by events."""
