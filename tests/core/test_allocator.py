@@ -7,11 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvkeep.core.allocator import ALIGNMENT, Allocator, Extent, FreeList, Slots
+from kvkeep.core.allocator import Allocator, Extent, FreeList, Slots
 from kvkeep.core.mixed import Mixed, SlotSteps
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.testing.suites.allocators import CHECKS, AllocatorCase, check_refused
 
-PAGE = ALIGNMENT
+PAGE = ALIGN_NBYTES
 SLOT = 3 * PAGE
 
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvkeep.core.allocator import ALIGNMENT, FreeList, Slots
+from kvkeep.core.allocator import FreeList, Slots
 from kvkeep.core.index import BUSY, NO_ROOM, PRESENT, Index, IndexEntry
 from kvkeep.core.policy import fifo, lfu, lru, mru
+from kvkeep.core.units import ALIGN_NBYTES
 
-PAGE = ALIGNMENT
+PAGE = ALIGN_NBYTES
 SIZE = 2 * PAGE
 SUMS = b"s" * 16
 NAMESPACES = [b"n" * 16, b"m" * 16]

@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.core.layout import (
-    ALIGN_NBYTES,
-    ChunkLayout,
-    GroupLayout,
-    LayerLayout,
-    ShardLayout,
-    chunk_tokens_for,
-    padded_nbytes,
-)
+from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout, chunk_tokens_for, padded_nbytes
+from kvkeep.core.units import ALIGN_NBYTES
 
 BLOCK_SIZES = (1, 3, 16, 32, 64, 784)
 layers = st.lists(st.integers(1, 9000), min_size=1, max_size=2).map(lambda parts: LayerLayout("l", tuple(parts)))

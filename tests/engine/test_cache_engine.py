@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.key import none_hash
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.doors.library import connection as line
 from kvkeep.doors.library.digests import Prompts
 from kvkeep.errors import BlockError, StoreGone
@@ -24,7 +25,6 @@ from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.testing.doubles.transfers import FaultyTransfer
 from kvkeep.testing.fake_engine.model import FakeModel, GroupShape
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.transfer import SUM_NBYTES
 
 from .library import CHUNK, LAYOUTS, NB, Library, flash_attention, group, library, mla
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import xxhash
 
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES, SUM_NBYTES
 from kvkeep.errors import BlockError, LayoutMismatch, LeaseExpired
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.suites.transfers import CHECKS, TransferCase
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks
+from kvkeep.transfer.transfer import Blocks
 
 NB = 9  # blocks of a group; twice a chunk's blocks and the null block fit
 GUARD = 4096

@@ -19,6 +19,7 @@ import pytest
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
+from kvkeep.core.units import BOOT_NBYTES
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region
@@ -31,7 +32,7 @@ from kvkeep.testing.doubles.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.frames import framed
-from kvkeep.wire.pool_socket import BOOT_NBYTES, HandedPool, PoolDoor, send_pool
+from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 from kvkeep.wire.start import Child, join_shared, start_private
 
 CHUNK, ROOM = 4096, 8

@@ -19,6 +19,7 @@ import torch
 from kvkeep.bench.rows import Case, Row, alternate, seconds
 from kvkeep.config import Config
 from kvkeep.core.layout import ShardLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.doors.library.by_layer import Means
 from kvkeep.doors.library.cache_engine import CacheEngine
 from kvkeep.doors.library.open import Model, identity_of
@@ -29,7 +30,7 @@ from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
 from kvkeep.transfer.rope.keys import Keys, Turning
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened, Transfer
+from kvkeep.transfer.transfer import Blocks, Opened, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
 COPIED_TOKENS = 2048

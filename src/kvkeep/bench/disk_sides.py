@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from kvkeep.bench.rows import seconds
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.memory.region import Region
 from kvkeep.options import DiskOptions, Durability
 from kvkeep.tiers.disk.directio import aligned_bytes

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import show_namespaces
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.store.identities import FILE, load_identities
 from kvkeep.store.namespaces import Named

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
 
-ALIGNMENT = 4096
+from kvkeep.core.units import ALIGN_NBYTES
+
 _SLACK = 64  # stale records that are not worth a clean-up
 
 
@@ -62,7 +63,7 @@ class FreeList:
     grow only with the root of the space, and moving 64 KiB of pointers costs less than a tree.)
     """
 
-    def __init__(self, nbytes: int = 0, alignment: int = ALIGNMENT) -> None:
+    def __init__(self, nbytes: int = 0, alignment: int = ALIGN_NBYTES) -> None:
         if alignment.bit_count() != 1:
             raise ValueError(f"alignment {alignment} is no power of two")
         self._alignment = alignment

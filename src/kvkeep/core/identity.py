@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvkeep.core import cbor
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 
 SCHEMA: Literal[2] = 2
 """The version of the record: a new one whenever a field is added, dropped or changes its meaning."""

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.core import cbor
+from kvkeep.core.units import DIGEST_NBYTES, NAMESPACE_NBYTES
 
 DEFAULT_SEED = "vllm-none-hash"
-NAMESPACE_NBYTES = 16
-DIGEST_NBYTES = 32
 
 Tokens = Sequence[int] | npt.NDArray[Any]
 ExtraKeys = Callable[[int, int], tuple[Any, ...] | None]

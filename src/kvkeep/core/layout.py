@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-ALIGN_NBYTES = 4096
+from kvkeep.core.units import ALIGN_NBYTES
+
 VERSION = 1
 """The version of these rules: a new one whenever a byte of a chunk would lie elsewhere. Every identity has it."""
 

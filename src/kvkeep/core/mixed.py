@@ -5,7 +5,8 @@ Knows nothing about the bytes behind an offset or about who asks. Not thread-saf
 
 from __future__ import annotations
 
-from kvkeep.core.allocator import ALIGNMENT, Allocator, Extent, FreeList
+from kvkeep.core.allocator import Allocator, Extent, FreeList
+from kvkeep.core.units import ALIGN_NBYTES
 
 
 class Mixed:
@@ -16,7 +17,7 @@ class Mixed:
     aside for either kind; each merge was paid for by a free.
     """
 
-    def __init__(self, slot_nbytes: int, nbytes: int = 0, alignment: int = ALIGNMENT) -> None:
+    def __init__(self, slot_nbytes: int, nbytes: int = 0, alignment: int = ALIGN_NBYTES) -> None:
         self._list = FreeList(nbytes, alignment)
         self._slot_nbytes = self._list.extent_nbytes(slot_nbytes)
         self._idle: dict[int, Extent] = {}  # offset -> a slot that the list lends, but we do not

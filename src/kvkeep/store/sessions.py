@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import IndexEntry
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.store.lent import Early
-
-SUM_NBYTES = 16
 
 
 @dataclass(frozen=True)

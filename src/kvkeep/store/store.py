@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 from kvkeep.core.index import Index, IndexEntry, Outcome
 from kvkeep.core.layout import padded_nbytes
+from kvkeep.core.units import NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import WireError
 from kvkeep.store.lent import Early
 from kvkeep.store.namespaces import Namespaces, plain_identity, plain_name
-from kvkeep.store.sessions import SUM_NBYTES, Opening, ReadLease, Session, WriteLease
+from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
 
-NAMESPACE_NBYTES = 16
-DIGEST_NBYTES = 32
 MAX_SUMS_NBYTES = 2 << 20  # of one answer: a frame has a bound
 MAX_RANGES = 32 << 10  # of a chunk, or of a state: a record holds more, and four chunks' sums fit an answer
 MAX_UNSIZED_SUMS_NBYTES = 64 << 10  # of a chunk of which nobody said how many ranges it has

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from kvkeep.core.key import DIGEST_NBYTES, NAMESPACE_NBYTES
-from kvkeep.core.layout import ALIGN_NBYTES, padded_nbytes
+from kvkeep.core.layout import padded_nbytes
+from kvkeep.core.units import ALIGN_NBYTES, KEY_NBYTES, NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import CorruptChunk, TierError
 from kvkeep.tiers.tier import Bytes
 
 VERSION = 1
 RAW = 0  # the codec id of ranges that are kept as they are
-SUM_NBYTES = 16
-KEY_NBYTES = NAMESPACE_NBYTES + DIGEST_NBYTES
 
 _MAGIC = b"kvkeep\r\n"  # a transfer that converts line ends breaks it
 _FIXED = struct.Struct("<8sHHIIIQ16s32s")

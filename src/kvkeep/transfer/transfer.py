@@ -13,12 +13,12 @@ import numpy.typing as npt
 import xxhash
 
 from kvkeep.core.layout import Range, ShardLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.errors import BlockError
 from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Bytes, Lease
 
 NULL_BLOCK = 0
-SUM_NBYTES = 16  # xxh3-128
 
 
 class Blocks(NamedTuple):

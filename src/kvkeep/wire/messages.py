@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from kvkeep.core.units import DIGEST_NBYTES
 from kvkeep.errors import WireError
 
 VERSION = 7
-DIGEST_NBYTES = 32
 
 
 class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from kvkeep.core.units import BOOT_NBYTES
 from kvkeep.errors import StoreGone
 
-BOOT_NBYTES = 16
 MAX_SENDERS = 16
 MAX_WAITING = 1  # senders that a stopped worker has not let in, and one more: each keeps a pool in memory
 

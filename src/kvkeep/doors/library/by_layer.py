@@ -14,12 +14,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple, Protocol
 
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.copies.relay import finished
 from kvkeep.engine.copies.thread import Copier, InlineCopier
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.rope.keys import Turning, Turns
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer
+from kvkeep.transfer.transfer import Blocks, Transfer
 
 
 class Means(NamedTuple):

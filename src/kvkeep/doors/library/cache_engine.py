@@ -17,6 +17,7 @@ from typing import Self, TypeVar
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.doors.library.by_layer import ALONE, Chunk, Copies, LoadSteps, Means, StoreSteps, Ways
 from kvkeep.doors.library.by_stream import Streams
 from kvkeep.doors.library.connection import Connection, Held
@@ -26,7 +27,7 @@ from kvkeep.engine.link import Link, Source
 from kvkeep.memory.pool import Lease
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.device.device import DeviceTransfer
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Opened
+from kvkeep.transfer.transfer import Blocks, Opened
 from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
 
 START_LIMIT_S = 30.0

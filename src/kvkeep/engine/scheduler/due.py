@@ -6,12 +6,12 @@ Knows nothing about steps under way. A load leaves with the next plan, or is dro
 from __future__ import annotations
 
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.plan import LoadOp
 from kvkeep.engine.scheduler.ops import Tables, load_ops
 from kvkeep.engine.scheduler.request import Match, Record
 from kvkeep.engine.scheduler.states import States
 from kvkeep.engine.scheduler.steps import Load
-from kvkeep.transfer.transfer import SUM_NBYTES
 from kvkeep.wire.client import Client
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import LoadOp, Scheduled, StoreOp
 from kvkeep.engine.scheduler.ops import Tables
 from kvkeep.engine.scheduler.request import Match, OpenChunk, Record
 from kvkeep.engine.scheduler.steps import Step
 from kvkeep.telemetry import Figures
-from kvkeep.transfer.transfer import NULL_BLOCK, SUM_NBYTES, Blocks
+from kvkeep.transfer.transfer import NULL_BLOCK, Blocks
 from kvkeep.wire.client import Call, Client
 from kvkeep.wire.messages import BUSY, PRESENT, Granted
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvkeep.core.index import IndexEntry
+from kvkeep.core.units import NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import TierBusy, TierError, TierUnavailable
 from kvkeep.memory.progress import Words
 from kvkeep.store.below.flush import Flush, FlushOptions
 from kvkeep.store.below.promote import Promotions
 from kvkeep.store.below.reads import TierReads
-from kvkeep.store.sessions import SUM_NBYTES, Session
-from kvkeep.store.store import NAMESPACE_NBYTES, Store
+from kvkeep.store.sessions import Session
+from kvkeep.store.store import Store
 from kvkeep.tiers.tier import OPENING, Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")

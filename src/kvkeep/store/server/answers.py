@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvkeep.core.index import Outcome
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
 from kvkeep.store.below.states import FoundState
 from kvkeep.store.below.tiers import TierWalk

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.tiers.disk.directio import Files, Inode, Name, Stat, posix_files
 from kvkeep.tiers.tier import Bytes
 

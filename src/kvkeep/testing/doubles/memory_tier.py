@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.record import first_bad_range
 from kvkeep.tiers.tier import Bytes, Read, Stored, Write

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvkeep.core.layout import ShardLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.transfer import SUM_NBYTES, Blocks, Transfer, check_blocks
+from kvkeep.transfer.transfer import Blocks, Transfer, check_blocks
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from kvkeep.core.key import key_of
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.disk.directio import aligned_bytes
 from kvkeep.tiers.tier import Bytes, Read, Stored, Tier, Write

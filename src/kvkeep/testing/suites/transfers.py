@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.errors import BlockError
 from kvkeep.memory.pool import Bytes, Lease
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks, Transfer
 
-SUM_NBYTES = 16
 GUARD_NBYTES = 4096
 
 

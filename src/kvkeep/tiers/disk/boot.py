@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import xxhash
 
+from kvkeep.core.units import KEY_NBYTES, SUM_NBYTES
 from kvkeep.errors import TierOwned, TierUnavailable
 from kvkeep.tiers.disk.directio import Files, read_small, sync_directory, unlink_quietly, write_durably
 from kvkeep.tiers.disk.files import Shelf
-from kvkeep.tiers.record import KEY_NBYTES, SUM_NBYTES
 
 _HEX = {digits: re.compile(f"[0-9a-f]{{{digits}}}") for digits in (2, 32, 64)}
 _ORDER_HEAD = struct.Struct("<8sQ")

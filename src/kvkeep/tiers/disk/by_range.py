@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.tiers.disk.directio import read_all
 from kvkeep.tiers.disk.files import Loaded, Shelf, Verdict, sums_for
 from kvkeep.tiers.disk.threads import Scratch
-from kvkeep.tiers.record import SUM_NBYTES, first_bad_range, header_nbytes, record_nbytes
+from kvkeep.tiers.record import first_bad_range, header_nbytes, record_nbytes
 from kvkeep.tiers.tier import Read
 
 PIECE_NBYTES = 128 << 10  # smaller ranges are read together: less than this takes a device about as long

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.tiers.tier import Bytes
 
 _RENAME_NOREPLACE = 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
-from kvkeep.core.key import NAMESPACE_NBYTES
 from kvkeep.core.policy import policy_by_name
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.memory.limits import size_text
 from kvkeep.options import DiskOptions

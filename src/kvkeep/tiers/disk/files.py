@@ -14,7 +14,7 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple
 
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import CorruptChunk
 from kvkeep.options import Durability
 from kvkeep.tiers.disk.directio import Files, Inode, Stat, is_aligned, read_all, sync_directory, write_all

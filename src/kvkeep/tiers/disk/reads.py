@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.tiers.disk.by_range import load_by_range
 from kvkeep.tiers.disk.directio import Inode
 from kvkeep.tiers.disk.files import Loaded, Verdict

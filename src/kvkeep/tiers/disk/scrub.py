@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import CorruptChunk
 from kvkeep.tiers.disk.boot import record_names
 from kvkeep.tiers.disk.directio import Files, read_all, read_small

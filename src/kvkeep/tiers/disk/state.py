@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvkeep.core.key import NAMESPACE_NBYTES
+from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.options import DiskOptions
 from kvkeep.tiers.disk.directio import Inode

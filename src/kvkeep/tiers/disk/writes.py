@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from kvkeep.core.layout import ALIGN_NBYTES
+from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.disk.boot import forget_order
 from kvkeep.tiers.disk.files import NO_ROOM, Written
