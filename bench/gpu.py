@@ -21,16 +21,16 @@ from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.device.choice import decide
 from kvkeep.transfer.device.cuda import CudaDriver, load_driver
-from kvkeep.transfer.device.device import DeviceTransfer, Path
-from kvkeep.transfer.device.kernels import PROGRAMS, KernelMover
-from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.device import DeviceTransfer, Direction
+from kvkeep.transfer.device.kernels import PROGRAMS, KernelCopier
+from kvkeep.transfer.device.memcpy import MemcpyCopier
 from kvkeep.transfer.device.probe import probe, scattered
-from kvkeep.transfer.device.streams import CudaLane
-from kvkeep.transfer.device.tables import CopyJob, Mover, Pages, Part, parts_of
+from kvkeep.transfer.device.streams import CudaStream
+from kvkeep.transfer.device.tables import CopyJob, PageCopier, Pages, Part, parts_of
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.keys import Keys, Turning
-from kvkeep.transfer.rope.scatter import TurnedScatter
+from kvkeep.transfer.rope.keys import Keys, Rotator
+from kvkeep.transfer.rope.scatter import RotatingScatter
 from kvkeep.transfer.transfer import Blocks
 
 PAGE_SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
@@ -46,10 +46,10 @@ GOALS = {8 << 10: ">= 0.8"} | dict.fromkeys(PAGE_SIZES[3:], ">= 0.9")
 Copy = Callable[[], None]
 
 
-def mover(way: str, parts: tuple[Part, ...]) -> Mover:
+def copier_by(way: str, parts: tuple[Part, ...]) -> PageCopier:
     if way == "kernel":
-        return KernelMover(parts, torch.device("cuda", 0))
-    return CopyMover(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
+        return KernelCopier(parts, torch.device("cuda", 0))
+    return MemcpyCopier(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
 
 
 class Memory:
@@ -70,7 +70,7 @@ class Memory:
 
     def paged(self, way: str, page_nbytes: int, to_pool: bool) -> Copy:
         job, parts = scattered(self.inside, self.outside, page_nbytes)
-        copier = mover(way, parts)
+        copier = copier_by(way, parts)
         return lambda: copier.start([job], to_pool, None)
 
 
@@ -172,10 +172,10 @@ def product_rows() -> list[Row]:
 
 def turned_rows() -> list[Row]:
     """A load whose K turns on its way to another position, and one whose K does not: 64 KiB a block and layer."""
-    shape, lane = (2, BLOCKS, 16, 8, 128), CudaLane(torch.device("cuda", 0))
+    shape, stream = (2, BLOCKS, 16, 8, 128), CudaStream(torch.device("cuda", 0))
     caches = {f"l{n}": torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for n in range(LAYERS // 4)}
     group = GroupCaches(caches, BLOCKS, 16, 0)
-    transfer = DeviceTransfer([group], 256, lambda parts: (Path(mover("kernel", parts), lane),) * 2)
+    transfer = DeviceTransfer([group], 256, lambda parts: (Direction(copier_by("kernel", parts), stream),) * 2)
     keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
     memory = Memory(CHUNKS * transfer.shard.nbytes)
     ids = np.random.default_rng(0).permutation(np.arange(1, BLOCKS)).reshape(CHUNKS, -1).tolist()
@@ -184,14 +184,16 @@ def turned_rows() -> list[Row]:
         for n in range(CHUNKS)
     ]
     jobs = [CopyJob([Blocks(0, 0, tuple(one))], lease) for one, lease in zip(ids, leases, strict=True)]
-    turns = Turning([group], transfer.shard, dict.fromkeys(caches, keys)).turns([job.blocks for job in jobs], 0, 70_000)
-    (batch,) = turns.batches(None, CHUNKS)
+    rotation = Rotator([group], transfer.shard, dict.fromkeys(caches, keys)).for_text(
+        [job.blocks for job in jobs], 0, 70_000
+    )
+    (batch,) = rotation.batches(None, CHUNKS)
     assert batch.alike is not None
-    assert batch.turn is not None
-    turned = TurnedScatter(transfer.parts, batch.alike, batch.turn)
+    assert batch.rotation is not None
+    rotating = RotatingScatter(transfer.parts, batch.alike, batch.rotation)
     nbytes = memory.outside.numel()
     rows = []
-    for name, copier in (("turned", turned), ("plain", mover("kernel", transfer.parts))):
+    for name, copier in (("turned", rotating), ("plain", copier_by("kernel", transfer.parts))):
         load = partial(copier.start, jobs, False, None)
         ours, theirs = alternate(RUNS, partial(rate, load, nbytes), partial(rate, memory.whole(False), nbytes))
         rows.append(Case(f"load-64KiB-{name}", "GB/s", "one large page-locked copy", "higher").row(ours, theirs))
@@ -221,12 +223,12 @@ def host_rows() -> list[Row]:
 
     rows = []
     for way in WAYS:
-        copier, lane = mover(way, parts_of(shard, [pages])), CudaLane(torch.device("cuda", 0))
+        copier, stream = copier_by(way, parts_of(shard, [pages])), CudaStream(torch.device("cuda", 0))
 
-        def launched(copier: Mover = copier, lane: CudaLane = lane) -> float:
-            flights = []
-            taken = seconds(lambda: flights.append(lane.run(lambda: copier.start(jobs, True, None)))) * 1e3
-            flights[0].wait()
+        def launched(copier: PageCopier = copier, stream: CudaStream = stream) -> float:
+            events = []
+            taken = seconds(lambda: events.append(stream.run(lambda: copier.start(jobs, True, None)))) * 1e3
+            events[0].wait()
             return taken
 
         ours, theirs = alternate(RUNS, launched, until_complete)
@@ -244,7 +246,7 @@ def main() -> None:
     rows = [row for part in (bandwidth_rows, both_rows, product_rows, turned_rows, host_rows) for row in part()]
     show(rows, f"{torch.cuda.get_device_name(0)}, {PROGRAMS} programs a launch")
     write(rows, options.json)
-    samples = probe(device, CudaLane(device), partial(mover, "kernel"), partial(mover, "engine"))
+    samples = probe(device, CudaStream(device), partial(copier_by, "kernel"), partial(copier_by, "engine"))
     choice = decide(torch.cuda.get_device_name(0), samples, PROGRAMS)
     print(choice, *choice.lines, sep="\n")
 

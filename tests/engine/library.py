@@ -18,7 +18,7 @@ from kvkeep.testing.doubles.device import LOCKS, HeldDevice
 from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.keys import Keys, Rotator
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened, Transfer
 
@@ -132,8 +132,8 @@ def library(
     if isinstance(device, HeldDevice):
         made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
-    turning = None if keys is None else Turning(groups, made.shard, keys)
-    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None), turning)  # type: ignore[arg-type]
+    rotator = None if keys is None else Rotator(groups, made.shard, keys)
+    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None), rotator)  # type: ignore[arg-type]
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
     with CacheEngine(

@@ -26,9 +26,9 @@ from kvkeep.testing.doubles.device import HeldDevice
 from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.keys import Keys, Turning
-from kvkeep.transfer.rope.rotate import Pairing, key_pages, rotate, turn_between
-from kvkeep.transfer.rope.scatter import TurnedScatter, scatter_turned
+from kvkeep.transfer.rope.keys import Keys, Rotator
+from kvkeep.transfer.rope.rotate import Pairing, key_pages, rotate, rotation_between
+from kvkeep.transfer.rope.scatter import RotatingScatter, scatter_rotated
 from kvkeep.transfer.transfer import Blocks
 
 from .library import CHUNK, MODEL, NB, Library, library
@@ -36,7 +36,7 @@ from .library import CHUNK, MODEL, NB, Library, library
 FAST, SLOW = (frequencies({"rope_theta": theta}, 8, Span(4096)) for theta in (100.0, 10_000.0))
 TOKENS, AT = range(32), 1001
 HERE, THERE = list(range(1, 17)), list(range(79, 63, -1))
-KERNEL = partial(TurnedScatter, kernel=InterpretedFunction(scatter_turned.fn))
+KERNEL = partial(RotatingScatter, kernel=InterpretedFunction(scatter_rotated.fn))
 
 
 class Kind(NamedTuple):
@@ -96,7 +96,7 @@ WAYS = (
 
 
 def opened(kind: Kind, way: str, device: HeldDevice, **more: object) -> AbstractContextManager[Library]:
-    device.turned = None if way == "device, no kernel" else KERNEL
+    device.make_rotating = None if way == "device, no kernel" else KERNEL
     settings: dict[str, object] = {
         "transfer_mode": "bulk" if way in ("bulk", "device") else "layerwise",
         "copier": ThreadCopier() if way == "thread" else None,
@@ -119,8 +119,8 @@ def moved(kind: Kind, start: int, at: int) -> list[torch.Tensor]:
             if name in kind.keys and at:
                 keys = kind.keys[name]
                 pages, old = key_pages(name, out, keys.axes), torch.arange(start, len(TOKENS))
-                turn = turn_between((old, keys.frequencies), (old + at, keys.frequencies))
-                pages[there] = rotate(pages[there].flatten(0, 1), turn, keys.pairing).view_as(pages[there])
+                rotation = rotation_between((old, keys.frequencies), (old + at, keys.frequencies))
+                pages[there] = rotate(pages[there].flatten(0, 1), rotation, keys.pairing).view_as(pages[there])
             made.append(out)
     return made
 
@@ -155,9 +155,9 @@ def test_k_stands_where_it_was_asked_for_and_nothing_else_has_changed(way: str, 
         lib.settled()
 
 
-@pytest.mark.parametrize("turned", [None, KERNEL], ids=["in place", "on the way"])
-def test_a_layer_stands_there_before_what_is_launched_after_its_step(turned: partial[TurnedScatter] | None):
-    kind, device = KINDS["flash attention"](), HeldDevice(turned=turned)
+@pytest.mark.parametrize("make_rotating", [None, KERNEL], ids=["in place", "on the way"])
+def test_a_layer_stands_there_before_what_is_launched_after_its_step(make_rotating: partial[RotatingScatter] | None):
+    kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=make_rotating)
     with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
         lib.engine.store(TOKENS, lib.table(HERE, 32))
         before, after = bits(list(lib.caches())), bits(moved(kind, 0, AT))
@@ -176,7 +176,7 @@ def test_a_layer_stands_there_before_what_is_launched_after_its_step(turned: par
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_closed_early_its_copies_end_before_its_memory_is_given_back(steps: int):
-    kind, device = KINDS["flash attention"](), HeldDevice(turned=KERNEL)
+    kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
     with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
         lib.engine.store(TOKENS, lib.table(HERE, 32))
         retrieving = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
@@ -191,7 +191,7 @@ def test_closed_early_its_copies_end_before_its_memory_is_given_back(steps: int)
 @pytest.mark.parametrize("at", [0, AT])
 @pytest.mark.parametrize("mode", ["bulk", "layerwise"])
 def test_a_pool_that_is_locked_in_part_serves_both_ways(mode: str, at: int, locked: tuple[int, ...]):
-    kind, device = KINDS["flash attention"](), HeldDevice(turned=KERNEL)
+    kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
     transfer = device.transfer(kind.groups, CHUNK)
     shard, order = transfer.shard, [range(layer, layer + 1) for layer in range(3)]
     memory = [np.zeros(shard.nbytes, np.uint8) for _ in range(4)]
@@ -201,8 +201,8 @@ def test_a_pool_that_is_locked_in_part_serves_both_ways(mode: str, at: int, lock
         return [Chunk(lease, [Blocks(0, 0, ids[2 * n : 2 * n + 2])]) for n, lease in enumerate(leases)]
 
     stores, wanted = Streams(transfer, order, mode).stores(chunks(HERE)), moved(kind, 0, at)
-    turns = Turning(kind.groups, shard, kind.keys).turns([one.blocks for one in chunks(THERE)], 0, at)
-    loads = Streams(transfer, order, mode).loads(chunks(THERE), turns if at else None)
+    rotation = Rotator(kind.groups, shard, kind.keys).for_text([one.blocks for one in chunks(THERE)], 0, at)
+    loads = Streams(transfer, order, mode).loads(chunks(THERE), rotation if at else None)
     for steps in (stores, loads):
         for layer in range(3):
             steps.step(layer)
@@ -292,7 +292,7 @@ def test_a_table_may_be_used_again_between_two_steps():
 
 
 def test_the_last_step_holds_nothing_whether_or_not_the_generator_is_exhausted():
-    kind, device = KINDS["flash attention"](), HeldDevice(turned=KERNEL)
+    kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
     with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
         storing = lib.engine.store_layer(TOKENS, lib.table(HERE, 32))
         for _ in range(4):
@@ -312,7 +312,7 @@ def test_what_turns_in_its_blocks_is_copied_once():
         lib.engine.store(TOKENS, lib.table(HERE, 32))
         *_, arrived = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32), at=AT)
         assert arrived.all()
-        assert device.loads.flights == 1
+        assert device.loads.events == 1
 
 
 def test_what_is_not_known_is_refused_by_name():

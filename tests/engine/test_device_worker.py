@@ -153,7 +153,7 @@ def test_a_store_is_told_of_when_its_copy_is_over_and_not_before(one: OneRank) -
     assert not one.told()
     assert not one.told(StepPlan(idle=True)), "an idle step invents an end"
     assert not pool.array.any(), "the double copied too early to prove anything"
-    one.device.stores.land()
+    one.device.stores.let_through()
     assert not one.told(), "its sums are not there"
     one.settle()
     (done,) = one.told().stores
@@ -245,7 +245,7 @@ def test_by_layer_a_store_leaves_behind_its_layer(mode: Mode, monkeypatch: pytes
         cache[:] = number + 1
         one.worker.save_layer(plan, name)
         assert len(one.device.stores.held) == 1
-        one.device.stores.land()
+        one.device.stores.let_through()
         assert [bool(row.all()) for row in chunk_of(pool, 0)] == [n <= number for n in range(LAYERS)]
     one.worker.save_layer(plan, "a layer without a cache")
     one.worker.start_stores(plan)
@@ -262,7 +262,7 @@ def test_a_layer_that_came_in_parts_is_stored_as_it_was_at_last_and_one_that_nev
     plan = storing(gather(0, 1, 2))
     one.fill(1, 1)
     one.worker.save_layer(plan, "l1")
-    one.device.stores.land()
+    one.device.stores.let_through()
     one.fill(2, 2)
     one.worker.save_layer(plan, "l1")
     one.worker.start_stores(plan)

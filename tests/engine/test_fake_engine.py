@@ -525,8 +525,8 @@ def test_whatever_happens_no_byte_is_wrong_and_everything_comes_back(
                 bench.copy(data.draw(st.integers(0, len(bench.copiers) - 1)), data.draw(st.integers(1, 4)))
             elif event == "land" and on_device:
                 device = bench.devices[data.draw(st.integers(0, ranks - 1))]
-                lane = device.stores if data.draw(st.booleans()) else device.loads
-                lane.land(data.draw(st.integers(1, 4)))
+                stream = device.stores if data.draw(st.booleans()) else device.loads
+                stream.let_through(data.draw(st.integers(1, 4)))
             elif event in bench.events:
                 bench.events[event]()
         for stem, branch, length, generate in prompts:

@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.testing.doubles.device import LOCKS, MemmoveDriver
 from kvkeep.transfer.device import cuda, kernels, probe
-from kvkeep.transfer.rope import scatter as turned_scatter
+from kvkeep.transfer.rope import scatter
 
 
 class Event:
@@ -94,10 +94,10 @@ def play() -> None:
     torch.cuda.is_available = lambda: True
     cuda.load_driver, cuda.CudaDriver, cuda.CudaMemory = lambda: None, lambda _library: MemmoveDriver(), Memory
     copy = InterpretedFunction(kernels.copy_pages.fn)
-    kernels.KernelMover = partial(kernels.KernelMover, kernel=copy)
+    kernels.KernelCopier = partial(kernels.KernelCopier, kernel=copy)
     kernels.refusal = lambda _device: ""
-    turn = InterpretedFunction(turned_scatter.scatter_turned.fn)
-    turned_scatter.TurnedScatter = partial(turned_scatter.TurnedScatter, kernel=turn)
+    turn = InterpretedFunction(scatter.scatter_rotated.fn)
+    scatter.RotatingScatter = partial(scatter.RotatingScatter, kernel=turn)
     OnCpu().__enter__()
 
 

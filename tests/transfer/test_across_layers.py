@@ -7,10 +7,10 @@ import torch
 
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.doubles.device import MemmoveDriver
-from kvkeep.transfer.device.device import DeviceTransfer, Path
-from kvkeep.transfer.device.memcpy import CopyMover
-from kvkeep.transfer.device.streams import InlineLane
-from kvkeep.transfer.device.tables import CopyJob, Numbers
+from kvkeep.transfer.device.device import DeviceTransfer, Direction
+from kvkeep.transfer.device.memcpy import MemcpyCopier
+from kvkeep.transfer.device.streams import InlineStream
+from kvkeep.transfer.device.tables import CopyJob, Int64Array
 from kvkeep.transfer.pages import GroupCaches, across_layers, group_rows
 from kvkeep.transfer.transfer import Blocks
 
@@ -108,7 +108,7 @@ class Counting(MemmoveDriver):
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
+    def copy(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> None:
         self.sizes += sizes.tolist()
         super().copy(targets, sources, sizes, stream)
 
@@ -120,7 +120,7 @@ def test_the_copy_engine_takes_a_block_in_one_piece(joined: bool, copies: int):
     transfer = DeviceTransfer(
         [across_layers(group) if joined else group],
         2 * TOKENS,
-        lambda parts: (Path(CopyMover(parts, driver, lambda: 0), InlineLane()),) * 2,
+        lambda parts: (Direction(MemcpyCopier(parts, driver, lambda: 0), InlineStream()),) * 2,
     )
     memory = torch.zeros(transfer.shard.nbytes, dtype=torch.uint8).numpy()
     lease = Lease(memory, transfer.shard, (0,))

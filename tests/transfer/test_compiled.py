@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvkeep.transfer.device.kernels import TILE_NBYTES, copy_pages
-from kvkeep.transfer.rope.scatter import scatter_turned
+from kvkeep.transfer.rope.scatter import scatter_rotated
 
 TARGETS = [80, 90]
 WIDE = {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16", 1: "b8"}
@@ -59,8 +59,8 @@ def test_copies_are_as_wide_as_asked_for(target: int, width: int):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16, tl.float16], ids=str)
 def test_the_turn_compiles_and_rounds_to_the_caches_dtype(target: int, dtype: tl.dtype):
-    pointers = {"planes": "*i64", "batch": "*i64", "turns": "*fp32"}
-    text = ptx(scatter_turned, pointers, {"HEADS": 8, "DIMS": 64, "DTYPE": dtype}, target)
+    pointers = {"planes": "*i64", "batch": "*i64", "rotations": "*fp32"}
+    text = ptx(scatter_rotated, pointers, {"HEADS": 8, "DIMS": 64, "DTYPE": dtype}, target)
     found = accesses(text)
     bits = dtype.primitive_bitwidth
     assert any(one.startswith("st ") and one.endswith(f"b{bits}") for one in found), found

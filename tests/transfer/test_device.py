@@ -20,11 +20,11 @@ from kvkeep.errors import LeaseExpired
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.suites.transfers import CHECKS, TransferCase
 from kvkeep.transfer.cpu import ReferenceTransfer
-from kvkeep.transfer.device.device import DeviceTransfer, Path
-from kvkeep.transfer.device.kernels import TILE_NBYTES, KernelMover, copy_pages, refusal
-from kvkeep.transfer.device.memcpy import CopyMover
-from kvkeep.transfer.device.streams import Flight, InlineLane
-from kvkeep.transfer.device.tables import CopyJob, Mover, Part
+from kvkeep.transfer.device.device import DeviceTransfer, Direction
+from kvkeep.transfer.device.kernels import TILE_NBYTES, KernelCopier, copy_pages, refusal
+from kvkeep.transfer.device.memcpy import MemcpyCopier
+from kvkeep.transfer.device.streams import CopyEvent, InlineStream
+from kvkeep.transfer.device.tables import CopyJob, PageCopier, Part
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.transfer import Blocks
 
@@ -64,20 +64,20 @@ class Memmove:
         self.sizes += sizes.tolist()
 
 
-def by_kernel(parts: Sequence[Part], kernel: Any = None) -> Mover:
-    return KernelMover(parts, CPU, PROGRAMS, kernel or Launches())
+def by_kernel(parts: Sequence[Part], kernel: Any = None) -> PageCopier:
+    return KernelCopier(parts, CPU, PROGRAMS, kernel or Launches())
 
 
-def by_engine(parts: Sequence[Part], driver: Memmove | None = None) -> Mover:
-    return CopyMover(parts, driver or Memmove(), lambda: 7)
+def by_engine(parts: Sequence[Part], driver: Memmove | None = None) -> PageCopier:
+    return MemcpyCopier(parts, driver or Memmove(), lambda: 7)
 
 
 MOVERS = {"kernel": by_kernel, "engine": by_engine}
 
 
-def transfer_of(groups: Sequence[GroupCaches], chunk_tokens: int, mover: Callable[..., Mover]) -> DeviceTransfer:
-    def paths(parts: tuple[Part, ...]) -> tuple[Path, Path]:
-        return Path(mover(parts), InlineLane()), Path(mover(parts), InlineLane())
+def transfer_of(groups: Sequence[GroupCaches], chunk_tokens: int, copier: Callable[..., PageCopier]) -> DeviceTransfer:
+    def paths(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
+        return Direction(copier(parts), InlineStream()), Direction(copier(parts), InlineStream())
 
     return DeviceTransfer(groups, chunk_tokens, paths)
 
@@ -285,7 +285,7 @@ def test_preparing_launches_everything_once_and_copies_nothing():
     caches, launches = build(MODEL, 13, 1), Launches()
     before = [one.clone() for one in caches.memory]
     parts = transfer_of([caches.group], 64, by_engine).parts
-    KernelMover(parts, CPU, PROGRAMS, launches).prepare()
+    KernelCopier(parts, CPU, PROGRAMS, launches).prepare()
     assert launches.grids == [1, 1]
     assert launches.widths == [16, 16]
     assert all(torch.equal(one, old) for one, old in zip(caches.memory, before, strict=True))
@@ -367,50 +367,52 @@ def test_neighbours_are_one_copy_and_a_copy_ends_with_its_page_locked_piece():
 # ---- order ---------------------------------------------------------------------------------------------------
 
 
-class NotedLane:
-    """A lane whose copies are made when they are waited for; it notes what it is asked."""
+class NotedStream:
+    """A stream whose copies are made when they are waited for; it notes what it is asked."""
 
     def __init__(self, name: str, events: list[str]) -> None:
         self.name, self.events = name, events
 
-    def run(self, start: Callable[[], None]) -> Flight:
+    def run(self, start: Callable[[], None]) -> CopyEvent:
         self.events.append(f"{self.name} starts")
         return NotedFlight(self, start)
 
 
 class NotedFlight:
-    def __init__(self, lane: NotedLane, start: Callable[[], None]) -> None:
-        self.lane, self.start, self.landed = lane, start, False
+    def __init__(self, stream: NotedStream, start: Callable[[], None]) -> None:
+        self.stream, self.start, self.complete = stream, start, False
 
     def done(self) -> bool:
-        return self.landed
+        return self.complete
 
     def wait(self) -> None:
         self.start()
-        self.landed = True
-        self.lane.events.append(f"{self.lane.name} landed")
+        self.complete = True
+        self.stream.events.append(f"{self.stream.name} complete")
 
     def order(self) -> None:
-        self.lane.events.append(f"{self.lane.name} ordered")
+        self.stream.events.append(f"{self.stream.name} ordered")
 
 
-def test_each_direction_has_its_lane_and_nothing_is_given_back_before_its_copies_have_landed():
+def test_each_direction_has_its_stream_and_nothing_is_given_back_before_its_copies_are_complete():
     events: list[str] = []
     cache = torch.arange(9 * 64, dtype=torch.int32).to(torch.uint8).view(9, 64)
 
-    def paths(parts: tuple[Part, ...]) -> tuple[Path, Path]:
-        return Path(by_engine(parts), NotedLane("store", events)), Path(by_engine(parts), NotedLane("load", events))
+    def paths(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
+        return Direction(by_engine(parts), NotedStream("store", events)), Direction(
+            by_engine(parts), NotedStream("load", events)
+        )
 
     transfer = DeviceTransfer([GroupCaches({"l": cache}, 9, 1, 0)], 2, paths)
     memory, lease = memory_for(transfer.shard)
     sums = transfer.gather([Blocks(0, 0, (1, 2))], lease, True)
     assert np.array_equal(memory[:128], cache[1:3].numpy().ravel())
-    assert events == ["store starts", "store landed"]
-    assert transfer.scatter(lease, [Blocks(0, 0, (3, 4))], sums), "summed before its copy had landed"
+    assert events == ["store starts", "store complete"]
+    assert transfer.scatter(lease, [Blocks(0, 0, (3, 4))], sums), "summed before its copy had complete"
     assert torch.equal(cache[3:5], cache[1:3])
-    assert events[2:] == ["load starts", "load ordered", "load landed"]
-    flight = transfer.start_scatter([CopyJob([Blocks(0, 0, (5,))], lease)])
-    assert not flight.done()
+    assert events[2:] == ["load starts", "load ordered", "load complete"]
+    event = transfer.start_scatter([CopyJob([Blocks(0, 0, (5,))], lease)])
+    assert not event.done()
     assert len(events) == 6, "a batch waited"
 
 
@@ -418,8 +420,10 @@ def test_memory_that_is_not_page_locked_is_staged():
     events: list[str] = []
     cache = torch.arange(9 * 64, dtype=torch.int32).to(torch.uint8).view(9, 64)
 
-    def paths(parts: tuple[Part, ...]) -> tuple[Path, Path]:
-        return Path(by_engine(parts), NotedLane("store", events)), Path(by_engine(parts), NotedLane("load", events))
+    def paths(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
+        return Direction(by_engine(parts), NotedStream("store", events)), Direction(
+            by_engine(parts), NotedStream("load", events)
+        )
 
     transfer = DeviceTransfer([GroupCaches({"l": cache}, 9, 1, 0)], 2, paths)
     memory, lease = memory_for(transfer.shard, pieces=())

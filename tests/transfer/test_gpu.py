@@ -25,17 +25,17 @@ from kvkeep.testing.suites.transfers import CHECKS, TransferCase
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.choice import Sample, Wish, decide, read_choice
 from kvkeep.transfer.device.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device.device import DeviceTransfer, Path, Turned
-from kvkeep.transfer.device.kernels import KernelMover
-from kvkeep.transfer.device.memcpy import CopyMover
-from kvkeep.transfer.device.streams import CudaLane
-from kvkeep.transfer.device.tables import CopyJob, Mover, Part
+from kvkeep.transfer.device.device import DeviceTransfer, Direction, MakeRotating
+from kvkeep.transfer.device.kernels import KernelCopier
+from kvkeep.transfer.device.memcpy import MemcpyCopier
+from kvkeep.transfer.device.streams import CudaStream
+from kvkeep.transfer.device.tables import CopyJob, PageCopier, Part
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.keys import Keys, Turning
-from kvkeep.transfer.rope.rotate import Pairing, rotate_blocks, turn_between
-from kvkeep.transfer.rope.scatter import TurnedScatter
+from kvkeep.transfer.rope.keys import Keys, Rotator
+from kvkeep.transfer.rope.rotate import Pairing, rotate_blocks, rotation_between
+from kvkeep.transfer.rope.scatter import RotatingScatter
 from kvkeep.transfer.transfer import Blocks, seal_ranges
 from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 
@@ -54,19 +54,21 @@ def device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def mover(way: str, parts: tuple[Part, ...]) -> Mover:
+def copier_by(way: str, parts: tuple[Part, ...]) -> PageCopier:
     if way == "kernel":
-        return KernelMover(parts, device())
-    return CopyMover(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
+        return KernelCopier(parts, device())
+    return MemcpyCopier(parts, CudaDriver(load_driver()), lambda: torch.cuda.current_stream().cuda_stream)
 
 
-def transfer_of(groups: list[GroupCaches], chunk_tokens: int, way: str, turned: Turned | None = None) -> DeviceTransfer:
-    lanes = CudaLane(device()), CudaLane(device())
+def transfer_of(
+    groups: list[GroupCaches], chunk_tokens: int, way: str, make_rotating: MakeRotating | None = None
+) -> DeviceTransfer:
+    streams = CudaStream(device()), CudaStream(device())
     return DeviceTransfer(
         groups,
         chunk_tokens,
-        lambda parts: (Path(mover(way, parts), lanes[0]), Path(mover(way, parts), lanes[1])),
-        turned,
+        lambda parts: (Direction(copier_by(way, parts), streams[0]), Direction(copier_by(way, parts), streams[1])),
+        make_rotating,
     )
 
 
@@ -264,11 +266,11 @@ def test_a_batch_that_is_ordered_is_not_overtaken(way: str):
     for turn in range(TURNS):
         busy()
         cache.fill_(turn % 251)
-        flight = transfer.start_gather([CopyJob([ALL], lease)])
-        flight.order()
+        event = transfer.start_gather([CopyJob([ALL], lease)])
+        event.order()
         cache.fill_(255)
-        flight.wait()
-        assert flight.done()
+        event.wait()
+        assert event.done()
         assert (memory == turn % 251).all(), f"turn {turn}"
 
 
@@ -280,10 +282,10 @@ def test_a_load_overwrites_what_was_written_before_it_and_is_seen_by_what_comes_
         memory[:] = turn % 251
         busy()
         cache.fill_(255)  # late: an earlier step still writes there
-        flight = transfer.start_scatter([CopyJob([ALL], lease)])
-        flight.order()
+        event = transfer.start_scatter([CopyJob([ALL], lease)])
+        event.order()
         seen.copy_(cache)  # as attention would
-        flight.wait()
+        event.wait()
         memory[:] = 254  # the chunk's memory is lent to another
         assert bool((seen[1:] == turn % 251).all()), f"turn {turn}"
         assert bool((seen[0] == 255).all())
@@ -410,10 +412,10 @@ class Text:
         shape = (2, 1 + 2 * blocks, 16, 8, 128)
         self.caches = {f"l{n}": torch.randn(shape, device=device()).to(dtype) for n in range(3)}
         group = GroupCaches(self.caches, shape[1], 16, 0)
-        turned = TurnedScatter if on_the_way else None
-        self.transfer = transfer_of([group], 16 * self.per_chunk, "kernel", turned)
+        make_rotating = RotatingScatter if on_the_way else None
+        self.transfer = transfer_of([group], 16 * self.per_chunk, "kernel", make_rotating)
         shard = self.transfer.shard
-        self.turning = Turning([group], shard, dict.fromkeys(self.caches, keys))
+        self.rotator = Rotator([group], shard, dict.fromkeys(self.caches, keys))
         ids = np.random.default_rng(3).permutation(np.arange(1, shape[1])).tolist()
         self.here, self.there = ids[:blocks], ids[blocks:]
         self.memory = locked(4 * shard.nbytes)
@@ -435,17 +437,17 @@ class Text:
 
     def loads(self, mode: str, by: int) -> StreamLoads:
         chunks = self.chunks(self.there)
-        turns = self.turning.turns([one.blocks for one in chunks], 0, by) if by else None
-        return Streams(self.transfer, self.order, mode).loads(chunks, turns)
+        rotation = self.rotator.for_text([one.blocks for one in chunks], 0, by) if by else None
+        return Streams(self.transfer, self.order, mode).loads(chunks, rotation)
 
     def there_by_torch(self, by: int) -> list[torch.Tensor]:
         """The caches once the text has been copied, and its K turned, by torch alone."""
         made, positions = [one.clone() for one in self.caches.values()], torch.arange(self.tokens, device=device())
         for number, one in enumerate(made):
             one[:, self.there] = one[:, self.here]
-            keys = next(alike.keys for alike in self.turning.alike if number in [p.range_ for p in alike.planes])
-            turn = turn_between((positions, keys.frequencies), (positions + by, keys.frequencies))
-            rotate_blocks(one[0], self.there, turn, keys.pairing)
+            keys = next(alike.keys for alike in self.rotator.alike if number in [p.range_ for p in alike.planes])
+            rotation = rotation_between((positions, keys.frequencies), (positions + by, keys.frequencies))
+            rotate_blocks(one[0], self.there, rotation, keys.pairing)
         return made
 
 

@@ -10,10 +10,10 @@ import torch
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device import probe as probe_module
 from kvkeep.transfer.device.choice import Wish
-from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.memcpy import MemcpyCopier
 from kvkeep.transfer.device.probe import PAGE_SIZES, probe, scattered
-from kvkeep.transfer.device.streams import InlineLane
-from kvkeep.transfer.device.tables import Mover, Part
+from kvkeep.transfer.device.streams import InlineStream
+from kvkeep.transfer.device.tables import PageCopier, Part
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
 
@@ -41,12 +41,12 @@ def test_a_probe_copies_every_page_each_way_and_none_beside_its_neighbour(monkey
     monkeypatch.setattr(probe_module, "NBYTES", nbytes)
     kernel, engine = Memmove(), Memmove()
 
-    def made(driver: Memmove, parts: tuple[Part, ...]) -> Mover:
-        return CopyMover(parts, driver, lambda: 0)
+    def made(driver: Memmove, parts: tuple[Part, ...]) -> PageCopier:
+        return MemcpyCopier(parts, driver, lambda: 0)
 
     samples = probe(
         torch.device("cpu"),
-        InlineLane(),
+        InlineStream(),
         lambda parts: made(kernel, parts),
         lambda parts: made(engine, parts),
     )
@@ -61,7 +61,7 @@ def test_scattered_pages_are_all_of_them_in_no_order():
     inside = torch.arange(1 << 16, dtype=torch.int32).view(torch.uint8)
     outside = torch.zeros(1 << 18, dtype=torch.uint8)
     job, parts = scattered(inside, outside, 4096)
-    CopyMover(parts, Memmove(), lambda: 0).start([job], True, None)
+    MemcpyCopier(parts, Memmove(), lambda: 0).start([job], True, None)
     order = list(job.blocks[0].block_ids)
     assert order != sorted(order)
     assert torch.equal(outside.view(-1, 4096), inside.view(-1, 4096)[order])

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotat
 
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.rotate import Pairing, Turn, key_pages, rotate, rotate_blocks, turn_between
+from kvkeep.transfer.rope.rotate import Pairing, Rotation, key_pages, rotate, rotate_blocks, rotation_between
 
 HEAD = 64
 MODEL = 512
@@ -81,9 +81,9 @@ def computed_at(
     angles = positions.float()[:, None] * pace[None]
     spread = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
     cos, sin = (spread.cos() * scale)[:, None], (spread.sin() * scale)[:, None]
-    turning, rest = keys[..., : 2 * len(pace)], keys[..., 2 * len(pace) :]
-    other = rotate_every_two(turning[None])[0] if interleaved else rotate_half(turning)
-    return torch.cat((turning * cos + other * sin, rest), -1)
+    rotated, rest = keys[..., : 2 * len(pace)], keys[..., 2 * len(pace) :]
+    other = rotate_every_two(rotated[None])[0] if interleaved else rotate_half(rotated)
+    return torch.cat((rotated * cos + other * sin, rest), -1)
 
 
 def some_keys(tokens: int, heads: int, seed: int = 0, head_size: int = HEAD) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_moved_keys_are_those_computed_there(name: str, interleaved: bool):
     keys, p, q = some_keys(40, 3), torch.arange(7, 47), torch.arange(460, 500)
     mine = frequencies(parameters, HEAD, Span(MODEL, 2 * MODEL))
     moved = rotate(
-        computed_at(keys, p, pace, scale, interleaved), turn_between((p, mine), (q, mine)), Pairing(interleaved)
+        computed_at(keys, p, pace, scale, interleaved), rotation_between((p, mine), (q, mine)), Pairing(interleaved)
     )
     wanted = computed_at(keys, q, pace, scale, interleaved)
     torch.testing.assert_close(moved, wanted, rtol=0, atol=1e-4)
@@ -120,7 +120,7 @@ def test_a_length_that_changes_the_frequencies_is_followed():
     keys, p, q = some_keys(8, 1), torch.arange(8), torch.arange(900, 908)
     short, long = (frequencies(parameters, HEAD, Span(MODEL, length)) for length in (MODEL, 2 * MODEL))
     assert not torch.equal(short, long)
-    moved = rotate(computed_at(keys, p, short, 1.0, False), turn_between((p, short), (q, long)), Pairing())
+    moved = rotate(computed_at(keys, p, short, 1.0, False), rotation_between((p, short), (q, long)), Pairing())
     torch.testing.assert_close(moved, computed_at(keys, q, long, 1.0, False), rtol=0, atol=1e-4)
 
 
@@ -138,7 +138,7 @@ def test_moving_equals_computing_there_whatever_the_positions(
     p, q = (torch.arange(first, first + 3) for first in positions)
     keys = some_keys(3, 2, seed, head)
     moved = rotate(
-        computed_at(keys, p, pace, 1.0, interleaved), turn_between((p, pace), (q, pace)), Pairing(interleaved)
+        computed_at(keys, p, pace, 1.0, interleaved), rotation_between((p, pace), (q, pace)), Pairing(interleaved)
     )
     torch.testing.assert_close(moved, computed_at(keys, q, pace, 1.0, interleaved), rtol=0, atol=2e-5)
 
@@ -156,8 +156,8 @@ def test_there_and_back_is_within_two_roundings(
     pace = frequencies(PARAMETERS["llama3"], HEAD, Span(MODEL))
     p, q = (torch.arange(first, first + 3) for first in positions)
     keys = some_keys(3, 2, seed).to(dtype)
-    there = rotate(keys, turn_between((p, pace), (q, pace)), Pairing(interleaved))
-    back = rotate(there, turn_between((q, pace), (p, pace)), Pairing(interleaved))
+    there = rotate(keys, rotation_between((p, pace), (q, pace)), Pairing(interleaved))
+    back = rotate(there, rotation_between((q, pace), (p, pace)), Pairing(interleaved))
     # each rounding moves a number by half a unit in its last place; a turn mixes the two of a pair
     split = back.float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
     length = split.norm(dim=-1 if interleaved else -2, keepdim=True).expand_as(split).flatten(-2)
@@ -170,10 +170,10 @@ def test_nothing_moves_by_nothing_and_a_partial_rotary_leaves_the_rest_bit_for_b
     pace = frequencies(PARAMETERS["partial"], HEAD, Span(MODEL))
     assert len(pace) == HEAD // 4
     p = torch.arange(5)
-    moved = rotate(keys, turn_between((p, pace), (p + 9, pace)), Pairing())
+    moved = rotate(keys, rotation_between((p, pace), (p + 9, pace)), Pairing())
     assert torch.equal(moved[..., HEAD // 2 :].view(torch.int16), keys[..., HEAD // 2 :].view(torch.int16))
     assert not torch.equal(moved[..., : HEAD // 2], keys[..., : HEAD // 2])
-    same = rotate(keys, turn_between((p, pace), (p, pace)), Pairing())
+    same = rotate(keys, rotation_between((p, pace), (p, pace)), Pairing())
     assert torch.equal(same.view(torch.int16), keys.view(torch.int16))
 
 
@@ -197,17 +197,17 @@ def test_only_k_of_the_named_blocks_turns(axes: str, dtype: torch.dtype, interle
     assert pages.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
     pace = frequencies(PARAMETERS["partial"], 24, Span(MODEL))
     p, ids = torch.arange(12), [5, 1, 3]
-    turn, pairing = turn_between((p, pace), (p + 100, pace)), Pairing(interleaved)
-    rotate_blocks(pages, ids, turn, pairing)
+    rotation, pairing = rotation_between((p, pace), (p + 100, pace)), Pairing(interleaved)
+    rotate_blocks(pages, ids, rotation, pairing)
     wanted = keys.clone()
-    wanted[ids] = rotate(keys[ids].flatten(0, 1).float(), turn, pairing).to(dtype).unflatten(0, (3, 4))
+    wanted[ids] = rotate(keys[ids].flatten(0, 1).float(), rotation, pairing).to(dtype).unflatten(0, (3, 4))
     assert torch.equal(cache, LAYOUTS[axes](wanted, values))
 
 
 def test_no_block_is_nothing_to_do():
     pages = some_keys(8, 1).unflatten(0, (2, 4))
     before = pages.clone()
-    rotate_blocks(pages, [], Turn(torch.ones(0, 4), torch.zeros(0, 4)), Pairing())
+    rotate_blocks(pages, [], Rotation(torch.ones(0, 4), torch.zeros(0, 4)), Pairing())
     assert torch.equal(pages, before)
 
 
@@ -216,8 +216,8 @@ def test_mla_turns_behind_its_latent():
     before = cache.clone()
     pace = frequencies(PARAMETERS["default"], 8, Span(MODEL))
     p = torch.arange(2)
-    turn = turn_between((p, pace), (p + 3, pace))
-    rotate_blocks(key_pages("l", cache, "btd"), [2], turn, Pairing(interleaved=True, start=16))
+    rotation = rotation_between((p, pace), (p + 3, pace))
+    rotate_blocks(key_pages("l", cache, "btd"), [2], rotation, Pairing(interleaved=True, start=16))
     assert torch.equal(cache[:2], before[:2])
     assert torch.equal(cache[2, :, :16], before[2, :, :16])
     torch.testing.assert_close(
@@ -262,7 +262,7 @@ def test_a_cache_whose_k_cannot_be_turned_is_refused(
 
 def test_more_pairs_than_a_head_has_are_refused():
     with pytest.raises(LayoutMismatch, match="do not fit"):
-        rotate(some_keys(1, 1), Turn(torch.ones(1, 30), torch.zeros(1, 30)), Pairing(start=8))
+        rotate(some_keys(1, 1), Rotation(torch.ones(1, 30), torch.zeros(1, 30)), Pairing(start=8))
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if name not in ("partial", "dynamic")])
@@ -286,10 +286,10 @@ def test_a_whole_model_attends_to_a_moved_chunk_as_to_one_computed_there(name: s
     with torch.no_grad():
         there, moved, left = chunk_at(q), chunk_at(p), chunk_at(p)
         pace = frequencies(PARAMETERS[name], HEAD, Span(MODEL))
-        turn = turn_between((torch.arange(p, p + 24), pace), (torch.arange(q, q + 24), pace))
+        rotation = rotation_between((torch.arange(p, p + 24), pace), (torch.arange(q, q + 24), pace))
         for mine, wanted in zip(moved.layers, there.layers, strict=True):
             keys = mine.keys[0].transpose(0, 1)  # tokens, heads, head_size
-            mine.keys = rotate(keys, turn, Pairing()).transpose(0, 1)[None]
+            mine.keys = rotate(keys, rotation, Pairing()).transpose(0, 1)[None]
             torch.testing.assert_close(mine.keys, wanted.keys, rtol=0, atol=1e-4)
             torch.testing.assert_close(mine.values, wanted.values, rtol=0, atol=1e-5)
         wanted_logits, logits = answer(there), answer(moved)

@@ -29,7 +29,7 @@ from kvkeep.memory.region import Region
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.keys import Keys, Rotator
 from kvkeep.transfer.transfer import Blocks, Opened, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
@@ -47,7 +47,7 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
     keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
     names = [name for group in groups for name in group.caches]
-    means = Means(turning=Turning(groups, transfer.shard, dict.fromkeys(names, keys)))
+    means = Means(rotator=Rotator(groups, transfer.shard, dict.fromkeys(names, keys)))
     identity = identity_of(Model("bench"), groups, CHUNK_TOKENS)
     return CacheEngine(Opened(transfer), identity, source, config, means=means)
 

@@ -14,18 +14,18 @@ import torch
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.choice import DevicePath, Sample, Wish, choose
 from kvkeep.transfer.device.cuda import CudaDriver, CudaMemory, load_driver
-from kvkeep.transfer.device.device import DeviceTransfer, Path, Turned
-from kvkeep.transfer.device.memcpy import CopyMover
+from kvkeep.transfer.device.device import DeviceTransfer, Direction, MakeRotating
+from kvkeep.transfer.device.memcpy import MemcpyCopier
 from kvkeep.transfer.device.probe import probe
-from kvkeep.transfer.device.streams import CudaLane
-from kvkeep.transfer.device.tables import Mover, Part
+from kvkeep.transfer.device.streams import CudaStream
+from kvkeep.transfer.device.tables import PageCopier, Part
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Opened
 
 try:
-    from kvkeep.transfer.device.kernels import KernelMover, refusal
-    from kvkeep.transfer.rope.scatter import TurnedScatter
+    from kvkeep.transfer.device.kernels import KernelCopier, refusal
+    from kvkeep.transfer.rope.scatter import RotatingScatter
 except ImportError as _error:  # Triton is an extra, and is not made for every machine
     _WITHOUT_TRITON = str(_error)
 else:
@@ -45,11 +45,11 @@ def open_transfer(groups: Sequence[GroupCaches], chunk_tokens: int, wish: Wish) 
         return Opened(
             StagedTransfer(groups, chunk_tokens), None, f"staging copies, slower: {device} has no CUDA driver"
         )
-    movers = _Movers(device, CudaDriver(library), wish.programs)
+    ways = _CopyWays(device, CudaDriver(library), wish.programs)
     without_kernel = _WITHOUT_TRITON or refusal(device)
-    choice = choose(str(torch.cuda.get_device_name(device)), wish, movers.measure, without_kernel)
-    turned: Turned | None = None if without_kernel else partial(TurnedScatter, programs=wish.programs)
-    transfer = DeviceTransfer(groups, chunk_tokens, partial(movers.paths, choice), turned)
+    choice = choose(str(torch.cuda.get_device_name(device)), wish, ways.measure, without_kernel)
+    make_rotating: MakeRotating | None = None if without_kernel else partial(RotatingScatter, programs=wish.programs)
+    transfer = DeviceTransfer(groups, chunk_tokens, partial(ways.directions, choice), make_rotating)
     return Opened(transfer, CudaMemory(library, device.index or 0).calls, str(choice))
 
 
@@ -64,7 +64,7 @@ def open_with_states(groups: Sequence[GroupCaches], states: Sequence[GroupCaches
     return Opened(made(groups, chunk_tokens), None, text, made(states, states[0].block_tokens))
 
 
-class _Movers:
+class _CopyWays:
     """The two ways to copy on one CUDA device."""
 
     def __init__(self, device: torch.device, driver: CudaDriver, programs: int) -> None:
@@ -72,23 +72,23 @@ class _Movers:
         self._driver = driver
         self._programs = programs
 
-    def kernel(self, parts: Sequence[Part]) -> Mover:
-        mover = KernelMover(parts, self._device, self._programs)
-        mover.prepare()
-        return mover
+    def kernel(self, parts: Sequence[Part]) -> PageCopier:
+        copier = KernelCopier(parts, self._device, self._programs)
+        copier.prepare()
+        return copier
 
-    def engine(self, parts: Sequence[Part]) -> Mover:
-        return CopyMover(parts, self._driver, self._stream)
+    def engine(self, parts: Sequence[Part]) -> PageCopier:
+        return MemcpyCopier(parts, self._driver, self._stream)
 
     def measure(self) -> list[Sample]:
-        return probe(self._device, CudaLane(self._device), self.kernel, self.engine)
+        return probe(self._device, CudaStream(self._device), self.kernel, self.engine)
 
-    def paths(self, choice: DevicePath, parts: tuple[Part, ...]) -> tuple[Path, Path]:
-        """The way that is right for the largest pages, where most bytes are, with a lane for each direction."""
+    def directions(self, choice: DevicePath, parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
+        """The way that is right for the largest pages, where most bytes are, with a stream for each direction."""
         page_nbytes = max(part.pages.nbytes for part in parts)
-        made: dict[str, Callable[[Sequence[Part]], Mover]] = {"kernel": self.kernel, "engine": self.engine}
+        made: dict[str, Callable[[Sequence[Part]], PageCopier]] = {"kernel": self.kernel, "engine": self.engine}
         to_pool, from_pool = (made[choice.way(direction, page_nbytes)](parts) for direction in (True, False))
-        return Path(to_pool, CudaLane(self._device)), Path(from_pool, CudaLane(self._device))
+        return Direction(to_pool, CudaStream(self._device)), Direction(from_pool, CudaStream(self._device))
 
     def _stream(self) -> int:
         return int(torch.cuda.current_stream(self._device).cuda_stream)

@@ -19,7 +19,7 @@ from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.copies.relay import finished
 from kvkeep.engine.copies.thread import Copier, InlineCopier
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.rope.keys import Turning, Turns
+from kvkeep.transfer.rope.keys import Rotator, TextRotation
 from kvkeep.transfer.transfer import Blocks, Transfer
 
 
@@ -28,7 +28,7 @@ class Means(NamedTuple):
 
     clock: Callable[[], float] = time.monotonic
     copier: Copier | None = None
-    turning: Turning | None = None
+    rotator: Rotator | None = None
 
 
 ALONE = Means()
@@ -79,8 +79,8 @@ class StoreSteps(Protocol):
 class Copies(Protocol):
     """Makes the copies of requests; any thread may call. `at_once`: all of one is done at step 0, the only one."""
 
-    def loads(self, chunks: Sequence[Chunk], turns: Turns | None, at_once: bool) -> LoadSteps:
-        """The steps of a retrieve, whose K moves by `turns`."""
+    def loads(self, chunks: Sequence[Chunk], rotation: TextRotation | None, at_once: bool) -> LoadSteps:
+        """The steps of a retrieve, whose K moves by `rotation`."""
 
     def stores(self, chunks: Sequence[Chunk], at_once: bool) -> StoreSteps:
         """The steps of a store."""
@@ -99,9 +99,11 @@ class Ways:
         self._choice = CopyMode(mode, possible=means.copier is not None)
         self._deciding = threading.Lock()
 
-    def loads(self, chunks: Sequence[Chunk], turns: Turns | None = None, at_once: bool = False) -> RetrieveCopies:
+    def loads(
+        self, chunks: Sequence[Chunk], rotation: TextRotation | None = None, at_once: bool = False
+    ) -> RetrieveCopies:
         """As `Copies.loads`."""
-        return RetrieveCopies(self, chunks, turns, self._by_layer(at_once))
+        return RetrieveCopies(self, chunks, rotation, self._by_layer(at_once))
 
     def stores(self, chunks: Sequence[Chunk], at_once: bool = False) -> StoreCopies:
         """As `Copies.stores`."""
@@ -129,10 +131,12 @@ class Ways:
 class RetrieveCopies:
     """`LoadSteps`; a chunk that fails in any layer ends what has arrived, and later layers leave it alone."""
 
-    def __init__(self, ways: Ways, chunks: Sequence[Chunk], turns: Turns | None, layerwise: bool | None) -> None:
+    def __init__(
+        self, ways: Ways, chunks: Sequence[Chunk], rotation: TextRotation | None, layerwise: bool | None
+    ) -> None:
         self._ways = ways
         self._chunks = chunks
-        self._turns = turns
+        self._rotation = rotation
         self._layerwise = layerwise
         self._copier, self._ahead = ways.copier(layerwise)
         self._pieces: list[range | None] = list(ways.order) if layerwise else [None]
@@ -169,8 +173,8 @@ class RetrieveCopies:
             if not self._ways.transfer.scatter(lease, blocks, sums[part], layer):
                 self.arrived, self.differs = place, True
                 break
-            if self._turns is not None:
-                self._turns.in_place(place, layer)
+            if self._rotation is not None:
+                self._rotation.in_place(place, layer)
         return []
 
 

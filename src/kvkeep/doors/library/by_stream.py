@@ -13,9 +13,9 @@ from kvkeep.doors.library.by_layer import Chunk
 from kvkeep.engine.copies.device import wait
 from kvkeep.engine.rank.device_worker import BY_LAYER_NBYTES
 from kvkeep.transfer.device.device import DeviceTransfer
-from kvkeep.transfer.device.streams import Flight
+from kvkeep.transfer.device.streams import CopyEvent
 from kvkeep.transfer.device.tables import CopyJob
-from kvkeep.transfer.rope.keys import Batch, Turns
+from kvkeep.transfer.rope.keys import Batch, TextRotation
 from kvkeep.transfer.transfer import ranges_hold, seal_ranges
 
 
@@ -30,9 +30,11 @@ class Streams:
         self._order = order
         self._mode = mode
 
-    def loads(self, chunks: Sequence[Chunk], turns: Turns | None = None, at_once: bool = False) -> StreamLoads:
+    def loads(
+        self, chunks: Sequence[Chunk], rotation: TextRotation | None = None, at_once: bool = False
+    ) -> StreamLoads:
         """As `Copies.loads`."""
-        return StreamLoads(self._transfer, chunks, turns, self._steps(chunks, at_once))
+        return StreamLoads(self._transfer, chunks, rotation, self._steps(chunks, at_once))
 
     def stores(self, chunks: Sequence[Chunk], at_once: bool = False) -> StreamStores:
         """As `Copies.stores`."""
@@ -49,13 +51,13 @@ class StreamLoads:
     """`LoadSteps`: every copy is started at the first step; what must be verified is verified before."""
 
     def __init__(
-        self, transfer: DeviceTransfer, chunks: Sequence[Chunk], turns: Turns | None, steps: Sequence[range]
+        self, transfer: DeviceTransfer, chunks: Sequence[Chunk], rotation: TextRotation | None, steps: Sequence[range]
     ) -> None:
         self._transfer = transfer
         self._chunks = chunks
-        self._turns = turns  # kept to the end: copies under way read it
+        self._rotation = rotation  # kept to the end: copies under way read it
         self._steps = steps
-        self._flights: list[list[Flight]] = []
+        self._events: list[list[CopyEvent]] = []
         self._behind: list[int] = []
         self._started = False
         self.arrived = len(chunks)
@@ -66,9 +68,9 @@ class StreamLoads:
         if not self._started:
             self._started = True
             self._start()
-        if number < len(self._flights):
-            for flight in self._flights[number]:
-                flight.order()
+        if number < len(self._events):
+            for event in self._events[number]:
+                event.order()
             for place in self._behind:
                 self._in_place(place, self._steps[number] if self._steps else None)
 
@@ -78,38 +80,38 @@ class StreamLoads:
 
     def end(self) -> None:
         """As `LoadSteps.end`."""
-        wait(flight for step in self._flights for flight in step)
+        wait(event for step in self._events for event in step)
 
     def _start(self) -> None:
         held = takewhile(lambda one: not one.sums or ranges_hold(one.lease.views(), one.sums), self._chunks)
         chunks = list(held)
         self.arrived, self.differs = len(chunks), len(chunks) < len(self._chunks)
         locked = [place for place, one in enumerate(chunks) if one.lease.pieces]
-        if self._turns is not None and len(locked) < len(chunks):
-            locked = []  # turns are those of a whole text; the pool is being locked still, or cannot be
+        if self._rotation is not None and len(locked) < len(chunks):
+            locked = []  # a rotation is that of a whole text; the pool is being locked still, or cannot be
         for place in sorted({*range(len(chunks))} - {*locked}):
             self._transfer.scatter(chunks[place].lease, chunks[place].blocks, b"")
             self._in_place(place, None)
         if locked:
-            self._behind = [] if self._transfer.turns_on_the_way else locked
+            self._behind = [] if self._transfer.rotates_on_the_way else locked
             self._fly([CopyJob(chunks[place].blocks, chunks[place].lease) for place in locked])
 
     def _fly(self, jobs: Sequence[CopyJob]) -> None:
         for step in self._steps or (None,):
-            flights: list[Flight] = []
-            self._flights.append(flights)  # before anything may fail: what was started is waited for
+            events: list[CopyEvent] = []
+            self._events.append(events)  # before anything may fail: what was started is waited for
             for number in (None,) if step is None else step:
                 for batch in self._batches(number, len(jobs)):
-                    flights.append(self._transfer.start_turned(jobs, batch))
+                    events.append(self._transfer.start_rotated(jobs, batch))
 
     def _batches(self, number: int | None, chunks: int) -> list[Batch]:
         """What is copied of a range, or (None) of all of them: K on its way where the transfer can turn it there."""
-        on_the_way = self._turns is not None and self._transfer.turns_on_the_way
-        return self._turns.batches(number, chunks) if on_the_way and self._turns is not None else [Batch(number)]
+        on_the_way = self._rotation is not None and self._transfer.rotates_on_the_way
+        return self._rotation.batches(number, chunks) if on_the_way and self._rotation is not None else [Batch(number)]
 
     def _in_place(self, place: int, layers: range | None) -> None:
-        if self._turns is not None:
-            self._turns.in_place(place, layers)
+        if self._rotation is not None:
+            self._rotation.in_place(place, layers)
 
 
 class StreamStores:
@@ -120,23 +122,23 @@ class StreamStores:
         self._chunks = chunks
         self._steps = steps
         self._jobs = [CopyJob(one.blocks, one.lease) for one in chunks if one.lease.pieces]
-        self._flights: list[Flight] = []
+        self._events: list[CopyEvent] = []
 
     def step(self, number: int) -> None:
         """As `StoreSteps.step`."""
         for only in self._steps[number] if self._steps and self._jobs else ():
-            self._flights.append(self._transfer.start_gather(self._jobs, only))
+            self._events.append(self._transfer.start_gather(self._jobs, only))
 
     def over(self) -> list[bytes]:
         """As `StoreSteps.over`."""
         if self._jobs and not self._steps:
-            self._flights.append(self._transfer.start_gather(self._jobs))
+            self._events.append(self._transfer.start_gather(self._jobs))
         staged = {
             place: self._transfer.gather(one.blocks, one.lease, True)
             for place, one in enumerate(self._chunks)
             if not one.lease.pieces
         }
-        wait(self._flights)
+        wait(self._events)
         ranges = self._transfer.shard.ranges
         return [
             staged[place] if place in staged else seal_ranges(ranges, one.lease.views())
@@ -145,4 +147,4 @@ class StreamStores:
 
     def end(self) -> None:
         """As `StoreSteps.end`."""
-        wait(self._flights)
+        wait(self._events)

@@ -305,18 +305,18 @@ class CacheEngine:
         return self._copying(work, lambda: self._ways.stores(work.copies, at_once))
 
     def _loads(self, work: Work, at: int, at_once: bool = False) -> AbstractContextManager[LoadSteps]:
-        turning = self._means.turning if at and work.chunks else None
+        rotator = self._means.rotator if at and work.chunks else None
 
         def begin() -> LoadSteps:
-            turns = turning.turns(work.blocks, work.first, at) if turning is not None else None
-            return self._ways.loads(work.copies, turns, at_once)
+            rotation = rotator.for_text(work.blocks, work.first, at) if rotator is not None else None
+            return self._ways.loads(work.copies, rotation, at_once)
 
         return self._copying(work, begin)
 
     def _check_position(self, at: int) -> None:
         if at < 0:
             raise ValueError(f"at: there is no position {at}")
-        if at and self._means.turning is None:
+        if at and self._means.rotator is None:
             raise ValueError(f"at: nothing says how K moves to position {at}: open the engine with `keys`")
 
     def _check(self, work: Work, unique: bool) -> None:

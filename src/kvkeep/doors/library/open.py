@@ -30,7 +30,7 @@ from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.transfer.rope.keys import Keys, Turning
+from kvkeep.transfer.rope.keys import Keys, Rotator
 
 log = logging.getLogger("kvkeep")
 
@@ -82,9 +82,9 @@ def open_engine(
         )
     opened = open_transfer(groups, tokens, wish_of(config))
     log.info("kvkeep: copies: %s", opened.text)
-    turning = None if keys is None else Turning(groups, opened.transfer.shard, keys)
-    if turning is not None and isinstance(opened.transfer, DeviceTransfer):
-        opened.transfer.prepare_turns(turning.alike)
+    rotator = None if keys is None else Rotator(groups, opened.transfer.shard, keys)
+    if rotator is not None and isinstance(opened.transfer, DeviceTransfer):
+        opened.transfer.prepare_rotations(rotator.alike)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
     # copies on a thread need memory that the CPU reaches, and a core that nobody computes on
     by_cpu = isinstance(opened.transfer, ReferenceTransfer) and model.ranks == 1 and config.transfer_mode != "bulk"
@@ -94,7 +94,7 @@ def open_engine(
         if copier is not None:
             failing.callback(copier.close)
         engine = CacheEngine(
-            opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier, turning=turning)
+            opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier, rotator=rotator)
         )
         failing.pop_all()
     return engine

@@ -20,7 +20,7 @@ from kvkeep.engine.pool import MappedPool
 from kvkeep.errors import CopyFailed
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.device.device import DeviceTransfer
-from kvkeep.transfer.device.streams import Flight
+from kvkeep.transfer.device.streams import CopyEvent
 from kvkeep.transfer.device.tables import CopyJob
 from kvkeep.transfer.transfer import ranges_hold, seal_ranges
 
@@ -80,7 +80,7 @@ class DeviceLoads:
     def __init__(self, rank: Rank, settler: Copier) -> None:
         self._rank = rank
         self._settler = settler
-        self._layers: dict[int, Flight] = {}
+        self._layers: dict[int, CopyEvent] = {}
         self._waited: set[int] = set()
         self._late: set[int] = set()
 
@@ -92,14 +92,14 @@ class DeviceLoads:
         leases, failed = self._leases(plan, ops)
         jobs = {place: CopyJob(ops[place].blocks, lease) for place, lease in leases.items()}
         self._late = {n for n, job in jobs.items() if by_layer and job.lease.pieces and not ops[n].written}
-        flights = self._scatter([job for n, job in jobs.items() if n not in self._late])
-        for flight in flights if in_step else ():
-            flight.order()
+        events = self._scatter([job for n, job in jobs.items() if n not in self._late])
+        for event in events if in_step else ():
+            event.order()
         late = [jobs[n] for n in sorted(self._late)]
         scatter = self._rank.transfer.start_scatter
         self._layers = {n: scatter(late, n) for n in self._rank.shard.numbers.values()} if late else {}
         self._waited = set()
-        job = self._settler.submit(partial(wait, [*flights, *self._layers.values()]))
+        job = self._settler.submit(partial(wait, [*events, *self._layers.values()]))
         return Loading(ops, [*leases.values()], failed, job)
 
     def wait_layer(self, number: int) -> None:
@@ -126,7 +126,7 @@ class DeviceLoads:
                 leases[place] = lease
         return leases, set(range(len(ops))) - leases.keys()
 
-    def _scatter(self, jobs: Sequence[CopyJob]) -> list[Flight]:
+    def _scatter(self, jobs: Sequence[CopyJob]) -> list[CopyEvent]:
         for job in jobs:
             if not job.lease.pieces:
                 self._rank.transfer.scatter(job.lease, job.blocks, b"")
@@ -141,14 +141,14 @@ class DeviceStores:
         self._rank = rank
         self._settler = settler
         self._copies: list[Copy] | None = None
-        self._flights: list[Flight] = []
+        self._events: list[CopyEvent] = []
         self._saved: set[int] = set()
-        self._last: Flight | None = None
+        self._last: CopyEvent | None = None
 
     def before_writes(self) -> None:
         """On the device, what is launched from here on comes after all stores: it may write to their blocks."""
         if self._last is not None and not self._last.done():
-            self._last.order()  # the last of its lane
+            self._last.order()  # the last of its stream
 
     def save_layer(self, plan: StepPlan, number: int) -> None:
         """Starts the stores of a layer that has been launched; where it comes in parts, again each time."""
@@ -163,8 +163,8 @@ class DeviceStores:
             self._gather(number)
         gather = self._rank.transfer.gather
         staged = {one.place: gather(one.blocks, one.lease, one.seal) for one in copies if not one.lease.pieces}
-        job = self._settler.submit(partial(self._settle, copies, self._flights, staged))
-        self._copies, self._flights, self._saved = None, [], set()
+        job = self._settler.submit(partial(self._settle, copies, self._events, staged))
+        self._copies, self._events, self._saved = None, [], set()
         return Storing(copies, job)
 
     def _begin(self, plan: StepPlan) -> list[Copy]:
@@ -179,12 +179,12 @@ class DeviceStores:
         jobs = [CopyJob(copy.blocks, copy.lease) for copy in self._copies or () if copy.lease.pieces]
         if jobs:
             self._last = self._rank.transfer.start_gather(jobs, only)
-            self._flights.append(self._last)
+            self._events.append(self._last)
 
     def _settle(
-        self, copies: Iterable[Copy], flights: Iterable[Flight], staged: Mapping[int, bytes]
+        self, copies: Iterable[Copy], events: Iterable[CopyEvent], staged: Mapping[int, bytes]
     ) -> dict[int, bytes]:
-        wait(flights)
+        wait(events)
         sums = dict(staged)
         for copy in copies:
             if copy.place not in staged:
@@ -192,10 +192,10 @@ class DeviceStores:
         return sums
 
 
-def wait(flights: Iterable[Flight]) -> None:
+def wait(events: Iterable[CopyEvent]) -> None:
     """Returns once all are complete."""
-    for flight in flights:
-        flight.wait()
+    for event in events:
+        event.wait()
 
 
 def died(job: Future[None] | Future[dict[int, bytes]]) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvkeep.memory.page_lock import PinCalls
-from kvkeep.transfer.device.device import DeviceTransfer, Path, Turned
-from kvkeep.transfer.device.memcpy import CopyMover
-from kvkeep.transfer.device.tables import Numbers, Part
+from kvkeep.transfer.device.device import DeviceTransfer, Direction, MakeRotating
+from kvkeep.transfer.device.memcpy import MemcpyCopier
+from kvkeep.transfer.device.tables import Int64Array, Part
 from kvkeep.transfer.pages import GroupCaches
 
 LOCKS = PinCalls(lambda _address, _nbytes: "", lambda _address: "")
@@ -24,79 +24,81 @@ LOCKS = PinCalls(lambda _address, _nbytes: "", lambda _address: "")
 class MemmoveDriver:
     """A `Driver` that has copied when it returns."""
 
-    def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
+    def copy(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> None:
         """As `Driver.copy`."""
         for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             ctypes.memmove(target, source, nbytes)
 
 
 @dataclass
-class HeldLane:
-    """A `Lane` whose batches are copied in their order, each when it is landed, waited for or ordered before others.
+class HeldStream:
+    """A `CopyStream` that holds its batches back and copies them in order.
 
-    `waits` counts how often somebody waited for a copy that had not landed, `flights` the batches.
+    It copies a batch when it is let through, waited for or ordered before other work.
+
+    `waits` counts how often somebody waited for a copy that was not complete, `events` the batches.
     """
 
-    held: deque[HeldFlight] = field(default_factory=deque)
+    held: deque[HeldCopyEvent] = field(default_factory=deque)
     waits: int = 0
-    flights: int = 0
+    events: int = 0
 
-    def run(self, start: Callable[[], None]) -> HeldFlight:
-        """As `Lane.run`."""
-        flight = HeldFlight(self, start)
-        self.held.append(flight)
-        self.flights += 1
-        return flight
+    def run(self, start: Callable[[], None]) -> HeldCopyEvent:
+        """As `CopyStream.run`."""
+        event = HeldCopyEvent(self, start)
+        self.held.append(event)
+        self.events += 1
+        return event
 
-    def land(self, count: int = 1 << 30) -> None:
+    def let_through(self, count: int = 1 << 30) -> None:
         """Makes the copies of the next `count` batches."""
         for _ in range(min(count, len(self.held))):
-            flight = self.held.popleft()
+            event = self.held.popleft()
             try:
-                flight.start()
-                flight.landed = True
+                event.start()
+                event.complete = True
             finally:
-                flight.lost = not flight.landed
+                event.lost = not event.complete
 
 
 @dataclass
-class HeldFlight:
-    """A `Flight` of a HeldLane."""
+class HeldCopyEvent:
+    """A `CopyEvent` of a HeldStream."""
 
-    lane: HeldLane
+    stream: HeldStream
     start: Callable[[], None]
-    landed: bool = False
+    complete: bool = False
     lost: bool = False
 
     def done(self) -> bool:
-        """As `Flight.done`."""
-        return self.landed
+        """As `CopyEvent.done`."""
+        return self.complete
 
     def wait(self) -> None:
-        """As `Flight.wait`: the device gets there while the caller waits."""
-        self.lane.waits += not self.landed
+        """As `CopyEvent.wait`: the device gets there while the caller waits."""
+        self.stream.waits += not self.complete
         self.order()
 
     def order(self) -> None:
-        """As `Flight.order`: what comes next on the compute stream comes at once."""
-        while not self.landed:
+        """As `CopyEvent.order`: what comes next on the compute stream comes at once."""
+        while not self.complete:
             assert not self.lost, "these copies have failed"
-            self.lane.land(1)
+            self.stream.let_through(1)
 
 
 @dataclass
 class HeldDevice:
-    """One device: its lane to the pool and its lane from it; `turned` turns K on its way, where it can."""
+    """One device: its stream to the pool and its stream from it; `make_rotating` rotates K on its way, where it can."""
 
-    stores: HeldLane = field(default_factory=HeldLane)
-    loads: HeldLane = field(default_factory=HeldLane)
-    turned: Turned | None = None
+    stores: HeldStream = field(default_factory=HeldStream)
+    loads: HeldStream = field(default_factory=HeldStream)
+    make_rotating: MakeRotating | None = None
 
     def transfer(self, groups: Sequence[GroupCaches], chunk_tokens: int) -> DeviceTransfer:
         """Copies for caches that are in the CPU's memory."""
 
-        def paths(parts: tuple[Part, ...]) -> tuple[Path, Path]:
-            mover = CopyMover(parts, MemmoveDriver(), lambda: 0)
-            return Path(mover, self.stores), Path(mover, self.loads)
+        def directions(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
+            copier = MemcpyCopier(parts, MemmoveDriver(), lambda: 0)
+            return Direction(copier, self.stores), Direction(copier, self.loads)
 
-        return DeviceTransfer(groups, chunk_tokens, paths, self.turned)
+        return DeviceTransfer(groups, chunk_tokens, directions, self.make_rotating)

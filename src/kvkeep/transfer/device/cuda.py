@@ -11,7 +11,7 @@ import ctypes
 from typing import Any
 
 from kvkeep.memory.page_lock import PinCalls
-from kvkeep.transfer.device.tables import Numbers
+from kvkeep.transfer.device.tables import Int64Array
 
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
@@ -49,7 +49,7 @@ class CudaDriver:
             (name for name in ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync") if hasattr(library, name)), ""
         )
 
-    def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
+    def copy(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> None:
         """As `Driver.copy`; the arrays are read before it returns."""
         if self._batched:
             self._check(self._batched, self._batch(targets, sources, sizes, stream))
@@ -60,7 +60,7 @@ class CudaDriver:
             )
             self._check("cuMemcpyAsync", code)
 
-    def _batch(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> int:
+    def _batch(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> int:
         """One call with one set of attributes for all; CUDA 12's form has a place for the number of a failed copy."""
         attributes, first, failed = _Attributes(order=_IN_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t(0)
         arrays = (ctypes.c_void_p(one.ctypes.data) for one in (targets, sources, sizes))

@@ -1,6 +1,6 @@
 """Gather and scatter for caches on a device that reads and writes the pool itself.
 
-A `Transfer`, and in its batches what it is made of: many chunks at once, one layer or all, complete when its flight is.
+A `Transfer`, and in its batches what it is made of: many chunks at once, one layer or all, complete when its event is.
 Memory that is not page-locked goes through `StagedTransfer`. Knows nothing about keys, requests or how bytes move.
 """
 
@@ -11,73 +11,73 @@ from typing import NamedTuple, Protocol
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Lease
-from kvkeep.transfer.device.streams import Flight, Lane
-from kvkeep.transfer.device.tables import CopyJob, Mover, Pages, Part, parts_of
+from kvkeep.transfer.device.streams import CopyEvent, CopyStream
+from kvkeep.transfer.device.tables import CopyJob, PageCopier, Pages, Part, parts_of
 from kvkeep.transfer.pages import GroupCaches, group_rows
 from kvkeep.transfer.rope.keys import Alike, Batch
-from kvkeep.transfer.rope.rotate import Turn
+from kvkeep.transfer.rope.rotate import Rotation
 from kvkeep.transfer.staged import StagedTransfer
 from kvkeep.transfer.transfer import Blocks, ranges_hold, seal_ranges
 
 
-class Path(NamedTuple):
+class Direction(NamedTuple):
     """How one direction is copied, and where beside the model's work."""
 
-    mover: Mover
-    lane: Lane
+    copier: PageCopier
+    stream: CopyStream
 
 
-class TurnedMover(Protocol):
-    """A mover that turns K on its way."""
+class RotatingCopier(Protocol):
+    """A copier that rotates K on its way."""
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
-        """As `Mover.start`."""
+        """As `PageCopier.start`."""
 
     def prepare(self) -> None:
         """Compiles what `start` will launch."""
 
 
-Turned = Callable[[Sequence[Part], Alike, Turn], TurnedMover]
-"""What makes the mover of a batch that turns K on its way."""
+MakeRotating = Callable[[Sequence[Part], Alike, Rotation], RotatingCopier]
+"""Makes the copier of a batch that rotates K on its way."""
 
 
 class DeviceTransfer:
-    """Copies for one rank. `paths` makes the two paths, to the pool and from it, once the parts are known.
+    """Copies for one rank. `directions` makes the two directions, to the pool and from it, once the parts are known.
 
-    Without `turned` K is turned in its blocks. Raises LayoutMismatch, naming the layer, for a cache that has no dense
-    pages.
+    Without `make_rotating` K is rotated in its blocks. Raises LayoutMismatch, naming the layer, for a cache that has no
+    dense pages.
     """
 
     def __init__(
         self,
         groups: Sequence[GroupCaches],
         chunk_tokens: int,
-        paths: Callable[[tuple[Part, ...]], tuple[Path, Path]],
-        turned: Turned | None = None,
+        directions: Callable[[tuple[Part, ...]], tuple[Direction, Direction]],
+        make_rotating: MakeRotating | None = None,
     ) -> None:
         self._staged = StagedTransfer(groups, chunk_tokens)
         self._shard = self._staged.shard
         self.parts = parts_of(self._shard, [_pages(group) for group in groups])
-        self._to_pool, self._from_pool = paths(self.parts)
-        self._turned = turned
+        self._to_pool, self._from_pool = directions(self.parts)
+        self._make_rotating = make_rotating
 
     @property
-    def turns_on_the_way(self) -> bool:
-        """Whether `start_turned` turns; else it copies K as it is stored, to be turned in its blocks."""
-        return self._turned is not None
+    def rotates_on_the_way(self) -> bool:
+        """Whether `start_rotated` rotates; else it copies K as it is stored, to be rotated in its blocks."""
+        return self._make_rotating is not None
 
     @property
     def shard(self) -> ShardLayout:
         """As `Transfer.shard`."""
         return self._shard
 
-    def prepare_turns(self, kinds: Sequence[Alike]) -> None:
-        """Compiles what will turn these on the way, so that no request waits for it."""
-        if self._turned is None:
+    def prepare_rotations(self, kinds: Sequence[Alike]) -> None:
+        """Compiles what will rotate these on the way, so that no request waits for it."""
+        if self._make_rotating is None:
             return
         for alike in kinds:
             none = alike.keys.frequencies[None, :][:0]
-            self._turned(self.parts, alike, Turn(none, none)).prepare()
+            self._make_rotating(self.parts, alike, Rotation(none, none)).prepare()
 
     def check(self, blocks: Sequence[Blocks], unique: bool) -> None:
         """As `Transfer.check`."""
@@ -87,8 +87,8 @@ class DeviceTransfer:
         """As `Transfer.gather`."""
         if not lease.pieces:
             return self._staged.gather(blocks, lease, seal, layers)
-        for flight in [self.start_gather([CopyJob(blocks, lease)], only) for only in _each(layers)]:
-            flight.wait()
+        for event in [self.start_gather([CopyJob(blocks, lease)], only) for only in _each(layers)]:
+            event.wait()
         return seal_ranges(self._shard.chosen(layers), lease.views(layers)) if seal else b""
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
@@ -97,37 +97,37 @@ class DeviceTransfer:
             return self._staged.scatter(lease, blocks, sums, layers)
         if sums and not ranges_hold(lease.views(layers), sums):
             return False
-        for flight in [self.start_scatter([CopyJob(blocks, lease)], only) for only in _each(layers)]:
-            flight.order()
-            flight.wait()
+        for event in [self.start_scatter([CopyJob(blocks, lease)], only) for only in _each(layers)]:
+            event.order()
+            event.wait()
         return True
 
-    def start_gather(self, jobs: Sequence[CopyJob], only: int | None = None) -> Flight:
+    def start_gather(self, jobs: Sequence[CopyJob], only: int | None = None) -> CopyEvent:
         """Starts to copy blocks into chunks, all after what the current stream has now: every range, or number `only`.
 
-        Every lease must be page-locked (else ValueError) and stay open until the flight is done; then `seal_ranges` may
+        Every lease must be page-locked (else ValueError) and stay open until the event is done; then `seal_ranges` may
         sum.
         """
         return self._start(self._to_pool, jobs, True, only)
 
-    def start_scatter(self, jobs: Sequence[CopyJob], only: int | None = None) -> Flight:
+    def start_scatter(self, jobs: Sequence[CopyJob], only: int | None = None) -> CopyEvent:
         """Starts to copy chunks into blocks, likewise; sums are the caller's business.
 
-        What reads the blocks must come after the flight's `order`, and a layer's attention after that of its `only`.
+        What reads the blocks must come after the event's `order`, and a layer's attention after that of its `only`.
         """
         return self._start(self._from_pool, jobs, False, only)
 
-    def start_turned(self, jobs: Sequence[CopyJob], batch: Batch) -> Flight:
-        """As `start_scatter` for what the batch names; its turn, if it has one, must live until the flight is done."""
-        path = self._from_pool
-        if batch.alike is not None and batch.turn is not None and self._turned is not None:
-            path = path._replace(mover=self._turned(self.parts, batch.alike, batch.turn))
-        return self._start(path, jobs, False, batch.only)
+    def start_rotated(self, jobs: Sequence[CopyJob], batch: Batch) -> CopyEvent:
+        """As `start_scatter` for what the batch names; its rotation, if any, must live until the event is done."""
+        direction = self._from_pool
+        if batch.alike is not None and batch.rotation is not None and self._make_rotating is not None:
+            direction = direction._replace(copier=self._make_rotating(self.parts, batch.alike, batch.rotation))
+        return self._start(direction, jobs, False, batch.only)
 
-    def _start(self, path: Path, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> Flight:
+    def _start(self, direction: Direction, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> CopyEvent:
         if not all(job.lease.pieces for job in jobs):
             raise ValueError("memory that is not page-locked cannot be copied by the device")
-        return path.lane.run(lambda: path.mover.start(jobs, to_pool, only))
+        return direction.stream.run(lambda: direction.copier.start(jobs, to_pool, only))
 
 
 def _each(layers: range | None) -> Sequence[int | None]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kvkeep.transfer.device.streams import upload
-from kvkeep.transfer.device.tables import CopyJob, Numbers, Part, address_of, places, width_of
+from kvkeep.transfer.device.tables import CopyJob, Int64Array, Part, address_of, block_rows, width_of
 
 PROGRAMS = 16  # where nothing is set; of an H100's 132 multiprocessors
 TILE_NBYTES = 8192  # what one program has under way: 16 of them cover a PCIe 5 round trip of 2 us
@@ -64,8 +64,8 @@ class _Table(NamedTuple):
     numbers: torch.Tensor
 
 
-class KernelMover:
-    """A `Mover` by kernel; `kernel` is `copy_pages`, or its like in Triton's interpreter."""
+class KernelCopier:
+    """A `PageCopier` by kernel; `kernel` is `copy_pages`, or its like in Triton's interpreter."""
 
     def __init__(
         self, parts: Sequence[Part], device: torch.device, programs: int = PROGRAMS, kernel: Any = copy_pages
@@ -89,7 +89,7 @@ class KernelMover:
                 self._kernel[(1,)](numbers, nothing, to_pool, width, _tile(parts))
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
-        """As `Mover.start`: one launch for each width of access that the layout has; most have one."""
+        """As `PageCopier.start`: one launch for each width of access that the layout has; most have one."""
         aligned = width_of(address_of(job.lease) for job in jobs)
         for width, parts, numbers in self._tables[only]:
             tile = _tile(parts)
@@ -122,11 +122,11 @@ def _tile(parts: Sequence[Part]) -> int:
     return int(min(TILE_NBYTES, max(16, triton.next_power_of_2(max(part.pages.nbytes for part in parts)))))
 
 
-def batch_of(parts: Sequence[Part], jobs: Sequence[CopyJob], tile_nbytes: int) -> Numbers:
+def batch_of(parts: Sequence[Part], jobs: Sequence[CopyJob], tile_nbytes: int) -> Int64Array:
     """The kernel's `batch` for these jobs: see `copy_pages`."""
     groups = max(part.group for part in parts) + 1
     used = {part.group for part in parts}
-    rows = [places(jobs, group) if group in used else np.empty((0, 3), np.int64) for group in range(groups)]
+    rows = [block_rows(jobs, group) if group in used else np.empty((0, 3), np.int64) for group in range(groups)]
     counts = [len(one) for one in rows]
     firsts = np.concatenate(([0], np.cumsum(counts)[:-1]))
     tiles = max(-(-part.pages.nbytes // tile_nbytes) for part in parts)

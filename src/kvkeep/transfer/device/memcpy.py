@@ -11,18 +11,18 @@ from typing import Protocol
 
 import numpy as np
 
-from kvkeep.transfer.device.tables import CopyJob, Numbers, Part, copies, cut, edges_of, merged
+from kvkeep.transfer.device.tables import CopyJob, Int64Array, Part, copies, cut, edges_of, merged
 
 
 class Driver(Protocol):
     """What starts copies on a stream."""
 
-    def copy(self, targets: Numbers, sources: Numbers, sizes: Numbers, stream: int) -> None:
+    def copy(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> None:
         """Starts copies between addresses, sizes in bytes (contiguous int64 arrays); none depends on another."""
 
 
-class CopyMover:
-    """A `Mover` by copy engine; `stream` gives the handle of the current stream."""
+class MemcpyCopier:
+    """A `PageCopier` by copy engine; `stream` gives the handle of the current stream."""
 
     def __init__(self, parts: Sequence[Part], driver: Driver, stream: Callable[[], int]) -> None:
         self._parts = tuple(parts)
@@ -30,7 +30,7 @@ class CopyMover:
         self._stream = stream
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
-        """As `Mover.start`."""
+        """As `PageCopier.start`."""
         parts = [part for part in self._parts if only is None or part.range_ == only]
         rows = cut(merged(copies(parts, jobs)), edges_of(jobs))
         if not len(rows):

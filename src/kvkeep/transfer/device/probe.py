@@ -14,27 +14,27 @@ import torch
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.device.choice import Sample
-from kvkeep.transfer.device.streams import Lane
-from kvkeep.transfer.device.tables import CopyJob, Mover, Pages, Part, parts_of
+from kvkeep.transfer.device.streams import CopyStream
+from kvkeep.transfer.device.tables import CopyJob, PageCopier, Pages, Part, parts_of
 from kvkeep.transfer.transfer import Blocks
 
 PAGE_SIZES = tuple(4096 << two for two in range(0, 11, 2))  # 4 KiB to 4 MiB
 NBYTES = 32 << 20
 _RUNS = 3
 
-MakeMover = Callable[[tuple[Part, ...]], Mover]
+MakeCopier = Callable[[tuple[Part, ...]], PageCopier]
 
 
-def probe(device: torch.device, lane: Lane, kernel: MakeMover, engine: MakeMover) -> list[Sample]:
+def probe(device: torch.device, stream: CopyStream, kernel: MakeCopier, engine: MakeCopier) -> list[Sample]:
     """The rates of both ways for every page size and direction: the best of three runs."""
     inside = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
     outside = torch.zeros(NBYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     samples = []
     for page_nbytes in PAGE_SIZES:
         job, parts = scattered(inside, outside, page_nbytes)
-        movers = [kernel(parts), engine(parts)]
+        copiers = [kernel(parts), engine(parts)]
         for to_pool in (True, False):
-            rates = [rate(lane, mover, job, to_pool) for mover in movers]
+            rates = [rate(stream, copier, job, to_pool) for copier in copiers]
             samples.append(Sample(to_pool, page_nbytes, *rates))
     return samples
 
@@ -48,11 +48,11 @@ def scattered(inside: torch.Tensor, outside: torch.Tensor, page_nbytes: int) -> 
     return CopyJob([Blocks(0, 0, tuple(order.tolist()))], Lease(outside.numpy(), shard, (0,))), parts
 
 
-def rate(lane: Lane, mover: Mover, job: CopyJob, to_pool: bool) -> float:
+def rate(stream: CopyStream, copier: PageCopier, job: CopyJob, to_pool: bool) -> float:
     """Bytes a second from the call until the bytes are there."""
     times = []
     for _ in range(1 + _RUNS):
         start = time.perf_counter()
-        lane.run(lambda: mover.start([job], to_pool, None)).wait()
+        stream.run(lambda: copier.start([job], to_pool, None)).wait()
         times.append(time.perf_counter() - start)
     return NBYTES / min(times[1:])

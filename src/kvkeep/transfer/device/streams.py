@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 
-class Flight(Protocol):
+class CopyEvent(Protocol):
     """Copies under way. Their memory, in the pool and in the engine, belongs to them until `done`."""
 
     def done(self) -> bool:
@@ -25,15 +25,15 @@ class Flight(Protocol):
         """Makes what is launched on the current stream from here on run after the copies; the caller does not wait."""
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """Where the copies of one direction run, one batch after the other."""
 
-    def run(self, start: Callable[[], None]) -> Flight:
+    def run(self, start: Callable[[], None]) -> CopyEvent:
         """Lets `start` launch copies that run after everything launched on the current stream until now."""
 
 
-class Landed:
-    """The flight of copies that were complete at once."""
+class CompletedCopy:
+    """The event of copies that were complete at once."""
 
     def done(self) -> bool:
         """True."""
@@ -46,16 +46,16 @@ class Landed:
         """Nothing to order."""
 
 
-class InlineLane:
+class InlineStream:
     """Copies that are made while they are started: on a CPU."""
 
-    def run(self, start: Callable[[], None]) -> Flight:
-        """As `Lane.run`."""
+    def run(self, start: Callable[[], None]) -> CopyEvent:
+        """As `CopyStream.run`."""
         start()
-        return Landed()
+        return CompletedCopy()
 
 
-class CudaFlight:
+class CudaCopyEvent:
     """Copies that are complete when an event is."""
 
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
@@ -63,19 +63,19 @@ class CudaFlight:
         self._device = device
 
     def done(self) -> bool:
-        """As `Flight.done`."""
+        """As `CopyEvent.done`."""
         return bool(self._event.query())
 
     def wait(self) -> None:
-        """As `Flight.wait`; the thread sleeps meanwhile. Bounded only by CUDA's own end of a lost device."""
+        """As `CopyEvent.wait`; the thread sleeps meanwhile. Bounded only by CUDA's own end of a lost device."""
         self._event.synchronize()
 
     def order(self) -> None:
-        """As `Flight.order`."""
+        """As `CopyEvent.order`."""
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
-class CudaLane:
+class CudaStream:
     """A stream of its own on one device.
 
     A batch waits for the compute stream both ways: a gather reads what the step has written, and a scatter writes
@@ -86,8 +86,8 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def run(self, start: Callable[[], None]) -> Flight:
-        """As `Lane.run`."""
+    def run(self, start: Callable[[], None]) -> CopyEvent:
+        """As `CopyStream.run`."""
         before = torch.cuda.Event()
         before.record(torch.cuda.current_stream(self._device))
         self._stream.wait_event(before)
@@ -98,10 +98,10 @@ class CudaLane:
                 start()
                 started = True
             finally:
-                if not started:  # nobody gets a flight to wait for, and what was launched may still use its memory
+                if not started:  # nobody gets an event to wait for, and what was launched may still use its memory
                     self._stream.synchronize()
             complete.record(self._stream)
-        return CudaFlight(complete, self._device)
+        return CudaCopyEvent(complete, self._device)
 
 
 def upload(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import Blocks
 
-Numbers = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 WIDTHS = (16, 8, 4, 2, 1)
 _FIRST = range(1)
 
@@ -45,7 +45,7 @@ class CopyJob(NamedTuple):
     lease: Lease
 
 
-class Mover(Protocol):
+class PageCopier(Protocol):
     """One way to copy."""
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
@@ -76,7 +76,7 @@ def width_of(numbers: Iterable[int]) -> int:
     return next(width for width in WIDTHS if bits % width == 0)
 
 
-def places(jobs: Sequence[CopyJob], group: int) -> Numbers:
+def block_rows(jobs: Sequence[CopyJob], group: int) -> Int64Array:
     """The blocks that the jobs name in a group: [n, 3] of block id, address of the chunk's shard, place in it."""
     runs = [(address_of(job.lease), one) for job in jobs for one in job.blocks if one.group == group]
     if not runs:
@@ -89,10 +89,10 @@ def places(jobs: Sequence[CopyJob], group: int) -> Numbers:
     return np.stack((np.concatenate(ids), chunks, where), axis=1)
 
 
-def copies(parts: Sequence[Part], jobs: Sequence[CopyJob]) -> Numbers:
+def copies(parts: Sequence[Part], jobs: Sequence[CopyJob]) -> Int64Array:
     """Every page to copy: [n, 3] of address in the engine, address in the pool, bytes; in the pool's order."""
     found = [np.empty((0, 3), np.int64)]
-    by_group = {group: places(jobs, group) for group in {part.group for part in parts}}
+    by_group = {group: block_rows(jobs, group) for group in {part.group for part in parts}}
     for group, _, pages, offset in parts:
         ids, chunks, where = by_group[group].T
         nbytes = np.full(len(ids), pages.nbytes)
@@ -100,7 +100,7 @@ def copies(parts: Sequence[Part], jobs: Sequence[CopyJob]) -> Numbers:
     return np.concatenate(found)
 
 
-def merged(rows: Numbers) -> Numbers:
+def merged(rows: Int64Array) -> Int64Array:
     """The same copies with each run of rows that go on where the last one ended, on both sides, as one."""
     if len(rows) < 2:
         return rows
@@ -109,7 +109,7 @@ def merged(rows: Numbers) -> Numbers:
     return np.column_stack((rows[starts, :2], np.add.reduceat(rows[:, 2], starts)))
 
 
-def cut(rows: Numbers, edges: Sequence[int]) -> Numbers:
+def cut(rows: Int64Array, edges: Sequence[int]) -> Int64Array:
     """The same copies, none over an address of `edges` (sorted) in the pool: each side is page-locked on its own."""
     inside = np.array(edges, np.int64)
     first = np.searchsorted(inside, rows[:, 1], "right")
@@ -119,7 +119,7 @@ def cut(rows: Numbers, edges: Sequence[int]) -> Numbers:
     return np.array(list(_cut(rows, inside, np.stack((first, last), axis=1))), np.int64).reshape(-1, 3)
 
 
-def _cut(rows: Numbers, edges: Numbers, crossed: Numbers) -> Iterator[tuple[int, int, int]]:
+def _cut(rows: Int64Array, edges: Int64Array, crossed: Int64Array) -> Iterator[tuple[int, int, int]]:
     for (page, place, nbytes), (first, last) in zip(rows.tolist(), crossed.tolist(), strict=True):
         stops = [place, *edges[first:last].tolist(), place + nbytes]
         for start, stop in pairwise(stops):

@@ -1,1 +1,1 @@
-"""K at another position: how fast each pair turns, and the turn on the way to the engine's blocks."""
+"""K at another position: how fast each pair rotates, and the rotation on the way to the engine's blocks."""

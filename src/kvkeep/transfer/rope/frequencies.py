@@ -43,7 +43,7 @@ class _Rope(NamedTuple):
         return float(cast(SupportsFloat, value))
 
     def plain(self, base: float) -> torch.Tensor:
-        """One turn in `base` ** (pair / pairs) tokens and two pi, float32 [pairs]."""
+        """One full circle in `base` ** (pair / pairs) tokens and two pi, float32 [pairs]."""
         dims = torch.arange(0, 2 * self.pairs, 2, dtype=torch.float32)
         return cast(torch.Tensor, 1.0 / base ** (dims / (2 * self.pairs)))
 

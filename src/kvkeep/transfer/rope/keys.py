@@ -1,7 +1,7 @@
-"""The move of a text's K to another position: which layers' K turns, in which blocks, by how much.
+"""The move of a text's K to another position: which layers' K rotates, in which blocks, by how much.
 
 V and what carries no position stay as they were stored. Knows nothing about leases, streams or how bytes come into the
-blocks: K is turned in them afterwards, or on its way there (`turned_scatter`).
+blocks: K is rotated in them afterwards, or on its way there (`rope/scatter`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.pages import GroupCaches, storage_of
-from kvkeep.transfer.rope.rotate import Pairing, Turn, key_pages, rotate_blocks, turn_between
+from kvkeep.transfer.rope.rotate import Pairing, Rotation, key_pages, rotate_blocks, rotation_between
 from kvkeep.transfer.transfer import Blocks
 
 
 class Keys(NamedTuple):
-    """How K lies in a layer's cache, and by how much each pair turns from one token to the next.
+    """How K lies in a layer's cache, and by how much each pair rotates from one token to the next.
 
     `axes` and `packed` are those of `rotary.key_pages`; `frequencies`, float32 [pairs], those of `rope.frequencies`.
     """
@@ -31,15 +31,15 @@ class Keys(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """K, or V, which does not turn, in range number `range_`: a view [blocks, tokens, heads, head_size]."""
+    """K, or V, which does not rotate, in range number `range_`: a view [blocks, tokens, heads, head_size]."""
 
     pages: torch.Tensor
     range_: int
-    turns: bool
+    rotates: bool
 
 
 class Alike(NamedTuple):
-    """Layers of one group whose K turns alike, of one shape and dtype: their planes, each V behind its K."""
+    """Layers of one group whose K rotates alike, of one shape and dtype: their planes, each V behind its K."""
 
     group: int
     keys: Keys
@@ -47,17 +47,17 @@ class Alike(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One scatter: of range number `only` (None: of all that have planes here), and how it turns (None: not)."""
+    """One scatter: of range number `only` (None: of all that have planes here), and how it rotates (None: not)."""
 
     only: int | None
     alike: Alike | None = None
-    turn: Turn | None = None
+    rotation: Rotation | None = None
 
 
-class Turning:
+class Rotator:
     """For the caches of `groups`, whose chunks are arranged as `shard`; a layer that `keys` does not name stays.
 
-    Raises LayoutMismatch, naming the layer, for one that is not there or whose K cannot be turned.
+    Raises LayoutMismatch, naming the layer, for one that is not there or whose K cannot be rotated.
     """
 
     def __init__(self, groups: Sequence[GroupCaches], shard: ShardLayout, keys: Mapping[str, Keys]) -> None:
@@ -73,12 +73,12 @@ class Turning:
             if name in keys:
                 self._add(groups[shard.ranges[number].group], name, number, keys[name])
 
-    def turns(self, blocks: Sequence[Sequence[Blocks]], first_chunk: int, by: int) -> Turns:
+    def for_text(self, blocks: Sequence[Sequence[Blocks]], first_chunk: int, by: int) -> TextRotation:
         """The move by so many positions of a text's chunks from `first_chunk` on, which go to these blocks.
 
         Their tokens follow each other without a gap, as those of `Cut.blocks` do.
         """
-        return Turns(self, blocks, first_chunk * self.shard.chunk_tokens, by)
+        return TextRotation(self, blocks, first_chunk * self.shard.chunk_tokens, by)
 
     def _add(self, group: GroupCaches, name: str, number: int, keys: Keys) -> None:
         made, which = group.caches[name], self.shard.ranges[number].group
@@ -89,7 +89,7 @@ class Turning:
         if keys.pairing.start + 2 * len(keys.frequencies) > pages.shape[3]:
             raise LayoutMismatch(f"{name}: K cannot be moved: {len(keys.frequencies)} pairs do not fit a head of it")
         keys = keys._replace(frequencies=keys.frequencies.to(cache.device, torch.float32))
-        same = (n for n, one in enumerate(self.alike) if one.group == which and _turns_alike(one, keys, pages))
+        same = (n for n, one in enumerate(self.alike) if one.group == which and _rotate_alike(one, keys, pages))
         kind = self.kinds[number] = next(same, len(self.alike))
         if kind == len(self.alike):
             self.alike.append(Alike(which, keys, []))
@@ -98,52 +98,54 @@ class Turning:
             self.alike[kind].planes.append(Plane(key_pages(name, cache, keys.axes, half=1), number, False))
 
 
-class Turns:
-    """Those of one text: the turn of each of its tokens from number `start` on, in the order of its blocks."""
+class TextRotation:
+    """The rotation of one text: that of each of its tokens from number `start` on, in the order of its blocks."""
 
-    def __init__(self, turning: Turning, blocks: Sequence[Sequence[Blocks]], start: int, by: int) -> None:
-        self._turning = turning
+    def __init__(self, rotator: Rotator, blocks: Sequence[Sequence[Blocks]], start: int, by: int) -> None:
+        self._rotator = rotator
         self._blocks = [{one.group: one for one in chunk} for chunk in blocks]
-        self._made = [self._turn(one, start, by) for one in turning.alike]
+        self._made = [self._rotation(one, start, by) for one in rotator.alike]
 
     def in_place(self, chunk: int, layers: range | None) -> None:
         """Turns K of the chunk at this place of the text, which is in its blocks, in these ranges (None: in all)."""
-        for number in range(len(self._turning.shard.ranges)) if layers is None else layers:
-            kind = self._turning.kinds.get(number)
+        for number in range(len(self._rotator.shard.ranges)) if layers is None else layers:
+            kind = self._rotator.kinds.get(number)
             if kind is not None:
-                alike, turn = self._turning.alike[kind], self._made[kind]
+                alike, rotation = self._rotator.alike[kind], self._made[kind]
                 start, end = (self._tokens(alike.group, count) for count in (chunk, chunk + 1))
-                keys = next(one for one in alike.planes if one.range_ == number and one.turns)
+                keys = next(one for one in alike.planes if one.range_ == number and one.rotates)
                 ids = [int(one) for one in self._blocks[chunk][alike.group].block_ids]
-                rotate_blocks(keys.pages, ids, Turn(turn.cos[start:end], turn.sin[start:end]), alike.keys.pairing)
+                rotate_blocks(
+                    keys.pages, ids, Rotation(rotation.cos[start:end], rotation.sin[start:end]), alike.keys.pairing
+                )
 
     def batches(self, number: int | None, chunks: int) -> list[Batch]:
         """The scatters that bring the first `chunks` chunks to their place: range `number` of them, or (None) all."""
-        kinds = self._turning.kinds
-        wanted = range(len(self._turning.shard.ranges)) if number is None else (number,)
+        kinds = self._rotator.kinds
+        wanted = range(len(self._rotator.shard.ranges)) if number is None else (number,)
         plain = [Batch(one) for one in wanted if one not in kinds]
-        turned = []
+        rotated = []
         for kind in sorted({kinds[one] for one in wanted if one in kinds}):
-            alike, turn = self._turning.alike[kind], self._made[kind]
+            alike, rotation = self._rotator.alike[kind], self._made[kind]
             end = self._tokens(alike.group, chunks)
-            turned.append(Batch(number, alike, Turn(turn.cos[:end], turn.sin[:end])))
-        return plain + turned
+            rotated.append(Batch(number, alike, Rotation(rotation.cos[:end], rotation.sin[:end])))
+        return plain + rotated
 
-    def _turn(self, alike: Alike, start: int, by: int) -> Turn:
-        pace, size = alike.keys.frequencies, self._turning.shard.groups[alike.group].block_tokens
+    def _rotation(self, alike: Alike, start: int, by: int) -> Rotation:
+        pace, size = alike.keys.frequencies, self._rotator.shard.groups[alike.group].block_tokens
         first = start + self._blocks[0][alike.group].first * size
         # made where it is used: numbers that came from the host would wait for what is under way there
         stored = torch.arange(first, first + self._tokens(alike.group, len(self._blocks)), device=pace.device)
-        return turn_between((stored, pace), (stored + by, pace))
+        return rotation_between((stored, pace), (stored + by, pace))
 
     def _tokens(self, group: int, chunks: int) -> int:
         """How many tokens the first `chunks` chunks have in their blocks of a group."""
-        size = self._turning.shard.groups[group].block_tokens
+        size = self._rotator.shard.groups[group].block_tokens
         return size * sum(len(one[group].block_ids) for one in self._blocks[:chunks])
 
 
 def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -> None:
-    """LayoutMismatch if K of a layer is another layer's too: it would turn twice."""
+    """LayoutMismatch if K of a layer is another layer's too: it would be rotated twice."""
     seen: dict[int, str] = {}
     for name, cache in caches.items():
         other = seen.setdefault(cache.data_ptr(), name)
@@ -151,7 +153,7 @@ def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -
             raise LayoutMismatch(f"{name}: K cannot be moved: its cache is also that of {other}; register it once")
 
 
-def _turns_alike(one: Alike, keys: Keys, pages: torch.Tensor) -> bool:
+def _rotate_alike(one: Alike, keys: Keys, pages: torch.Tensor) -> bool:
     mine, first = one.keys, one.planes[0].pages
     same = (mine.axes, mine.pairing, first.shape, first.dtype) == (keys.axes, keys.pairing, pages.shape, pages.dtype)
     return same and torch.equal(mine.frequencies, keys.frequencies)

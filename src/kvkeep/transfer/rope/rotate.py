@@ -1,6 +1,6 @@
 """Moves K to another position: R(q) R(p)^-1 K, pair by pair, so that a chunk can be used where it was not computed.
 
-The torch path for any device; `turned_scatter` does the same in Triton, on the way into the blocks. Only K turns: V
+The torch path for any device; `rope/scatter` does the same in Triton, on the way into the blocks. Only K rotates: V
 carries no position. The result is K as the model would compute it at q from the same hidden states; what a token saw
 before it does not change. Knows nothing about chunks, leases or which chunks are moved.
 """
@@ -21,64 +21,64 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pairing(NamedTuple):
-    """Which dimensions of a head turn together: the first at `start`, neighbours (GPT-J) or halves apart (NeoX)."""
+    """Which dimensions of a head rotate together: the first at `start`, neighbours (GPT-J) or halves apart (NeoX)."""
 
     interleaved: bool = False
     start: int = 0
 
 
-class Turn(NamedTuple):
+class Rotation(NamedTuple):
     """The rotation of each token and pair: cosine and sine, float32 [tokens, pairs]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
-def turn_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> Turn:
-    """The turn of tokens from old to new: (positions [tokens], frequencies [pairs]) each.
+def rotation_between(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> Rotation:
+    """The rotation of tokens from old to new: (positions [tokens], frequencies [pairs]) each.
 
     The two frequencies differ only for a scaling that depends on the length. Angles are rounded to float32 one by one,
     as models round them, and subtracted without a further loss.
     """
     shape = (len(old[0]), len(old[1]))
-    turn = Turn(*(torch.empty(shape, dtype=torch.float32, device=old[1].device) for _ in range(2)))
+    rotation = Rotation(*(torch.empty(shape, dtype=torch.float32, device=old[1].device) for _ in range(2)))
     for at in range(0, shape[0], _TOKENS):
         tokens = slice(at, at + _TOKENS)
         angles = [positions[tokens].to(torch.float32)[:, None] * pace[None, :] for positions, pace in (old, new)]
         by = angles[1].double() - angles[0].double()
-        turn.cos[tokens], turn.sin[tokens] = by.cos(), by.sin()
-    return turn
+        rotation.cos[tokens], rotation.sin[tokens] = by.cos(), by.sin()
+    return rotation
 
 
-def rotate(keys: torch.Tensor, turn: Turn, pairing: Pairing) -> torch.Tensor:
-    """`keys` [tokens, heads, head_size], turned; float32 inside, rounded once to the dtype of `keys`.
+def rotate(keys: torch.Tensor, rotation: Rotation, pairing: Pairing) -> torch.Tensor:
+    """`keys` [tokens, heads, head_size], rotated; float32 inside, rounded once to the dtype of `keys`.
 
     What a partial rotary leaves alone is returned bit for bit. LayoutMismatch for more pairs than a head has.
     """
     check_keys(keys)
-    pairs = turn.cos.shape[1]
+    pairs = rotation.cos.shape[1]
     end = pairing.start + 2 * pairs
     if end > keys.shape[-1]:
         raise LayoutMismatch(f"{pairs} pairs from {pairing.start} on do not fit a head of {keys.shape[-1]}")
     out = keys.clone()
     split, axis = ((pairs, 2), -1) if pairing.interleaved else ((2, pairs), -2)
     first, second = out[..., pairing.start : end].unflatten(-1, split).unbind(axis)
-    cos, sin = turn.cos[:, None, :], turn.sin[:, None, :]
+    cos, sin = rotation.cos[:, None, :], rotation.sin[:, None, :]
     x, y = first.float(), second.float()
-    turned = x * cos - y * sin, y * cos + x * sin  # x and y may be the memory that is written next
-    first.copy_(turned[0])
-    second.copy_(turned[1])
+    rotated = x * cos - y * sin, y * cos + x * sin  # x and y may be the memory that is written next
+    first.copy_(rotated[0])
+    second.copy_(rotated[1])
     return out
 
 
-def rotate_blocks(pages: torch.Tensor, block_ids: Sequence[int], turn: Turn, pairing: Pairing) -> None:
-    """Turns K in place in these blocks of `pages` [blocks, tokens, heads, head_size] (see `key_pages`).
+def rotate_blocks(pages: torch.Tensor, block_ids: Sequence[int], rotation: Rotation, pairing: Pairing) -> None:
+    """Rotates K in place in these blocks of `pages` [blocks, tokens, heads, head_size] (see `key_pages`).
 
-    The tokens of `turn` are those of the blocks, in their order; a block must be named once.
+    The tokens of `rotation` are those of the blocks, in their order; a block must be named once.
     """
     ids = upload(np.array(block_ids, np.int64), pages.device)
     keys = pages.index_select(0, ids)
-    pages[ids] = rotate(keys.flatten(0, 1), turn, pairing).view_as(keys)
+    pages[ids] = rotate(keys.flatten(0, 1), rotation, pairing).view_as(keys)
 
 
 def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "", half: int = 0) -> torch.Tensor:
@@ -105,6 +105,6 @@ def key_pages(name: str, cache: torch.Tensor, axes: str, packed: str = "", half:
 
 
 def check_keys(keys: torch.Tensor, name: str = "K") -> None:
-    """LayoutMismatch for numbers that cannot be turned: FP8 would be rounded a second time and could overflow."""
+    """LayoutMismatch for a dtype that cannot be rotated: FP8 would be rounded a second time and could overflow."""
     if keys.dtype not in DTYPES:
         raise LayoutMismatch(f"{name}: K cannot be moved: {keys.dtype} is not one of {', '.join(map(str, DTYPES))}")

@@ -1,4 +1,4 @@
-"""Scatter that turns K on its way: chunks to blocks at another position, K and V of all layers or of one in one launch.
+"""Scatter that rotates K on its way: chunks to blocks at another position, K and V of one layer or of all in a launch.
 
 K is read once from the page-locked pool and written once, with no second pass over the device's memory. It must know
 where tokens, heads and dimensions lie in a page, which plain copies need not. Knows nothing about streams, leases'
@@ -18,21 +18,21 @@ import triton.language as tl
 from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.device.kernels import PROGRAMS
 from kvkeep.transfer.device.streams import upload
-from kvkeep.transfer.device.tables import CopyJob, Part, places
+from kvkeep.transfer.device.tables import CopyJob, Part, block_rows
 from kvkeep.transfer.rope.keys import Alike, Plane
-from kvkeep.transfer.rope.rotate import Turn, check_keys
+from kvkeep.transfer.rope.rotate import Rotation, check_keys
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def scatter_turned(planes, batch, turns, HEADS: tl.constexpr, DIMS: tl.constexpr, DTYPE: tl.constexpr):  # noqa: N803
+def scatter_rotated(planes, batch, rotations, HEADS: tl.constexpr, DIMS: tl.constexpr, DTYPE: tl.constexpr):  # noqa: N803
     """Copies token by token, all heads of one at once; HEADS and DIMS are powers of two, DIMS holds pairs and rest.
 
-    `planes`: int64 [planes, 8] of whether it turns, address, bytes to the next block, to the next token, elements to
+    `planes`: int64 [planes, 8] of whether it rotates, address, bytes to the next block, to the next token, elements to
     the next head, to the next dimension; in the pool, where place 0 begins in a chunk, bytes to the next. `batch`:
     int64 [tokens of all planes, tokens of a plane, tokens of a block, heads, pairs, dimensions, first dimension that
-    turns, from a pair to the next, from its first to its second, (block id, chunk's address, place)...]. `turns`:
+    rotates, from a pair to the next, from its first to its second, (block id, chunk's address, place)...]. `rotations`:
     float32 [2, tokens of a plane, pairs], cosines first.
     """
     total = tl.load(batch)
@@ -44,7 +44,7 @@ def scatter_turned(planes, batch, turns, HEADS: tl.constexpr, DIMS: tl.constexpr
     pair = tl.arange(0, DIMS)[None, :]
     rest = pair
     heads = head < tl.load(batch + 3)
-    turning = heads & (pair < pairs)
+    rotated = heads & (pair < pairs)
     staying = heads & (rest < tl.load(batch + 5) - 2 * pairs)
     first_dim = start + pair * tl.load(batch + 7)
     second_dim = first_dim + tl.load(batch + 8)
@@ -59,23 +59,23 @@ def scatter_turned(planes, batch, turns, HEADS: tl.constexpr, DIMS: tl.constexpr
         out = page.to(tl.pointer_type(DTYPE)) + head * tl.load(plane + 4)
         held = place.to(tl.pointer_type(DTYPE)) + head * tl.load(plane + 4)
         step = tl.load(plane + 5)
-        first = tl.load(held + first_dim * step, mask=turning)
-        second = tl.load(held + second_dim * step, mask=turning)
+        first = tl.load(held + first_dim * step, mask=rotated)
+        second = tl.load(held + second_dim * step, mask=rotated)
         other = tl.load(held + rest_dim * step, mask=staying)
-        cos = tl.load(turns + number * pairs + pair, mask=pair < pairs)
-        sin = tl.load(turns + (moved + number) * pairs + pair, mask=pair < pairs)
+        cos = tl.load(rotations + number * pairs + pair, mask=pair < pairs)
+        sin = tl.load(rotations + (moved + number) * pairs + pair, mask=pair < pairs)
         x, y = first.to(tl.float32), second.to(tl.float32)
-        turns_here = tl.load(plane) != 0  # what does not turn is copied bit for bit: 0 * inf is none
-        tl.store(out + first_dim * step, tl.where(turns_here, (x * cos - y * sin).to(DTYPE), first), mask=turning)
-        tl.store(out + second_dim * step, tl.where(turns_here, (y * cos + x * sin).to(DTYPE), second), mask=turning)
+        rotates = tl.load(plane) != 0  # V is copied bit for bit: 0 * inf would be NaN
+        tl.store(out + first_dim * step, tl.where(rotates, (x * cos - y * sin).to(DTYPE), first), mask=rotated)
+        tl.store(out + second_dim * step, tl.where(rotates, (y * cos + x * sin).to(DTYPE), second), mask=rotated)
         tl.store(out + rest_dim * step, other, mask=staying)
 
 
-class TurnedScatter:
-    """A `Mover` from the pool for one batch: `turn`, on the device, has the tokens of the jobs' blocks in their order.
+class RotatingScatter:
+    """A `PageCopier` from the pool for one batch; `rotation`, on the device, is that of the jobs' tokens in order.
 
     `parts` are those of the transfer. The planes of `alike` must cover every part that is to be copied; at most
-    `programs` run at once; `kernel` is `scatter_turned`, or its like in Triton's interpreter. LayoutMismatch for
+    `programs` run at once; `kernel` is `scatter_rotated`, or its like in Triton's interpreter. LayoutMismatch for
     numbers that cannot be turned.
     """
 
@@ -83,40 +83,40 @@ class TurnedScatter:
         self,
         parts: Sequence[Part],
         alike: Alike,
-        turn: Turn,
+        rotation: Rotation,
         programs: int = PROGRAMS,
-        kernel: Any = scatter_turned,
+        kernel: Any = scatter_rotated,
     ) -> None:
-        pages, pairs, pairing = alike.planes[0].pages, turn.cos.shape[1], alike.keys.pairing
+        pages, pairs, pairing = alike.planes[0].pages, rotation.cos.shape[1], alike.keys.pairing
         check_keys(pages)
         assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in alike.planes)
         if pairing.start + 2 * pairs > pages.shape[3]:
             raise LayoutMismatch(f"{pairs} pairs do not fit a head of {pages.shape[3]}")
         self._parts = tuple(parts)
         self._alike = alike
-        self._turn = turn
+        self._rotation = rotation
         self._programs = programs
         self._kernel = kernel
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
-        """As `Mover.start`, from the pool only, and only for the tokens of the turn: else ValueError."""
+        """As `PageCopier.start`, from the pool only, and only for the rotation's tokens: else ValueError."""
         if to_pool:
             raise ValueError("chunks are stored as they were computed")
         planes = [one for one in self._alike.planes if only in (None, one.range_)]
-        pages, pairs, pairing = self._alike.planes[0].pages, self._turn.cos.shape[1], self._alike.keys.pairing
+        pages, pairs, pairing = self._alike.planes[0].pages, self._rotation.cos.shape[1], self._alike.keys.pairing
         _, block_tokens, heads, head_size = pages.shape
-        rows = places(jobs, self._alike.group)
+        rows = block_rows(jobs, self._alike.group)
         moved = len(rows) * block_tokens
-        if len(self._turn.cos) != moved:
-            raise ValueError("a turn is not for these blocks' tokens")
+        if len(self._rotation.cos) != moved:
+            raise ValueError("the rotation is not for these blocks' tokens")
         if not moved or not planes:
             return
         steps = (2, 1) if pairing.interleaved else (1, pairs)
         sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, pairing.start, *steps]
         batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
         table = upload(np.array([self._numbers(one) for one in planes], np.int64), pages.device)
-        turns = torch.stack(self._turn)
-        self._launch(min(self._programs, sizes[0]), table, batch, turns)
+        rotations = torch.stack(self._rotation)
+        self._launch(min(self._programs, sizes[0]), table, batch, rotations)
 
     def prepare(self) -> None:
         """Compiles what `start` will launch: no request shall wait for it."""
@@ -124,11 +124,11 @@ class TurnedScatter:
         nothing = torch.zeros(16, dtype=torch.int64, device=device)
         self._launch(1, nothing, nothing, torch.zeros(1, dtype=torch.float32, device=device))
 
-    def _launch(self, programs: int, table: torch.Tensor, batch: torch.Tensor, turns: torch.Tensor) -> None:
-        pages, pairs = self._alike.planes[0].pages, self._turn.cos.shape[1]
+    def _launch(self, programs: int, table: torch.Tensor, batch: torch.Tensor, rotations: torch.Tensor) -> None:
+        pages, pairs = self._alike.planes[0].pages, self._rotation.cos.shape[1]
         heads, head_size = pages.shape[2:]
         widths = (triton.next_power_of_2(n) for n in (heads, max(1, pairs, head_size - 2 * pairs)))
-        self._kernel[(programs,)](table, batch, turns, *widths, _DTYPES[pages.dtype])
+        self._kernel[(programs,)](table, batch, rotations, *widths, _DTYPES[pages.dtype])
 
     def _numbers(self, plane: Plane) -> tuple[int, ...]:
         pages, nbytes = plane.pages, plane.pages.element_size()
@@ -142,4 +142,13 @@ class TurnedScatter:
         if block * nbytes != part.pages.stride:
             raise LayoutMismatch("a block is not a page")
         offset = part.offset + inside
-        return int(plane.turns), pages.data_ptr(), block * nbytes, token * nbytes, head, dim, offset, part.pages.nbytes
+        return (
+            int(plane.rotates),
+            pages.data_ptr(),
+            block * nbytes,
+            token * nbytes,
+            head,
+            dim,
+            offset,
+            part.pages.nbytes,
+        )

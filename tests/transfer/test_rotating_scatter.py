@@ -18,13 +18,13 @@ from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.device.tables import CopyJob
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
-from kvkeep.transfer.rope.keys import Alike, Batch, Keys, Turning
-from kvkeep.transfer.rope.rotate import Pairing, Turn, key_pages, rotate, turn_between
-from kvkeep.transfer.rope.scatter import TurnedScatter, scatter_turned
+from kvkeep.transfer.rope.keys import Alike, Batch, Keys, Rotator
+from kvkeep.transfer.rope.rotate import Pairing, Rotation, key_pages, rotate, rotation_between
+from kvkeep.transfer.rope.scatter import RotatingScatter, scatter_rotated
 from kvkeep.transfer.transfer import Blocks
 
 BLOCKS, TOKENS, PER_CHUNK = 9, 4, 3
-MOVED = partial(TurnedScatter, kernel=InterpretedFunction(scatter_turned.fn))
+MOVED = partial(RotatingScatter, kernel=InterpretedFunction(scatter_rotated.fn))
 HALVES = Pairing()
 AXES = ("2bthd", "b2thd", "b2htd", "bthd")
 
@@ -39,7 +39,7 @@ class Model:
         self.axes = axes
         self.caches = {f"l{n}": torch.randn(shape, generator=random).to(dtype) for n in range(2)}
         self.group = GroupCaches(self.caches, BLOCKS, TOKENS, 0)
-        self.device = HeldDevice(turned=MOVED)
+        self.device = HeldDevice(make_rotating=MOVED)
         self.transfer: DeviceTransfer = self.device.transfer([self.group], PER_CHUNK * TOKENS)
         shard = self.transfer.shard
         self.memory = [np.zeros(shard.nbytes, np.uint8) for _ in range(2)]
@@ -52,22 +52,22 @@ class Model:
         leases = [Lease(memory, self.transfer.shard, (0,)) for memory in self.memory]
         return [CopyJob([one], lease) for one, lease in zip(blocks, leases, strict=False)]
 
-    def alike(self, turn: Turn, pairing: Pairing = HALVES) -> Alike:
-        keys = dict.fromkeys(self.caches, Keys(self.axes, torch.zeros(turn.cos.shape[1]), pairing))
-        (alike,) = Turning([self.group], self.transfer.shard, keys).alike
+    def alike(self, rotation: Rotation, pairing: Pairing = HALVES) -> Alike:
+        keys = dict.fromkeys(self.caches, Keys(self.axes, torch.zeros(rotation.cos.shape[1]), pairing))
+        (alike,) = Rotator([self.group], self.transfer.shard, keys).alike
         assert len(alike.planes) == (4 if "2" in self.axes else 2)
         return alike
 
     def in_two(
-        self, jobs: list[CopyJob], turn: Turn, pairing: Pairing, ids: list[int], only: int | None
+        self, jobs: list[CopyJob], rotation: Rotation, pairing: Pairing, ids: list[int], only: int | None
     ) -> list[torch.Tensor]:
         """What a plain scatter and a turn in place make of it; the caches are empty again afterwards."""
         self.transfer.start_scatter(jobs, only).wait()
         for number, (name, cache) in enumerate(self.caches.items()):
             if only in (None, number):
                 pages = key_pages(name, cache, self.axes)
-                turned = rotate(pages[ids].flatten(0, 1).float(), turn, pairing).view_as(pages[ids])
-                pages[ids] = cut_off(turned) if pages.dtype == torch.bfloat16 else turned.to(pages.dtype)
+                rotated = rotate(pages[ids].flatten(0, 1).float(), rotation, pairing).view_as(pages[ids])
+                pages[ids] = cut_off(rotated) if pages.dtype == torch.bfloat16 else rotated.to(pages.dtype)
         made = [one.clone() for one in self.caches.values()]
         for cache in self.caches.values():
             cache.zero_()
@@ -79,10 +79,10 @@ def cut_off(numbers: torch.Tensor) -> torch.Tensor:
     return (numbers.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def turn_of(tokens: int, pairs: int) -> Turn:
+def rotation_of(tokens: int, pairs: int) -> Rotation:
     pace = frequencies({"rope_theta": 10_000.0}, 2 * pairs, Span(512))
     p = torch.arange(tokens)
-    return turn_between((p, pace), (p + 77, pace))
+    return rotation_between((p, pace), (p + 77, pace))
 
 
 def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -108,11 +108,11 @@ def test_it_is_a_scatter_and_a_turn_in_one(
 ) -> None:
     model = Model(axes, dtype, heads, 2 * pairs + rest)
     jobs = model.jobs(Blocks(0, 0, (7, 8, 2)), Blocks(0, 1, (4, 1)))
-    turn, pairing = turn_of(5 * TOKENS, pairs), Pairing(interleaved, min(start, rest))
-    wanted = model.in_two(jobs, turn, pairing, [7, 8, 2, 4, 1], only)
-    flight = model.transfer.start_turned(jobs, Batch(only, model.alike(turn, pairing), turn))
-    assert not any(one.any() for one in model.caches.values()), "not on the loads' lane"
-    flight.wait()
+    rotation, pairing = rotation_of(5 * TOKENS, pairs), Pairing(interleaved, min(start, rest))
+    wanted = model.in_two(jobs, rotation, pairing, [7, 8, 2, 4, 1], only)
+    event = model.transfer.start_rotated(jobs, Batch(only, model.alike(rotation, pairing), rotation))
+    assert not any(one.any() for one in model.caches.values()), "not on the loads' stream"
+    event.wait()
     assert same(list(model.caches.values()), wanted)
 
 
@@ -124,8 +124,8 @@ def test_what_does_not_turn_is_copied_bit_for_bit() -> None:
             view = memory[part.offset : part.offset + PER_CHUNK * part.pages.nbytes]
             view[:] = np.tile(odd.numpy().view(np.uint8), len(view) // 16)
     jobs = model.jobs(Blocks(0, 0, (3,)))
-    turn = turn_of(TOKENS, 4)
-    model.transfer.start_turned(jobs, Batch(None, model.alike(turn), turn)).wait()
+    rotation = rotation_of(TOKENS, 4)
+    model.transfer.start_rotated(jobs, Batch(None, model.alike(rotation), rotation)).wait()
     for cache in model.caches.values():
         assert cache[1, 3].contiguous().view(torch.int16).flatten().tolist() == odd.view(torch.int16).tolist() * TOKENS
         assert cache[0, 3].isnan().any(), "K has turned infinities"
@@ -135,22 +135,22 @@ def test_what_does_not_turn_is_copied_bit_for_bit() -> None:
 def test_no_block_is_nothing_to_do(blocks: tuple[Blocks, ...]) -> None:
     model = Model("2bthd", torch.float32, 1, 8)
     jobs = model.jobs(*blocks)
-    turn = turn_of(0, 4)
-    model.transfer.start_turned(jobs, Batch(None, model.alike(turn), turn)).wait()
+    rotation = rotation_of(0, 4)
+    model.transfer.start_rotated(jobs, Batch(None, model.alike(rotation), rotation)).wait()
     assert not any(one.any() for one in model.caches.values())
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     model = Model("2bthd", torch.float32, 1, 8)
     jobs = model.jobs(Blocks(0, 0, (3,)))
-    turn, parts = turn_of(TOKENS, 4), model.transfer.parts
+    rotation, parts = rotation_of(TOKENS, 4), model.transfer.parts
     with pytest.raises(ValueError, match="as they were computed"):
-        MOVED(parts, model.alike(turn), turn).start(jobs, True, None)
+        MOVED(parts, model.alike(rotation), rotation).start(jobs, True, None)
     with pytest.raises(ValueError, match="not for these blocks"):
-        MOVED(parts, model.alike(turn), turn_of(3, 4)).start(jobs, False, None)
+        MOVED(parts, model.alike(rotation), rotation_of(3, 4)).start(jobs, False, None)
     with pytest.raises(LayoutMismatch, match="do not fit"):
-        MOVED(parts, model.alike(turn), turn_of(TOKENS, 5))
-    alike = model.alike(turn)
+        MOVED(parts, model.alike(rotation), rotation_of(TOKENS, 5))
+    alike = model.alike(rotation)
     alike.planes[0] = alike.planes[0]._replace(pages=alike.planes[0].pages.to(torch.float8_e4m3fn))
     with pytest.raises(LayoutMismatch, match="float8"):
-        MOVED(parts, alike, turn)
+        MOVED(parts, alike, rotation)

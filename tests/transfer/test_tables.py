@@ -12,12 +12,12 @@ from kvkeep.transfer.device.tables import (
     Pages,
     Part,
     address_of,
+    block_rows,
     copies,
     cut,
     edges_of,
     merged,
     parts_of,
-    places,
     width_of,
 )
 from kvkeep.transfer.transfer import Blocks
@@ -57,7 +57,7 @@ def test_the_widest_access_divides_everything(numbers: list[int], width: int):
 def test_a_page_goes_to_its_place_in_its_chunk():
     one, two = job(Blocks(0, 1, (7, 8)), Blocks(1, 0, (3,))), job(Blocks(0, 0, (2,)))
     at, beside = address_of(one.lease), address_of(two.lease)
-    assert places([one, two], 0).tolist() == [[7, at, 1], [8, at, 2], [2, beside, 0]]
+    assert block_rows([one, two], 0).tolist() == [[7, at, 1], [8, at, 2], [2, beside, 0]]
     assert copies(PARTS, [one, two]).tolist() == [
         [1000 + 7 * 24, at + 24, 24],
         [1000 + 8 * 24, at + 48, 24],
@@ -78,11 +78,11 @@ def test_block_ids_may_be_an_array():
     lease = Lease(np.zeros(SHARD.nbytes, np.uint8), SHARD, (0,))
     listed, packed = ([CopyJob([Blocks(0, 1, ids)], lease)] for ids in ((5, 3), np.array([5, 3], np.intp)))
     assert (
-        places(packed, 0).tolist()
-        == places(listed, 0).tolist()
+        block_rows(packed, 0).tolist()
+        == block_rows(listed, 0).tolist()
         == [[5, address_of(lease), 1], [3, address_of(lease), 2]]
     )
-    assert len(places([CopyJob([Blocks(0, 0, np.zeros(0, np.intp))], lease)], 0)) == 0
+    assert len(block_rows([CopyJob([Blocks(0, 0, np.zeros(0, np.intp))], lease)], 0)) == 0
 
 
 def test_neighbouring_blocks_are_one_copy_unless_the_engine_leaves_gaps():

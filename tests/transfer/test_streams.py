@@ -1,4 +1,4 @@
-"""The lanes of a CUDA device, with torch's streams and events played: what is launched in which order, what is waited for."""
+"""The streams of a CUDA device, with torch's streams and events played: what is launched in which order, what is waited for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kvkeep.transfer.device.streams import CudaLane
+from kvkeep.transfer.device.streams import CudaStream
 
 
 class Played:
-    """torch.cuda as far as a lane uses it; `said` is what happened."""
+    """torch.cuda as far as a stream uses it; `said` is what happened."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -19,7 +19,7 @@ class Played:
         outer = self
 
         class Stream:
-            def __init__(self, _device: object = None, name: str = "lane") -> None:
+            def __init__(self, _device: object = None, name: str = "ours") -> None:
                 self.name = name
 
             def wait_event(self, event: Event) -> None:
@@ -62,12 +62,12 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 
 def test_a_batch_runs_behind_the_compute_stream_which_waits_for_it_only_where_it_is_ordered(played: Played):
-    flight = CudaLane(torch.device("cpu")).run(lambda: played.said.append(f"copies on {played.inside}"))
-    assert played.said == ["lane waits for compute", "copies on lane"]
-    assert not flight.done()
-    flight.order()
-    flight.wait()
-    assert played.said[2:] == ["compute waits for lane", "an event of lane is waited for"]
+    event = CudaStream(torch.device("cpu")).run(lambda: played.said.append(f"copies on {played.inside}"))
+    assert played.said == ["ours waits for compute", "copies on ours"]
+    assert not event.done()
+    event.order()
+    event.wait()
+    assert played.said[2:] == ["compute waits for ours", "an event of ours is waited for"]
 
 
 def test_what_was_launched_before_a_launch_failed_is_over_before_anybody_knows(played: Played):
@@ -76,5 +76,5 @@ def test_what_was_launched_before_a_launch_failed_is_over_before_anybody_knows(p
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        CudaLane(torch.device("cpu")).run(start)
-    assert played.said == ["lane waits for compute", "the first part", "lane is waited for"]
+        CudaStream(torch.device("cpu")).run(start)
+    assert played.said == ["ours waits for compute", "the first part", "ours is waited for"]
