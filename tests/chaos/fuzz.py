@@ -145,14 +145,9 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run" / "store"
-        command = [
-            sys.executable,
-            "-m",
-            "kvkeep.store",
-            f"--socket={path}",
-            f"--options={StoreOptions(ROOM * CHUNK).json()}",
-        ]
-        store = subprocess.Popen([*command, "--log-level=error"], stderr=subprocess.PIPE)
+        options = StoreOptions(ROOM * CHUNK, log_level="error")
+        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
+        store = subprocess.Popen(command, stderr=subprocess.PIPE)
         try:
             answer, behaving, attackers, left_open = played(store, str(path), asked)
             store.terminate()
