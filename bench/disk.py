@@ -22,7 +22,7 @@ import xxhash
 from kvkeep.bench.disk import SIZES, Maker, Size, disk_rows
 from kvkeep.bench.disk_sides import READERS, WRITERS, rate
 from kvkeep.bench.rows import Case, Row, alternate, run_groups, say, seconds
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 from kvkeep.tiers.disk.disk import open_disk
 
 HERE = Path(__file__).resolve().parent
@@ -124,7 +124,7 @@ def scan_rows() -> list[Row]:
 
 
 async def look_through(root: Path, records: int) -> float:
-    tier = await open_disk(DiskOptions(directories=(str(root),), limit_nbytes=1 << 50, min_free_nbytes=0))
+    tier = await open_disk(Disk(path=(str(root),), size=1 << 50, min_free=0))
     await tier.looked_through()
     figures = tier.figures()
     assert figures.records == records

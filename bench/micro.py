@@ -26,6 +26,7 @@ from store_load import CHUNK_NBYTES
 
 from kvkeep.bench.daemon import hello, joined
 from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds, run_groups, seconds
+from kvkeep.config import Config
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout, GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import Link, PrivateSource
@@ -33,7 +34,6 @@ from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.memory.pool import Pool
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.telemetry import Figures
 from kvkeep.transfer import cpu as reference
 from kvkeep.transfer.cpu import ReferenceTransfer
@@ -58,7 +58,9 @@ def lookup_rows() -> list[Row]:
     layout = ChunkLayout(
         (ShardLayout(CHUNK_TOKENS, (GroupLayout(128, 0, (LayerLayout("layer", (4096,)),) * LAYERS),)),)
     )
-    link = Link(PrivateSource(StoreOptions(64 * layout.nbytes, log_level="error")), lambda _: hello(layout.nbytes), [])
+    link = Link(
+        PrivateSource(Config(pool_size=64 * layout.nbytes, log_level="error")), lambda _: hello(layout.nbytes), []
+    )
     link.start(LIMIT_S)
     try:
         planner = Planner(link, layout, PlannerOptions(), Figures())
@@ -308,7 +310,7 @@ def shared_store() -> Iterator[Path]:
     """A store process at a socket in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder:
         path = Path(folder) / "store.sock"
-        options = StoreOptions(256 * CHUNK_NBYTES, log_level="error")
+        options = Config(pool_size=256 * CHUNK_NBYTES, log_level="error")
         command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
         with ended(subprocess.Popen(command)):
             joined(path).close()

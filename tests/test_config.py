@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -7,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.config import Config, auto_pool_nbytes, describe_settings, load_config, parse_size
+from kvkeep.config import Config, Disk, Durability, describe_settings
+from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import ConfigError
+from kvkeep.settings import right_values
+from kvkeep.sizes import parse_size
+from kvkeep.sources import load_config
 
 MIB, GIB = 1 << 20, 1 << 30
 REFERENCE = Path(__file__).parents[1] / "docs/reference/configuration.md"
@@ -83,12 +88,12 @@ def test_the_mappings_file_is_stronger_than_the_environments() -> None:
         ("chunk_tokens", "64", 64),
         ("deadline_s", "0.25", 0.25),
         ("patience_s", "0.25", 0.25),
-        ("pool_size", "1048576", "1048576"),
-        ("pool_size", "512 MiB", "512 MiB"),
+        ("pool_size", "1048576", 1 << 20),
+        ("pool_size", "512 MiB", 512 << 20),
         ("store", "unix:/run/kvkeep/socket", "unix:/run/kvkeep/socket"),
         ("log_level", "debug", "debug"),
-        ("disk_path", "/a:/b", "/a:/b"),
-        ("disk_size", "1 TiB", "1 TiB"),
+        ("disk_size", "1 TiB", 1 << 40),
+        ("tiers", '[{"kind": "disk", "path": "/a:/b", "size": "1 TiB"}]', (Disk(path=("/a", "/b"), size=1 << 40),)),
     ],
 )
 def test_variables_are_text_that_is_read(name: str, text: str, value: object) -> None:
@@ -136,6 +141,11 @@ WRONG: list[tuple[str, object]] = [
     ("disk_path", "/a\0b"),
     ("disk_path", None),
     ("disk_durability", "all"),
+    ("disk_policy", "arc"),
+    ("disk_threads", 1),
+    ("tiers", "disk"),
+    ("tiers", None),
+    ("tiers", {"kind": "disk", "path": "/a"}),
     ("pool_size", -1),
     ("pool_size", 1.5),
     ("pool_size", True),
@@ -225,7 +235,8 @@ def test_config_file_is_no_setting_of_a_file() -> None:
 
 
 def test_a_table_is_refused_with_what_is_right() -> None:
-    assert refusal(toml="[pool]\nsize = 1").startswith("/etc/kvkeep.toml: [pool] is a table; there are no tables")
+    assert refusal(toml="[pool]\nsize = 1").startswith("/etc/kvkeep.toml: [pool] is a table; only [[tiers]] are")
+    assert "[[tiers]]" in refusal(toml="[tiers]\nkind = 'disk'\npath = '/a'")
 
 
 def test_a_file_that_cannot_be_read_is_named() -> None:
@@ -265,19 +276,19 @@ def test_undecodable_files_are_named() -> None:
     ],
 )
 def test_sizes(size: int | str, nbytes: int) -> None:
-    assert parse_size(size, "pool_size") == nbytes
+    assert parse_size(size) == nbytes
     assert load({"pool_size": size}).pool_nbytes(1) == nbytes
 
 
 def test_auto_is_no_size() -> None:
-    with pytest.raises(ConfigError, match="--pool-size is 'auto'"):
-        parse_size("auto", "--pool-size")
+    with pytest.raises(ValueError, match="auto"):
+        parse_size("auto")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 45))
 def test_auto_is_a_quarter_between_its_bounds(available: int) -> None:
-    nbytes = auto_pool_nbytes(available)
+    nbytes = Config().pool_nbytes(available)
     assert nbytes % MIB == 0
     assert 64 * MIB <= nbytes <= 4 * GIB
     if 256 * MIB <= available <= 16 * GIB:
@@ -303,7 +314,7 @@ def test_the_socket_of_a_shared_store() -> None:
 )
 def test_any_value_is_taken_or_is_a_config_error(name: str, value: object) -> None:
     said = attempt({name: value}, {})
-    assert said is None or said.startswith(f"kv_connector_extra_config.{name} is ")
+    assert said is None or re.match(rf"kv_connector_extra_config\.{name}(\[\d\](\.\w+)?)? is ", said)
 
 
 @settings(max_examples=100, deadline=None)
@@ -311,7 +322,7 @@ def test_any_value_is_taken_or_is_a_config_error(name: str, value: object) -> No
 def test_any_text_is_taken_or_is_a_config_error(name: str, text: str) -> None:
     variable = f"KVKEEP_{name.upper()}"
     said = attempt({}, {variable: text})
-    assert said is None or said.startswith(f"{variable} is ")
+    assert said is None or re.match(rf"{variable}(\[\d\](\.\w+)?)? is ", said)
 
 
 def test_the_reference_names_every_setting_and_its_default() -> None:
@@ -320,5 +331,109 @@ def test_the_reference_names_every_setting_and_its_default() -> None:
         for line in REFERENCE.read_text(encoding="utf-8").splitlines()
         if line.startswith("| `") and len(cells := line.split("|")) > 3
     }
-    written = {name: msgspec.json.encode(value).decode() for name, value in msgspec.structs.asdict(Config()).items()}
-    assert rows == written
+    disk = Disk(path="/a")
+    of_disk = {name: getattr(disk, name) for name in Disk.__struct_fields__}
+    short = {
+        f"disk_{name}": of_disk.pop(name) for name in ("path", "size", "min_free", "policy", "durability", "threads")
+    }
+    short["disk_path"] = ""
+    assert rows == {name: tidy(value) for name, value in (msgspec.structs.asdict(Config()) | short | of_disk).items()}
+
+
+def tidy(value: object) -> str:
+    """A default as the reference writes it: sizes with a unit, the rest as JSON."""
+    if isinstance(value, int) and value >= MIB:
+        return f'"{value >> 30} GiB"' if value >= GIB else f'"{value >> 20} MiB"'
+    return msgspec.json.encode(value).decode()
+
+
+def test_the_flat_settings_are_one_disk_tier() -> None:
+    flat = {
+        "disk_path": "/a:/b",
+        "disk_size": "3 MiB",
+        "disk_min_free": "1 KiB",
+        "disk_policy": "lfu",
+        "disk_durability": "group",
+        "disk_threads": 9,
+    }
+    disk = Disk(path=("/a", "/b"), size=3 << 20, min_free=1024, policy="lfu", durability=Durability.GROUP, threads=9)
+    variables = {f"KVKEEP_{name.upper()}": str(value) for name, value in flat.items()}
+    toml = "\n".join(f"{name} = {value!r}" for name, value in flat.items())
+    tagged = {name.removeprefix("disk_"): value for name, value in flat.items()} | {"kind": "disk"}
+    for config in (
+        Config(**flat),
+        load(flat),
+        load(environ=variables),
+        load(toml=toml),
+        load({"tiers": [tagged]}),
+        Config(tiers=[Disk(path="/a:/b", size="3 MiB", min_free=1024, policy="LFU", durability="group", threads=9)]),
+        load(toml="[[tiers]]\n" + "\n".join(f"{name} = {value!r}" for name, value in tagged.items())),
+        load_config(variables_as_options(flat), {}, command_line=True),
+    ):
+        assert config == Config(tiers=(disk,))
+        assert config.outlived
+
+
+def variables_as_options(flat: dict[str, object]) -> dict[str, object]:
+    return {name: str(value) for name, value in flat.items()}
+
+
+def test_without_a_directory_there_is_no_tier() -> None:
+    assert Config(disk_size="1 GiB").tiers == Config(disk_path="").tiers == ()
+    assert load({"disk_path": ""}, {"KVKEEP_DISK_PATH": "/a"}).tiers == ()
+    assert not Config().outlived
+
+
+def test_tiers_beside_the_flat_settings_are_refused() -> None:
+    tiers = [{"kind": "disk", "path": "/a"}]
+    for name, value in (("disk_path", "/b"), ("disk_size", 1), ("disk_path", "")):
+        said = refusal({"tiers": tiers}, {f"KVKEEP_{name.upper()}": str(value)})
+        assert said.startswith(
+            f"KVKEEP_{name.upper()} cannot stand beside kv_connector_extra_config.tiers; leave it out"
+        )
+        assert name.removeprefix("disk_") in said
+    with pytest.raises(ConfigError, match=r"^disk_size cannot stand beside tiers"):
+        Config(tiers=tiers, disk_size=1)
+
+
+@pytest.mark.parametrize(
+    ("tier", "says"),
+    [
+        ({"kind": "disk"}, ".path is not set; right is absolute paths"),
+        ({"path": "/a"}, '.kind is None; right is "disk"'),
+        ({"kind": "dsk", "path": "/a"}, ".kind is 'dsk'; right is \"disk\""),
+        ({"kind": ["disk"], "path": "/a"}, ".kind is ['disk']; right is"),
+        ({"kind": "disk", "path": "/a", "sizes": 1}, ".sizes is no setting of kvkeep; did you mean size?"),
+        ({"kind": "disk", "path": "/a", "size": "much"}, ".size is 'much'; right is a number of bytes > 0"),
+        ({"kind": "disk", "path": "a"}, ".path is 'a'; right is absolute paths"),
+        ({"kind": "disk", "path": []}, ".path is []; right is absolute paths"),
+        (7, " is 7; right is a mapping with a kind"),
+    ],
+)
+def test_what_is_wrong_in_a_tier_is_named_where_it_is(tier: object, says: str) -> None:
+    written = msgspec.json.encode([{"kind": "disk", "path": "/z"}, tier]).decode()
+    assert refusal({"tiers": [tier]}).startswith(f"kv_connector_extra_config.tiers[0]{says}")
+    assert refusal(environ={"KVKEEP_TIERS": written}).startswith(f"KVKEEP_TIERS[1]{says}")
+
+
+def test_two_tiers_of_a_kind_are_refused_with_the_cure() -> None:
+    assert "give all directories to one" in refusal({"tiers": [{"kind": "disk", "path": "/a"}, Disk(path="/b")]})
+
+
+def test_an_option_is_named_as_it_is_written_on_a_command_line() -> None:
+    for options, says in (({"disk_threads": "1"}, "--disk-threads is '1'"), ({"config_file": ""}, "--config is ''")):
+        with pytest.raises(ConfigError, match=f"^{says}; right is "):
+            load_config(options, {}, command_line=True)
+    assert load_config({"chunk_tokens": "64"}, {}, command_line=True).chunk_tokens == 64
+
+
+def test_a_store_process_reads_what_was_parsed() -> None:
+    config = Config(pool_size="1.5 GiB", tiers=[Disk(path="/a", size="5 GB")], deadline_s=2, log_level="error")
+    assert msgspec.json.decode(config.json(), type=Config) == config
+    assert Config().json() == "{}"
+
+
+def test_every_policy_that_may_be_set_is_there() -> None:
+    for name in ("lru", "lfu", "fifo", "mru"):
+        assert f'"{name}"' in right_values(Config)["policy"]
+        policy_by_name(Config(policy=name).policy)

@@ -1,81 +1,169 @@
-"""The settings of kvkeep: frozen, typed, with defaults that work when nothing is configured.
+"""The settings of kvkeep, parsed once: frozen data with defaults that work when nothing is configured.
 
-Knows nothing about what the settings do, about the environment and files as such (both are handed in), or
-about vLLM beyond the name of the mapping that it passes through.
-
-Sources, the stronger first: `kv_connector_extra_config`, a TOML file, KVKEEP_* variables. Every source is
-checked in full, also where a stronger one overrides it: a wrong value in a weaker one is found at the start.
-`Config(...)` checks its arguments in the same way.
+Sizes are ints (bytes), durations floats (seconds), words one of a few; whoever reads a `Config` parses nothing. It is
+made by `Config(...)` in a program or by `kvkeep.sources.load_config` from files and variables, with the same checks,
+and goes to the store process as JSON. Knows nothing about what the settings do.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import tomllib
-from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from kvkeep.errors import ConfigError
+from kvkeep.settings import checked, right_values, unknown, wrong
+from kvkeep.sizes import parse_size
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-_OVERRIDES: Final = "kv_connector_extra_config"
-_PREFIX: Final = "KVKEEP_"
-_FILE_KEY: Final = "config_file"
-_FILE_VARIABLE: Final = "KVKEEP_CONFIG_FILE"
 _UNIX: Final = "unix:"
 _MAX_SOCKET_PATH_NBYTES: Final = 107  # sockaddr_un holds 108 with the closing zero
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", re.IGNORECASE | re.ASCII)
-_UNITS: Final = {
-    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-}  # fmt: skip
 _AUTO_LARGEST_NBYTES: Final = 4 << 30
 _AUTO_SMALLEST_NBYTES: Final = 64 << 20
-_SIZE_RIGHT: Final = '"auto", a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'
-_DISK_RIGHT: Final = 'a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'
-_SIZES: Final = ("pool_size", "disk_size", "disk_min_free")
 
 
-class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """All settings; each one's `description` says what is right, and is what an error quotes.
+class Durability(Enum):
+    """What is on the device when a write returns: whatever the kernel wrote, each batch, each record."""
 
-    ConfigError, naming the setting and what is right, for a wrong value. Words may be written in any case.
+    NONE = "none"
+    GROUP = "group"
+    EVERY = "every"
+
+
+def _read_size(value: object, _written: str) -> int:
+    return parse_size(value)
+
+
+def _read_pool_size(value: object, _written: str) -> int | str:
+    return "auto" if value == "auto" else parse_size(value)
+
+
+def _read_store(value: object, _written: str) -> object:
+    if not isinstance(value, str) or value == "private":
+        return value
+    path = value.removeprefix(_UNIX)
+    absolute = path != value and path.startswith("/") and "\0" not in path
+    if not absolute or not 1 < len(os.fsencode(path)) <= _MAX_SOCKET_PATH_NBYTES:
+        raise ValueError("no socket's path")
+    return value
+
+
+def _read_directories(value: object, _written: str) -> object:
+    paths = [path for path in value.split(":") if path] if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not paths:
+        raise ValueError("no directories")
+    if not all(isinstance(path, str) and path.startswith("/") and "\0" not in path for path in paths):
+        raise ValueError("not absolute")
+    return paths
+
+
+def _read_tiers(value: object, written: str) -> tuple[Tier, ...]:
+    items = msgspec.json.decode(value) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("no list")
+    tiers = tuple(_tier(item, f"{written}[{index}]") for index, item in enumerate(items))
+    kinds = [type(tier) for tier in tiers]
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(f'{written} has two tiers of kind "disk"; give all directories to one: path = "/a:/b"')
+    return tiers
+
+
+_Flag = Annotated[bool, Meta(description="true or false")]
+_Size = Annotated[
+    int, Meta(gt=0, description='a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'), _read_size
+]
+_SizeOrNone = Annotated[
+    int, Meta(ge=0, description='a number of bytes >= 0, or a size as "512 MiB", "4 GiB" or "4 GB"'), _read_size
+]
+_Policy = Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')]
+_Limit = Annotated[float, Meta(gt=0, le=3600, description="seconds > 0 and <= 3600")]
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="disk"):
+    """A tier of files in directories, one a device; their chunks survive a restart.
+
+    `size` is what all files together may take, shared evenly by the directories; `min_free` stays free on each file
+    system, whoever else fills it. `threads` are each directory's, one of them never writes. A thread takes
+    `read_batch` or `write_batch` bytes at once. ConfigError for a wrong value.
     """
 
-    enabled: Annotated[bool, Meta(description="true or false")] = True
-    pool_size: Annotated[int | str, Meta(description=_SIZE_RIGHT)] = "auto"
+    path: Annotated[
+        tuple[str, ...], Meta(description='absolute paths of directories, with ":" between them'), _read_directories
+    ]
+    size: _Size = 16 << 30
+    min_free: _SizeOrNone = 1 << 30
+    policy: _Policy = "lru"
+    durability: Annotated[Durability, Meta(description='"none", "group" or "every"')] = Durability.NONE
+    threads: Annotated[int, Meta(ge=2, le=64, description="a whole number of threads >= 2 and <= 64")] = 5
+    direct: _Flag = True
+    queue_jobs: Annotated[int, Meta(gt=0, description="a whole number of jobs > 0")] = 4096
+    read_batch: _Size = 2 << 20
+    write_batch: _Size = 8 << 20
+    open_s: _Limit = 10.0
+    close_s: _Limit = 2.0
+    room_s: _Limit = 5.0
+
+    @property
+    def kind(self) -> str:
+        """The tag of this kind of tier, which is its name in logs and figures."""
+        return "disk"
+
+    def __post_init__(self) -> None:
+        """Check every setting, and write it as it is meant."""
+        for name in self.__struct_fields__:
+            msgspec.structs.force_setattr(self, name, checked(Disk, name, getattr(self, name), f"Disk.{name}"))
+
+
+Tier = Disk  # of several kinds: a union, told apart by their tags
+_KINDS: Final[dict[str, type[Tier]]] = {"disk": Disk}
+_SHORT: Final = {f"disk_{name}": name for name in ("path", "size", "min_free", "policy", "durability", "threads")}
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All settings. `disk_...` are the short form of one `Disk` tier: they are in `tiers` afterwards, and UNSET.
+
+    A program may write a size as text or bytes, directories with ":" between them or as a list, a tier as `Disk` or as
+    a mapping with its kind, words in any case. ConfigError, naming the setting and what is right, for a wrong value.
+    """
+
+    enabled: _Flag = True
+    pool_size: Annotated[
+        Annotated[int, Meta(gt=0)] | Literal["auto"],
+        Meta(description='"auto", a number of bytes > 0, or a size as "512 MiB", "4 GiB" or "4 GB"'),
+        _read_pool_size,
+    ] = "auto"
     chunk_tokens: Annotated[int, Meta(gt=0, description="a whole number of tokens > 0")] = 256
     chain: Annotated[Literal["auto", "kvkeep"], Meta(description='"auto" or "kvkeep"')] = "auto"
-    policy: Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')] = "lru"
+    policy: _Policy = "lru"
     store: Annotated[
         str,
         Meta(description='"private", or "unix:" and the absolute path (<= 107 bytes) of a store\'s socket'),
+        _read_store,
     ] = "private"
     store_wait_s: Annotated[float, Meta(ge=0, le=3600, description="seconds >= 0 and <= 3600")] = 0.0
     lease_time_s: Annotated[float, Meta(gt=0, le=86400, description="seconds > 0 and <= 86400")] = 60.0
-    disk_path: Annotated[
-        str, Meta(description='"" for no disk tier, or absolute paths of directories with ":" between them')
-    ] = ""
-    disk_size: Annotated[int | str, Meta(description=_DISK_RIGHT)] = "16 GiB"
-    disk_min_free: Annotated[int | str, Meta(description=_DISK_RIGHT)] = "1 GiB"
-    disk_durability: Annotated[Literal["none", "group", "every"], Meta(description='"none", "group" or "every"')] = (
-        "none"
-    )
-    disk_threads: Annotated[int, Meta(ge=2, le=64, description="a whole number of threads >= 2 and <= 64")] = 5
-    store_generated: Annotated[bool, Meta(description="true or false")] = False
+    tiers: Annotated[
+        tuple[Tier, ...],
+        Meta(description='a list of tiers, each with its kind: {kind = "disk", path = "/nvme", size = "100 GiB"}'),
+        _read_tiers,
+    ] = ()
+    disk_path: tuple[str, ...] | UnsetType = UNSET
+    disk_size: int | UnsetType = UNSET
+    disk_min_free: int | UnsetType = UNSET
+    disk_policy: str | UnsetType = UNSET
+    disk_durability: Durability | UnsetType = UNSET
+    disk_threads: int | UnsetType = UNSET
+    store_generated: _Flag = False
     verify_pool: Annotated[Literal["off", "sampled", "always"], Meta(description='"off", "sampled" or "always"')] = (
         "sampled"
     )
     load_failure_policy: Annotated[Literal["recompute", "keep"], Meta(description='"recompute" or "keep"')] = (
         "recompute"
     )
-    deadline_s: Annotated[float, Meta(gt=0, le=3600, description="seconds > 0 and <= 3600")] = 0.5
+    deadline_s: _Limit = 0.5
     patience_s: Annotated[float, Meta(ge=0, le=10, description="seconds >= 0 and <= 10")] = 0.005
     max_pinned_share: Annotated[float, Meta(gt=0, le=1, description="a share > 0 and <= 1")] = 0.5
     min_hit_tokens: Annotated[int, Meta(ge=0, description="a whole number of tokens >= 0")] = 0
@@ -84,10 +172,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     transfer_mode: Annotated[
         Literal["bulk", "layerwise", "auto"], Meta(description='"bulk", "layerwise" or "auto"')
     ] = "auto"
-    early_loads: Annotated[bool, Meta(description="true or false")] = False
+    early_loads: _Flag = False
     transfer: Annotated[Literal["auto", "kernel", "copy"], Meta(description='"auto", "kernel" or "copy"')] = "auto"
     transfer_programs: Annotated[int, Meta(gt=0, le=1024, description="a whole number > 0 and <= 1024")] = 16
-    cross_layer_blocks: Annotated[bool, Meta(description="true or false")] = False
+    cross_layer_blocks: _Flag = False
     trace_path: Annotated[str, Meta(description='"" for no trace, or the path of a file')] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
@@ -95,9 +183,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = "info"
 
     def __post_init__(self) -> None:
-        """Checks every setting, and writes it as it is meant: "LRU" as "lru", 1 second as 1.0."""
-        for name in self.__struct_fields__:
-            msgspec.structs.force_setattr(self, name, _checked(name, getattr(self, name), name))
+        """Check every setting, write it as it is meant, and make the short form's `Disk`."""
+        settings = {name: check_setting(name, getattr(self, name), name) for name in self.__struct_fields__}
+        said = {name: value for name, value in settings.items() if value not in (UNSET, ())}
+        check_tiers_once(said, lambda name: name)
+        if "disk_path" in said:
+            disk = Disk(**{field: said[name] for name, field in _SHORT.items() if name in said})
+            settings |= {"tiers": (disk,), **dict.fromkeys(_SHORT, UNSET)}
+        for name, value in settings.items():
+            msgspec.structs.force_setattr(self, name, value)
 
     @property
     def socket_path(self) -> str | None:
@@ -105,17 +199,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.store.removeprefix(_UNIX) if self.store.startswith(_UNIX) else None
 
     @property
-    def disk_directories(self) -> tuple[str, ...]:
-        """The directories of the disk tier; empty for none."""
-        return tuple(path for path in self.disk_path.split(":") if path)
-
-    @property
     def outlived(self) -> bool:
-        """Whether what is kept may be there after the engine that made it, or for another one."""
-        return self.socket_path is not None or bool(self.disk_directories)
+        """True if chunks can outlive this engine or be read by another."""
+        return self.socket_path is not None or bool(self.tiers)
 
     def may_go_by_layer(self, on_cpu: bool) -> bool:
-        """Whether loads may be made layer by layer: on a device only where that is set, not where it is measured."""
+        """True if loads may be made layer by layer: on a device only where that is set, not where it is measured."""
         return self.transfer_mode == "layerwise" or (on_cpu and self.transfer_mode == "auto")
 
     @property
@@ -129,156 +218,64 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def verify_every(self) -> int:
-        """Of how many chunks that are read from the pool one is verified; 0: none."""
+        """N: verify every N-th chunk that is read from the pool; 0: none."""
         return {"off": 0, "sampled": 64, "always": 1}[self.verify_pool]
 
     def pool_nbytes(self, available_nbytes: int) -> int:
-        """Decide the pool's bytes on a machine that has `available_nbytes` of memory left."""
-        if self.pool_size == "auto":
-            return auto_pool_nbytes(available_nbytes)
-        return parse_size(self.pool_size, "pool_size")
+        """The pool's bytes on a machine that has `available_nbytes` of memory left.
+
+        "auto" is a quarter of that, between 64 MiB and 4 GiB, in whole MiB, so that a message can name it exactly.
+        """
+        if self.pool_size != "auto":
+            return self.pool_size
+        quarter = (available_nbytes // 4) >> 20 << 20
+        return max(_AUTO_SMALLEST_NBYTES, min(_AUTO_LARGEST_NBYTES, quarter))
+
+    def json(self) -> str:
+        """All settings that are not the default, as the store process reads them."""
+        return msgspec.json.encode(self).decode()
 
 
-_HINTS: Final = get_type_hints(Config, include_extras=True)
+def check_setting(name: str, value: object, written: str, *, from_text: bool = False) -> Any:
+    """Return one setting's value as `Config` keeps it; ConfigError, naming it as it is `written`, for a wrong one."""
+    if name not in _SHORT:
+        return checked(Config, name, value, written, from_text=from_text)
+    if value is UNSET or (name == "disk_path" and value in ("", ())):
+        return () if value == "" else value  # no disk, also where a weaker source names one
+    return checked(Disk, _SHORT[name], value, written, from_text=from_text)
 
 
-def auto_pool_nbytes(available_nbytes: int) -> int:
-    """Decide the pool's size where none is set: a quarter of what is available, between 64 MiB and 4 GiB.
-
-    The rest is the engine's. Whole MiB, so that a message can name the size exactly.
-    """
-    quarter = (available_nbytes // 4) >> 20 << 20
-    return max(_AUTO_SMALLEST_NBYTES, min(_AUTO_LARGEST_NBYTES, quarter))
-
-
-def parse_size(size: int | str, path: str, right: str = _SIZE_RIGHT) -> int:
-    """Read a number of bytes, or a number with a unit (KiB ... TiB by 1024, KB ... TB by 1000).
-
-    Raises ConfigError that names `path` and what is `right`; "auto" is not a size.
-    """
-    if isinstance(size, int):
-        nbytes = size
-    else:
-        match = _SIZE.fullmatch(size.strip())
-        if match is None or (match[2] is None and "." in match[1]):
-            raise _wrong(path, size, right)
-        whole, _, fraction = match[1].partition(".")
-        unit = 1 if match[2] is None else _UNITS[match[2].lower()]
-        nbytes = int(whole + fraction) * unit // 10 ** len(fraction)  # exact, where a float would round
-    if not 0 < nbytes < 1 << 63:
-        raise _wrong(path, size, right)
-    return nbytes
-
-
-def load_config(
-    overrides: Mapping[str, object],
-    environ: Mapping[str, str],
-    read_text: Callable[[str], str],
-    named: Callable[[str], str] = lambda name: f"{_OVERRIDES}.{name}",
-) -> Config:
-    """Merge the three sources into one Config.
-
-    `overrides` is the engine's mapping, `environ` the whole environment, `read_text` reads the file that
-    `overrides["config_file"]` or KVKEEP_CONFIG_FILE names. Raises ConfigError for an unknown name, a wrong
-    value or an unreadable file, naming the full path of the setting (as `named` writes an override's) and what would
-    be right.
-    """
-    settings = _from_environ(environ)
-    file = overrides.get(_FILE_KEY, environ.get(_FILE_VARIABLE))
-    if file is not None:
-        if not isinstance(file, str) or not file:
-            raise _wrong(named(_FILE_KEY), file, "the path of a TOML file")
-        settings |= _from_file(file, read_text)
-    settings |= _from_overrides(overrides, named)
-    return msgspec.convert(settings, Config)
+def check_tiers_once(settings: Mapping[str, object], written: Callable[[str], str]) -> None:
+    """Refuse `tiers` beside their short form: one of the two would be dropped."""
+    for name, field in _SHORT.items():
+        if "tiers" in settings and settings.get(name, UNSET) is not UNSET:
+            raise ConfigError(
+                f"{written(name)} cannot stand beside {written('tiers')}; "
+                f'leave it out, and write it there as {field} of a tier of kind "disk"'
+            )
 
 
 def describe_settings() -> dict[str, str]:
     """Say for every setting, by name, which values are right."""
-    return {name: _HINTS[name].__metadata__[0].description for name in Config.__struct_fields__}
+    disk = right_values(Disk)
+    return right_values(Config) | {name: disk[field] for name, field in _SHORT.items()}
 
 
-def _from_environ(environ: Mapping[str, str]) -> dict[str, object]:
-    names = {_PREFIX + name.upper(): name for name in Config.__struct_fields__}
-    settings: dict[str, object] = {}
-    for variable, text in environ.items():
-        if not variable.startswith(_PREFIX) or variable == _FILE_VARIABLE:
-            continue
-        if variable not in names:
-            raise _unknown(variable, variable, (*names, _FILE_VARIABLE))
-        settings[names[variable]] = _checked(names[variable], text, variable, from_text=True)
-    return settings
-
-
-def _from_file(file: str, read_text: Callable[[str], str]) -> dict[str, object]:
-    try:
-        found = tomllib.loads(read_text(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the configuration file cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from error
-    for name, value in found.items():
-        if isinstance(value, dict):
-            right = "there are no tables, every setting stands alone: chunk_tokens = 256"
-            raise ConfigError(f"{file}: [{name}] is a table; {right}")
-    return {name: _checked(_known(name, f"{file}: {name}"), value, f"{file}: {name}") for name, value in found.items()}
-
-
-def _from_overrides(overrides: Mapping[str, object], named: Callable[[str], str]) -> dict[str, object]:
-    return {
-        name: _checked(_known(name, named(name)), value, named(name))
-        for name, value in overrides.items()
-        if name != _FILE_KEY
-    }
-
-
-def _known(name: str, path: str) -> str:
-    if name not in Config.__struct_fields__:
-        raise _unknown(path, name, Config.__struct_fields__)
-    return name
-
-
-def _checked(name: str, value: object, path: str, *, from_text: bool = False) -> object:
-    """Give the value as the setting's type; text is read only where the source has nothing but text."""
-    hint = _HINTS[name]
-    right = hint.__metadata__[0].description
-    words = get_args(hint.__origin__) if get_origin(hint.__origin__) is Literal else ()
-    if words and isinstance(value, str):
-        right += _like(value, words)
-        value = value.lower() if value.lower() in words else value
-    try:
-        checked = msgspec.convert(value, hint, strict=not from_text)
-    except msgspec.ValidationError as error:
-        raise _wrong(path, value, right) from error
-    if from_text and type(checked) is int and not str(value).isdecimal():
-        raise _wrong(path, value, right)  # msgspec reads "1.0" as an int
-    if name in _SIZES and (name, checked) != ("pool_size", "auto"):
-        parse_size(checked, path, right)
-    if name == "disk_path" and not all(one.startswith("/") and "\0" not in one for one in checked.split(":") if one):
-        raise _wrong(path, value, right)
-    if name == "store" and not _is_store(checked):
-        raise _wrong(path, value, right)
-    return checked
-
-
-def _is_store(store: str) -> bool:
-    path = store.removeprefix(_UNIX)
-    named = store != path and path.startswith("/") and "\0" not in path
-    return store == "private" or (named and 1 < len(os.fsencode(path)) <= _MAX_SOCKET_PATH_NBYTES)
-
-
-def _like(word: str, words: tuple[str, ...]) -> str:
-    """A question after the one of `words` that is most like `word`; nothing where none is."""
-    close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
-    return f'; did you mean "{close[0]}"?' if close else ""
-
-
-def _wrong(path: str, value: object, right: str) -> ConfigError:
-    return ConfigError(f"{path} is {value!r}; right is {right}")
-
-
-def _unknown(path: str, name: str, names: Iterable[str]) -> ConfigError:
-    known = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
-    hint = f"did you mean {known[close[0]]}?" if close else f"the names are {', '.join(sorted(known.values()))}"
-    return ConfigError(f"{path} is no setting of kvkeep; {hint}")
+def _tier(item: object, written: str) -> Tier:
+    """The tier that a mapping describes, or that is one already."""
+    if isinstance(item, Tier):
+        return item
+    if not isinstance(item, Mapping):
+        raise wrong(written, item, 'a mapping with a kind, as {kind = "disk", path = "/nvme"}')
+    settings = dict(item)
+    tag = settings.pop("kind", None)
+    kind = _KINDS.get(tag) if isinstance(tag, str) else None
+    if kind is None:
+        raise wrong(f"{written}.kind", tag, " or ".join(f'"{known}"' for known in _KINDS))
+    for name in settings:
+        if name not in kind.__struct_fields__:
+            raise unknown(f"{written}.{name}", str(name), kind.__struct_fields__)
+    for name in kind.__struct_fields__[: len(kind.__struct_fields__) - len(kind.__struct_defaults__)]:
+        if name not in settings:
+            raise ConfigError(f"{written}.{name} is not set; right is {right_values(kind)[name]}")
+    return kind(**{name: checked(kind, name, value, f"{written}.{name}") for name, value in settings.items()})

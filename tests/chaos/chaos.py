@@ -27,8 +27,8 @@ from pathlib import Path
 import xxhash
 from disk_trouble import LIMIT_NBYTES, DiskTrouble
 
+from kvkeep.config import Config, Disk
 from kvkeep.errors import KVKeepError
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.testing.fake_engine.engine_process import CHUNK_NBYTES, Ask, EngineProcess, right_tokens
 from kvkeep.testing.fake_engine.rank_process import RANK_DIED
 from kvkeep.wire import messages as m
@@ -81,8 +81,8 @@ class ChaosStore:
     def start(self) -> None:
         (self.folder / "run").mkdir(mode=0o700, exist_ok=True)
         (self.folder / "disk").mkdir(mode=0o700, exist_ok=True)
-        disk = DiskOptions(directories=(str(self.folder / "disk"),), limit_nbytes=LIMIT_NBYTES, min_free_nbytes=0)
-        options = StoreOptions(POOL_CHUNKS * CHUNK_NBYTES, lease_time_s=0.5, log_level="error", disk=disk)
+        disk = Disk(path=(str(self.folder / "disk"),), size=LIMIT_NBYTES, min_free=0)
+        options = Config(pool_size=POOL_CHUNKS * CHUNK_NBYTES, lease_time_s=0.5, log_level="error", tiers=[disk])
         self.process = subprocess.Popen(
             [
                 *(sys.executable, str(Path(__file__).with_name("stopping_store.py")), str(self.trouble.flag)),

@@ -22,9 +22,9 @@ import numpy as np
 import xxhash
 from attacks import BATCH, CHUNK, GOOD, LIMIT_S, ROOM, Attackers
 
+from kvkeep.config import Config
 from kvkeep.errors import StoreGone
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Call, Client, Joining
 from kvkeep.wire.start import join_shared
@@ -145,8 +145,8 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run" / "store"
-        options = StoreOptions(ROOM * CHUNK, log_level="error")
-        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
+        config = Config(pool_size=ROOM * CHUNK, log_level="error")
+        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={config.json()}"]
         store = subprocess.Popen(command, stderr=subprocess.PIPE)
         try:
             answer, behaving, attackers, left_open = played(store, str(path), asked)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvkeep.cli.main import app
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 from kvkeep.store.identities import FILE, write_identities
 from kvkeep.store.namespaces import Named
 from kvkeep.testing.doubles.faulty_files import flip_bit
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 async def use(root: Path, stores: bool) -> list[bool]:
-    tier = await open_disk(DiskOptions(directories=(str(root),), limit_nbytes=1 << 20, min_free_nbytes=0))
+    tier = await open_disk(Disk(path=(str(root),), size=1 << 20, min_free=0))
     await tier.looked_through()
     if stores:
         await tier.store(WRITES)
@@ -100,7 +100,7 @@ def test_records_without_their_epochs_are_old(root: Path) -> None:
 
 def test_a_directory_in_use_is_checked_but_not_repaired(root: Path) -> None:
     async def test() -> None:
-        tier = await open_disk(DiskOptions(directories=(str(root),), limit_nbytes=1 << 20))
+        tier = await open_disk(Disk(path=(str(root),), size=1 << 20))
         assert invoke(str(root)).exit_code == 0
         result = invoke(str(root), "--repair")
         assert result.exit_code == 2

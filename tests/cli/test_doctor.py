@@ -27,11 +27,10 @@ from kvkeep.cli.doctor import (
     installed,
 )
 from kvkeep.cli.main import app
-from kvkeep.config import Config
+from kvkeep.config import Config, Disk
 from kvkeep.errors import ConfigError
 from kvkeep.memory.limits import Limit, MemoryLimits
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.transfer.device.choice import DevicePath, Sample, decide, write_choice
 
@@ -168,18 +167,18 @@ def test_the_command_line_imports_no_torch() -> None:
 
 
 def test_a_disk_tier_that_fits_is_right(tmp_path: Path) -> None:
-    found = check_disk(tmp_path / "new" / "folder", Config(disk_path=str(tmp_path), disk_size="1 MiB"))
+    found = check_disk(tmp_path / "new" / "folder", Disk(path=str(tmp_path), size="1 MiB"))
     assert (found.cure, "1 MiB wanted" in found.found) == ("", True)
 
 
 def test_a_disk_tier_that_cannot_fit_says_what_to_do(tmp_path: Path) -> None:
-    assert "disk_size" in check_disk(tmp_path, Config(disk_path=str(tmp_path), disk_size="900 TiB")).cure
+    assert "disk_size" in check_disk(tmp_path, Disk(path=str(tmp_path), size="900 TiB")).cure
 
 
 def test_a_disk_tier_in_place_of_a_file_names_the_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert str(file) in check_disk(file / "folder", Config(disk_path=str(file))).cure
+    assert str(file) in check_disk(file / "folder", Disk(path=str(file))).cure
 
 
 def measured() -> DevicePath:
@@ -237,7 +236,7 @@ def test_a_store_that_is_configured_must_answer(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     path = str(tmp_path / "store")
     assert "kvkeep serve" in check_store(path).cure
-    with shared_store(Path(path), StoreOptions(1 << 20)):
+    with shared_store(Path(path), Config(pool_size=1 << 20)):
         found = check_store(path)
     assert (found.cure, found.found) == ("", "0 chunks, 0 MiB of 1 MiB")
 
@@ -277,6 +276,6 @@ def test_a_disk_that_cannot_be_looked_at_is_a_row_with_a_cure(monkeypatch: pytes
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "exists", refuse)
-    check = check_disk(tmp_path, Config(disk_path=str(tmp_path)))
+    check = check_disk(tmp_path, Disk(path=str(tmp_path)))
     assert "Permission denied" in check.found
     assert "let this user into it" in check.cure

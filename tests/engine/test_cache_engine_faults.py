@@ -23,7 +23,6 @@ from kvkeep.doors.library.cache_engine import CacheEngine
 from kvkeep.doors.library.open import Model, identity_of, open_engine
 from kvkeep.engine.link import FIRST_PAUSE_S, PrivateSource, SharedSource
 from kvkeep.errors import ConfigError, StoreGone
-from kvkeep.options import StoreOptions
 from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.transfer.cpu import ReferenceTransfer
@@ -45,7 +44,7 @@ LIMIT_S = 10.0
 def private(clock: ManualClock, deadline_s: float = 20.0) -> Iterator[tuple[Library, PrivateSource]]:
     """An engine over a store process of its own."""
     groups = [group(flash_attention, LAYERS)]
-    source = PrivateSource(StoreOptions(POOL_NBYTES, log_level="critical"))
+    source = PrivateSource(Config(pool_size=POOL_NBYTES, log_level="error"))
     config = Config(deadline_s=deadline_s, chunk_tokens=CHUNK)
     with CacheEngine(
         Opened(ReferenceTransfer(groups, CHUNK)), identity_of(MODEL, groups, CHUNK), source, config, (), Means(clock)
@@ -219,7 +218,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_engines_that_agree_share_chunks_and_others_do_not(folder: Path):
     groups = [group(mla, 2)]
-    with shared_store(folder / "store", StoreOptions(POOL_NBYTES)):
+    with shared_store(folder / "store", Config(pool_size=POOL_NBYTES)):
         config = Config(store=f"unix:{folder / 'store'}", chunk_tokens=CHUNK, deadline_s=20.0)
         with open_engine(groups, MODEL, config) as one:
             assert one.store(TOKENS, [HERE]) == 32
@@ -240,7 +239,7 @@ def test_engines_that_agree_share_chunks_and_others_do_not(folder: Path):
 
 def test_closed_with_a_generator_open_its_memory_is_lent_to_nobody(folder: Path):
     groups = [group(mla, 2)]
-    with shared_store(folder / "store", StoreOptions(POOL_NBYTES)) as running:
+    with shared_store(folder / "store", Config(pool_size=POOL_NBYTES)) as running:
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
@@ -266,7 +265,7 @@ def test_closed_with_a_generator_open_its_memory_is_lent_to_nobody(folder: Path)
 def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Path):
     """Resuming is our word that nobody touches what the old session was lent: it would be lent to others."""
     groups, clock = [group(mla, 2)], ManualClock()
-    with shared_store(folder / "store", StoreOptions(POOL_NBYTES)):
+    with shared_store(folder / "store", Config(pool_size=POOL_NBYTES)):
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)

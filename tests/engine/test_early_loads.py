@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvkeep.config import Config
+from kvkeep.config import Config, Disk
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.engine.copies.patience import LOOK_S, Patience
 from kvkeep.engine.copies.relay import COPY_LIMIT_S
@@ -25,7 +25,6 @@ from kvkeep.errors import WireError
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.progress import FAILED, WORDS_NBYTES, arrival_at
 from kvkeep.memory.region import Region
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.testing.doubles.faulty_files import flip_bit, record_paths
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.testing.fake_engine.engine import FakeEngine
@@ -244,9 +243,9 @@ PROMPTS = [tuple((7 * number + place * place) % 8 for place in range(81 + number
 
 @contextmanager
 def engine(folder: Path, wait_s: float = LONG_S) -> Iterator[FakeEngine]:
-    disk = DiskOptions(directories=(str(folder),), limit_nbytes=16 << 20, min_free_nbytes=0)
+    disk = Disk(path=(str(folder),), size=16 << 20, min_free=0)
     options = PlannerOptions(deadline_s=wait_s, patience_s=wait_s, early=True)
-    made = FakeEngine(SHAPE, PrivateSource(StoreOptions(4 << 20, log_level="critical", disk=disk)), options)
+    made = FakeEngine(SHAPE, PrivateSource(Config(pool_size=4 << 20, log_level="error", tiers=[disk])), options)
     # how fast this machine computes just now must not decide whether its disk is worth the wait
     made.planner._estimate.compute_s = lambda start, end: None  # type: ignore[method-assign]
     client = made.link.client

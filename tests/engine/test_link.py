@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import torch
 
+from kvkeep.config import Config
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.link import (
@@ -32,7 +33,6 @@ from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.errors import BlockError, KVKeepError, StoreGone
-from kvkeep.options import StoreOptions
 from kvkeep.store.server.listening import listen
 from kvkeep.telemetry import Figures
 from kvkeep.testing.doubles.store_thread import ThreadSource, shared_store
@@ -46,7 +46,7 @@ from kvkeep.wire.pool_socket import PoolDoor
 from kvkeep.wire.start import Child, join_shared
 
 CHUNK, ROOM = 4096, 8
-OPTIONS = StoreOptions(ROOM * CHUNK, log_level="error")
+OPTIONS = Config(pool_size=ROOM * CHUNK, log_level="error")
 LIMIT_S = 20.0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.core.layout import GroupLayout, LayerLayout, ShardLayout
 from kvkeep.engine.link import FIRST_PAUSE_S, Link, PrivateSource
 from kvkeep.engine.pool import LATE_S, MappedPool
@@ -20,7 +21,6 @@ from kvkeep.errors import StoreGone
 from kvkeep.memory.limits import Limit, MemoryLimits, check_room
 from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.testing.doubles.device import LOCKS
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.wire.messages import VERSION, Hello
@@ -295,7 +295,7 @@ def test_a_store_whose_pool_does_not_fit_beside_a_dead_one_comes_back(monkeypatc
     monkeypatch.setattr("kvkeep.store.process.check_room", checked)
     clock, door = ManualClock(), PoolDoor()
     mapped = MappedPool(door, late_s=0.0)
-    source = PrivateSource(StoreOptions(POOL_NBYTES, log_level="critical"))
+    source = PrivateSource(Config(pool_size=POOL_NBYTES, log_level="error"))
 
     def hello(resumes: int) -> Hello:
         return Hello(VERSION, "t", b"n" * 16, "", mmap.PAGESIZE, [os.getpid()], 0, resumes)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -63,7 +63,7 @@ def until(client: Client, right: Callable[[dict[str, int]], bool]) -> dict[str, 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[str]:
     where = tmp_path / "run" / "store"
-    with shared_store(where, StoreOptions(ROOM * CHUNK, max_pinned_share=1.0)):
+    with shared_store(where, Config(pool_size=ROOM * CHUNK, max_pinned_share=1.0)):
         yield str(where)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config, Disk
 from kvkeep.engine.link import SharedSource
 from kvkeep.engine.scheduler.planner import PlannerOptions
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.testing.fake_engine.engine import FakeEngine
 from kvkeep.testing.fake_engine.model import GroupShape
 from kvkeep.testing.fake_engine.request import EngineShape
@@ -30,9 +30,9 @@ OWN = b"an epoch of mine"
 def socket_path(tmp_path: Path) -> Iterator[str]:
     """A store process with a disk."""
     path = tmp_path / "run" / "store"
-    disk = DiskOptions(directories=(str(tmp_path / "disk"),), limit_nbytes=16 << 20, min_free_nbytes=0)
+    disk = Disk(path=(str(tmp_path / "disk"),), size=16 << 20, min_free=0)
     (tmp_path / "disk").mkdir()
-    options = StoreOptions(8 << 20, log_level="error", disk=disk)
+    options = Config(pool_size=8 << 20, log_level="error", tiers=[disk])
     command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
     with subprocess.Popen(command) as store:
         yield str(path)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import xxhash
 
+from kvkeep.config import Config, Disk
 from kvkeep.memory.region import Region
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.testing.doubles.faulty_files import record_paths
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -43,8 +43,8 @@ def sums(number: int) -> bytes:
 @contextmanager
 def started(folder: Path, limit_nbytes: int = 1 << 20) -> Iterator[tuple[Child, Client, Region]]:
     """A private store over `folder`, its client, and the pool as a worker maps it."""
-    options = DiskOptions(directories=(str(folder),), limit_nbytes=limit_nbytes, min_free_nbytes=0)
-    child = start_private(StoreOptions(ROOM * CHUNK, max_pinned_share=1.0, log_level="error", disk=options))
+    options = Disk(path=(str(folder),), size=limit_nbytes, min_free=0)
+    child = start_private(Config(pool_size=ROOM * CHUNK, max_pinned_share=1.0, log_level="error", tiers=[options]))
     hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [os.getpid()], sizes=SIZES)
     client = Joining(child.sock, hello).wait(LIMIT_S)
     with Region.attach(os.dup(client.pool_fd)) as region:

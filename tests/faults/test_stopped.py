@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.engine.link import SharedSource
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.testing.fake_engine.engine import FakeEngine
 from kvkeep.testing.fake_engine.engine_process import (
     CHUNK_NBYTES,
@@ -73,7 +73,7 @@ def at_rest(now: dict[str, int]) -> bool:
 
 def started(path: Path) -> Store:
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    options = StoreOptions(ROOM * CHUNK_NBYTES, max_pinned_share=1.0, lease_time_s=LEASE_TIME_S)
+    options = Config(pool_size=ROOM * CHUNK_NBYTES, max_pinned_share=1.0, lease_time_s=LEASE_TIME_S)
     command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from kvkeep.config import Config, Disk
 from kvkeep.errors import StoreGone
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
@@ -38,8 +38,8 @@ def test_a_miss_before_the_disk_is_open_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     disk = tmp_path / "disk"
     disk.mkdir(mode=0o700)
-    tier = DiskOptions(directories=(str(disk),), limit_nbytes=1 << 20, min_free_nbytes=0)
-    options = StoreOptions(8 * CHUNK, log_level="critical", disk=tier)
+    tier = Disk(path=(str(disk),), size=1 << 20, min_free=0)
+    options = Config(pool_size=8 * CHUNK, log_level="error", tiers=[tier])
     command = [sys.executable, "-m", "kvkeep.store", f"--socket={tmp_path / 'store'}", f"--options={options.json()}"]
     with open(disk / "lock", "wb") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)

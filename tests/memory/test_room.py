@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.config import parse_size
 from kvkeep.errors import ConfigError
 from kvkeep.memory.limits import (
     STORE_NBYTES,
@@ -18,6 +17,7 @@ from kvkeep.memory.limits import (
     size_text,
     still_beside_nbytes,
 )
+from kvkeep.sizes import parse_size
 
 MIB, GIB = 1 << 20, 1 << 30
 V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -174,7 +174,7 @@ def test_the_cure_cures(bound: int, used: int, nbytes: int) -> None:
     if bound - used - STORE_NBYTES < MIB:
         assert not cure
     else:
-        check_room(parse_size(rest.split(",")[0], "cure"), limits)
+        check_room(parse_size(rest.split(",")[0]), limits)
 
 
 @pytest.mark.parametrize(

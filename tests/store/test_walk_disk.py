@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import kvkeep.tiers.open as tiers_open
+from kvkeep.config import Disk
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
-from kvkeep.options import DiskOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session
@@ -54,7 +54,7 @@ def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
         await walk.admit(name, tier, figures, reads)
 
     async def scene() -> None:
-        await tiers_open.open_tiers(options, take, lambda *said: None)
+        await tiers_open.open_tiers([options], take, lambda *said: None)
         session = store.open(Opening("test", WRITES[0].key[:16], "", CHUNK, (), 0, SIZES))
         (path,) = tmp_path.glob(f"*/*/{WRITES[0].key[16:].hex()}")
         disk.hanging = frozenset({f"readv {path}"})
@@ -72,7 +72,7 @@ def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
         assert len((await asked(walk, session, 0, 1, deadline_s=EVER_S)).fetched.offsets) == 2
         await walk.aclose(0.0)
 
-    options = DiskOptions(directories=(str(tmp_path),), limit_nbytes=1 << 20, min_free_nbytes=0)
+    options = Disk(path=(str(tmp_path),), size=1 << 20, min_free=0)
     monkeypatch.setattr(tiers_open, "open_disk", lambda options: open_disk(options, disk.files))
     tmp_path.chmod(0o700)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 from kvkeep.tiers.disk.directio import Files
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
 
@@ -45,8 +45,8 @@ def opened(root: Path) -> Opened:
 
     @asynccontextmanager
     async def make(files: Files | None = None, at_once: bool = False, **changes: Any) -> AsyncIterator[DiskTier]:
-        settings = {"directories": (str(root),), "limit_nbytes": 1 << 20, "min_free_nbytes": 0} | changes
-        tier = await open_disk(DiskOptions(**settings), files, lambda: next(clock))
+        settings = {"path": (str(root),), "size": 1 << 20, "min_free": 0} | changes
+        tier = await open_disk(Disk(**settings), files, lambda: next(clock))
         try:
             if not at_once:
                 await tier.looked_through()

@@ -41,7 +41,7 @@ def test_stores_at_once_after_records_were_removed_keep_the_limit(run: Any, open
                 disturb(root, rng, 0.1)
 
         disk.after = look
-        async with opened(disk.files, limit_nbytes=LIMIT) as tier:
+        async with opened(disk.files, size=LIMIT) as tier:
             for _ in range(25):
                 await asyncio.gather(*(tier.store(rng.sample(WRITES, 6)) for _ in range(6)))
                 disturb(root, rng, 0.4)
@@ -53,7 +53,7 @@ def test_stores_at_once_after_records_were_removed_keep_the_limit(run: Any, open
                 await holds(tier, one)
             await tier.store([])
             assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
-        async with opened(limit_nbytes=LIMIT) as tier:
+        async with opened(size=LIMIT) as tier:
             assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root)), "its order was lost"
 
     run(test)

@@ -60,7 +60,7 @@ def test_pieces_are_the_ranges_in_order_and_no_smaller_than_they_need_to_be(page
 
 def test_the_first_ranges_of_all_come_before_the_later_ones_of_any(run: Any, opened: Any) -> None:
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM, threads=2) as tier:
+        async with opened(size=ROOM, threads=2) as tier:
             await tier.store(CHUNKS)
             good, told = await loaded(tier, *CHUNKS)
             assert all(good)
@@ -75,7 +75,7 @@ def test_the_first_ranges_of_all_come_before_the_later_ones_of_any(run: Any, ope
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_flipped_bit_is_never_told_of_as_good(run: Any, opened: Any, root: Path, direct: bool) -> None:
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM, direct=direct) as tier:
+        async with opened(size=ROOM, direct=direct) as tier:
             await tier.store(CHUNKS)
             for bit in range(0, RECORD * 8, 8 * 39119):
                 flip_bit(path_of(root, CHUNKS[1].key), bit)
@@ -92,7 +92,7 @@ def test_a_flipped_bit_is_never_told_of_as_good(run: Any, opened: Any, root: Pat
 @pytest.mark.parametrize("nbytes", [0, 100, HEADER, HEADER + RANGE, RECORD - 1, RECORD + 4096])
 def test_a_record_of_another_length_is_a_miss_from_the_start(run: Any, opened: Any, root: Path, nbytes: int) -> None:
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM) as tier:
+        async with opened(size=ROOM) as tier:
             await tier.store(CHUNKS[:2])
             os.truncate(path_of(root, CHUNKS[0].key), nbytes)
             good, told = await loaded(tier, *CHUNKS[:2])
@@ -104,7 +104,7 @@ def test_a_record_of_another_length_is_a_miss_from_the_start(run: Any, opened: A
 
 def test_a_swapped_record_and_an_absent_one_are_told_of_not_at_all(run: Any, opened: Any, root: Path) -> None:
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM) as tier:
+        async with opened(size=ROOM) as tier:
             await tier.store(CHUNKS[:2])
             os.replace(path_of(root, CHUNKS[0].key), path_of(root, CHUNKS[1].key))
             good, told = await loaded(tier, *CHUNKS[:3])
@@ -123,7 +123,7 @@ def test_a_read_that_fails_is_that_chunk_s_answer_and_nothing_stays_open(run: An
             reads += call == "readv"
             return errno.EIO if call == "readv" and reads == failing else 0
 
-        async with opened(disk.files, limit_nbytes=ROOM) as tier:
+        async with opened(disk.files, size=ROOM) as tier:
             await tier.store(CHUNKS[:3])
             before = set(disk.paths)
             disk.fault = fault
@@ -142,7 +142,7 @@ def test_a_read_that_fails_is_that_chunk_s_answer_and_nothing_stays_open(run: An
 def test_short_reads_are_made_whole(run: Any, opened: Any, short: int) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=ROOM) as tier:
+        async with opened(disk.files, size=ROOM) as tier:
             await tier.store(CHUNKS[:2])
             disk.short = short
             good, told = await loaded(tier, *CHUNKS[:2])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.options import DiskOptions, Durability
+from kvkeep.config import Disk, Durability
 from kvkeep.testing.doubles.memory_tier import MemoryTier
 from kvkeep.testing.suites.tiers import CHECKS, Check
 from kvkeep.tiers.disk.disk import open_disk
@@ -26,9 +26,7 @@ def disk(
 ) -> Callable[[Path], Awaitable[Tier]]:
     async def make(root: Path) -> Tier:
         places = tuple(str(root / str(number)) for number in range(directories))
-        return await open_disk(
-            DiskOptions(directories=places, limit_nbytes=LIMIT, direct=direct, durability=durability, min_free_nbytes=0)
-        )
+        return await open_disk(Disk(path=places, size=LIMIT, direct=direct, durability=durability, min_free=0))
 
     return make
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from kvkeep.config import Disk, Durability
 from kvkeep.errors import TierBusy, TierOwned, TierUnavailable
-from kvkeep.options import DiskOptions, Durability
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
@@ -48,11 +48,11 @@ def test_paths_are_hex_and_nobody_else_may_look(run: Any, opened: Any, root: Pat
 
 def test_it_survives_a_restart_with_its_order(run: Any, opened: Any) -> None:
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(size=ROOM_FOR_4) as tier:
             await tier.store(WRITES[:4])
             for number in (2, 0):
                 assert await holds(tier, WRITES[number])
-        async with opened(limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(size=ROOM_FOR_4) as tier:
             assert tier.figures().used_nbytes == 4 * RECORD
             assert await tier.store(WRITES[4:6]) == [Stored.STORED] * 2
             assert tier.figures().evicted == 2
@@ -69,7 +69,7 @@ def test_it_survives_a_kill_newest_first(run: Any, opened: Any, root: Path) -> N
             disk.kill_at = 0
         for number, written_s in enumerate((40, 10, 30, 20)):
             os.utime(path_of(root, WRITES[number].key), (written_s, written_s))
-        async with opened(limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(size=ROOM_FOR_4) as tier:
             await tier.store(WRITES[4:6])
             assert await kept(tier) == [0, 2, 4, 5]
 
@@ -80,10 +80,10 @@ def test_it_serves_at_once_after_a_restart(run: Any, opened: Any) -> None:
     """The look through hangs; what is there is found, what is not is not, and nothing goes over the bound."""
 
     async def test() -> None:
-        async with opened(limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(size=ROOM_FOR_4) as tier:
             await tier.store(WRITES[:3])
         disk = FaultyDisk()
-        async with opened(disk.files, at_once=True, limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(disk.files, at_once=True, size=ROOM_FOR_4) as tier:
             disk.hanging = frozenset({"scan"})
             assert await tier.contains([WRITES[0].key, WRITES[9].key]) == [True, False]
             assert await kept(tier) == [0, 1, 2]
@@ -103,11 +103,11 @@ def test_it_serves_at_once_after_a_restart(run: Any, opened: Any) -> None:
 def test_after_a_kill_nothing_is_stored_before_it_was_looked_through(run: Any, opened: Any) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(disk.files, size=ROOM_FOR_4) as tier:
             await tier.store(WRITES[:2])
             disk.kill_at = 0
         disk = FaultyDisk()
-        async with opened(disk.files, at_once=True, limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(disk.files, at_once=True, size=ROOM_FOR_4) as tier:
             disk.hanging = frozenset({"scan"})
             assert await tier.store([WRITES[3]]) == [Stored.REFUSED]
             assert await kept(tier) == [0, 1]
@@ -148,7 +148,7 @@ def test_the_limit_holds_at_every_moment(run: Any, opened: Any, root: Path, limi
             nonlocal most
             most = max(most, disk.allocated_nbytes(str(root)))
 
-        async with opened(disk.files, limit_nbytes=limit_nbytes) as tier:
+        async with opened(disk.files, size=limit_nbytes) as tier:
             disk.after = look
             for first in (number, number + 4, number + 2):
                 reads = [memory_for(one.key)[0] for one in WRITES]
@@ -175,7 +175,7 @@ def test_a_lower_limit_is_kept_from_the_start(run: Any, opened: Any) -> None:
     async def test() -> None:
         async with opened() as tier:
             await tier.store(WRITES)
-        async with opened(limit_nbytes=ROOM_FOR_4) as tier:
+        async with opened(size=ROOM_FOR_4) as tier:
             assert tier.figures().used_nbytes <= ROOM_FOR_4
             assert await kept(tier) == [8, 9, 10, 11]
 
@@ -185,7 +185,7 @@ def test_a_lower_limit_is_kept_from_the_start(run: Any, opened: Any) -> None:
 def test_an_unlinked_file_counts_until_it_is_closed(run: Any, opened: Any) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=2 * RECORD + 4096) as tier:
+        async with opened(disk.files, size=2 * RECORD + 4096) as tier:
             await tier.store(WRITES[:1])
             disk.hanging = frozenset({"readv"})
             load = asyncio.create_task(holds(tier, WRITES[0]))
@@ -205,7 +205,7 @@ def test_an_unlinked_file_counts_until_it_is_closed(run: Any, opened: Any) -> No
 def test_a_record_that_is_read_is_not_evicted(run: Any, opened: Any) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=2 * RECORD + 4096) as tier:
+        async with opened(disk.files, size=2 * RECORD + 4096) as tier:
             await tier.store(WRITES[:2])
             disk.hanging = frozenset({"readv"})
             load = asyncio.create_task(holds(tier, WRITES[0]))
@@ -231,7 +231,7 @@ def test_other_programs_leave_less_room(run: Any, opened: Any, root: Path) -> No
             return device - others - disk.allocated_nbytes(str(root))
 
         disk.free = free
-        async with opened(disk.files, limit_nbytes=8 * RECORD, min_free_nbytes=2 * RECORD) as tier:
+        async with opened(disk.files, size=8 * RECORD, min_free=2 * RECORD) as tier:
             assert await tier.store(WRITES[:6]) == [Stored.STORED] * 6
             others = 3 * RECORD
             await tier.store(WRITES[6:8])
@@ -263,8 +263,8 @@ def test_a_second_owner_is_told_so(run: Any, opened: Any) -> None:
 
 def test_one_owned_directory_of_several_gives_the_others_back(run: Any, tmp_path: Path) -> None:
     async def test() -> None:
-        def options(*names: str) -> DiskOptions:
-            return DiskOptions(directories=tuple(str(tmp_path / name) for name in names), limit_nbytes=1 << 20)
+        def options(*names: str) -> Disk:
+            return Disk(path=tuple(str(tmp_path / name) for name in names), size=1 << 20)
 
         tier = await open_disk(options("b"))
         with pytest.raises(TierOwned):
@@ -279,7 +279,7 @@ def test_a_place_that_is_no_directory_is_unavailable(run: Any, tmp_path: Path) -
     async def test() -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(TierUnavailable):
-            await open_disk(DiskOptions(directories=(str(tmp_path / "file"),), limit_nbytes=1 << 20))
+            await open_disk(Disk(path=(str(tmp_path / "file"),), size=1 << 20))
 
     run(test)
 
@@ -359,7 +359,7 @@ def test_what_is_synced(run: Any, opened: Any, durability: str, syncs: int) -> N
 def test_too_much_waiting_is_shed(run: Any, opened: Any) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, queue_jobs=2, threads=2, batch_nbytes=1) as tier:
+        async with opened(disk.files, queue_jobs=2, threads=2, read_batch=1) as tier:
             await asyncio.gather(*(tier.store([one]) for one in WRITES[:2]))
             disk.hanging = frozenset({"open"})
             loads = asyncio.gather(*(holds(tier, WRITES[0]) for _ in range(9)))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from kvkeep.config import Durability
 from kvkeep.errors import TierOwned, TierUnavailable
-from kvkeep.options import Durability
 from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
 from kvkeep.testing.doubles.power_cut import PowerCut
 from kvkeep.testing.suites.tiers import UNTOUCHED, holds, key, memory_for, write_of
@@ -347,7 +347,7 @@ def test_a_small_tmpfs_runs_full(run: Any, opened: Any, root: Path) -> None:
         pytest.skip("a tmpfs cannot be mounted here")
 
     async def test() -> None:
-        async with opened(limit_nbytes=1 << 30) as tier:
+        async with opened(size=1 << 30) as tier:
             writes = [write_of(key(number), (16384,)) for number in range(20)]
             stored = [(await tier.store([one]))[0] for one in writes]
             assert Stored.REFUSED in stored
@@ -417,7 +417,7 @@ async def _ignored(tier: DiskTier, read: Any) -> None:
 def test_a_store_that_waits_for_room_ends_when_it_is_cancelled(run: Any, opened: Any) -> None:
     async def test() -> None:
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=3 * RECORD) as tier:
+        async with opened(disk.files, size=3 * RECORD) as tier:
             await tier.store(SMALL[:2])
             disk.hanging = frozenset({"unlink"})
             store = asyncio.create_task(tier.store(SMALL[2:3]))
@@ -659,7 +659,7 @@ def test_the_limit_holds_after_files_of_different_sizes_changed_places(
         large, small, more = (write_of(key(n), (4096,) * ranges) for n, ranges in ((1, 8), (2, 1), (3, 8)))
         limit_nbytes = record_nbytes(large.sizes) + record_nbytes(small.sizes) + 4 * 4096
         disk = FaultyDisk()
-        async with opened(disk.files, limit_nbytes=limit_nbytes) as tier:
+        async with opened(disk.files, size=limit_nbytes) as tier:
             assert await tier.store([large, small]) == [Stored.STORED] * 2
             paths = [next(root.glob(f"*/*/{one.key[16:].hex()}")) for one in (large, small)]
             paths[0].rename(root / "aside")
@@ -684,7 +684,7 @@ def test_what_is_written_again_while_it_is_found_counts_once_and_at_once(run: An
     async def test() -> None:
         writes = [write_of(key(n), (4096,) * 4) for n in range(4)]
         limit_nbytes = 5 * record_nbytes(writes[0].sizes) - 4096
-        async with opened(limit_nbytes=limit_nbytes) as tier:
+        async with opened(size=limit_nbytes) as tier:
             assert await tier.store(writes) == [Stored.STORED] * 4
         most = 0
 
@@ -693,7 +693,7 @@ def test_what_is_written_again_while_it_is_found_counts_once_and_at_once(run: An
             most = max(most, disk.allocated_nbytes(str(root)))
 
         disk = FaultyDisk(after=look)
-        async with opened(disk.files, at_once=True, limit_nbytes=limit_nbytes) as tier:
+        async with opened(disk.files, at_once=True, size=limit_nbytes) as tier:
             for one in writes:
                 await tier.store([one])
             await tier.looked_through()

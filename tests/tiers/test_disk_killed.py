@@ -19,10 +19,10 @@ STORING = """
 import asyncio, sys
 from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers.disk.disk import open_disk
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 
 async def main():
-    tier = await open_disk(DiskOptions(directories=(sys.argv[1],), limit_nbytes=3 << 20, min_free_nbytes=0))
+    tier = await open_disk(Disk(path=(sys.argv[1],), size=3 << 20, min_free=0))
     print("at work", flush=True)
     while True:
         for number in range(64):
@@ -37,11 +37,11 @@ import asyncio, sys
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import key, write_of, memory_for
 from kvkeep.tiers.disk.disk import open_disk
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 
 async def main():
     disk = FaultyDisk()
-    options = DiskOptions(directories=(sys.argv[1],), limit_nbytes=3 << 20, min_free_nbytes=0, close_s=0.05)
+    options = Disk(path=(sys.argv[1],), size=3 << 20, min_free=0, close_s=0.05)
     tier = await open_disk(options, disk.files)
     await tier.looked_through()
     await tier.store([write_of(key(1))])
@@ -72,7 +72,7 @@ def test_a_process_that_is_killed_while_it_stores(run: Any, opened: Any, root: A
         for number in range(kills):
             kill_one(number)
             assert FaultyDisk().allocated_nbytes(str(root)) <= limit
-            async with opened(limit_nbytes=limit) as tier:
+            async with opened(size=limit) as tier:
                 writes = [write_of(key(one), SIZES) for one in range(COUNT)]
                 there = [await holds(tier, one) for one in writes]
                 assert sum(there) >= min(1 + 7 * number, 30)

@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from kvkeep.config import Disk
 from kvkeep.errors import TierUnavailable
-from kvkeep.options import DiskOptions
 from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
 from kvkeep.testing.suites.tiers import holds, key, write_of
 from kvkeep.tiers.disk.disk import open_disk
@@ -51,7 +51,7 @@ class DiskMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.failing.clear()
         self.disk = FaultyDisk(fault=lambda call, _: self.failing.get(call, 0), after=self.look)
-        options = DiskOptions(directories=(self.root,), limit_nbytes=LIMIT, min_free_nbytes=0, threads=2)
+        options = Disk(path=(self.root,), size=LIMIT, min_free=0, threads=2)
         self.tier = self.do(open_disk(options, self.disk.files, lambda: next(self.clock)))
 
     def look(self) -> None:

@@ -299,7 +299,7 @@ def test_chunks_that_no_record_can_hold_are_refused_and_the_others_stored(run: A
         torn = SMALL[1]._replace(sums=b"1")
         untouched = np.frombuffer(mmap.mmap(-1, 4096 * ranges), np.uint8)
         wide = Write(SMALL[2].key, (4096,) * ranges, untouched, bytes(16 * ranges))
-        async with opened(limit_nbytes=1 << 40) as tier:
+        async with opened(size=1 << 40) as tier:
             for _ in range(tier.drives[0].holding.options.threads + 1):
                 answers = await tier.store([SMALL[0], torn, wide])
                 assert answers[1:] == [Stored.REFUSED] * 2

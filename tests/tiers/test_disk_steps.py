@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from kvkeep.config import Durability
 from kvkeep.errors import TierUnavailable
-from kvkeep.options import Durability
 from kvkeep.testing.doubles.faulty_files import FaultyDisk, record_paths
 from kvkeep.testing.doubles.power_cut import PowerCut
 from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
@@ -34,14 +34,14 @@ import asyncio, itertools, os, shutil, signal, sys
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers.disk.disk import open_disk
-from kvkeep.options import DiskOptions
+from kvkeep.config import Disk
 
 root, before, stride = sys.argv[1:]
 
 async def work(folder, step):
     disk = FaultyDisk()
     disk.after = lambda: os.kill(os.getpid(), signal.SIGKILL) if disk.calls >= step else None
-    options = DiskOptions(directories=(folder,), limit_nbytes=1 << 20, min_free_nbytes=0, threads=2)
+    options = Disk(path=(folder,), size=1 << 20, min_free=0, threads=2)
     tier = await open_disk(options, disk.files)
     await tier.looked_through()
     await tier.store([write_of(key(number), (4096, 8192)) for number in (2, 3)])
@@ -90,7 +90,7 @@ def test_kill_9_at_every_step_of_a_restart_a_write_and_a_clear(
     assert count > 30
 
     async def after(folder: Path, last: bool) -> list[bool]:
-        async with opened(directories=(str(folder),)) as tier:
+        async with opened(path=(str(folder),)) as tier:
             there = await is_whole(tier)
             assert tier.figures().corrupt == 0, "a record that has its name is whole"
             assert not last or there == [False, False, True, False]
@@ -120,7 +120,7 @@ def test_a_clear_among_writes_and_reads_at_every_step(
         cut = PowerCut(disk, str(shadow))
         files = cut.files if end == "power-cut" else disk.files
         returned = False
-        async with opened(files, directories=(str(folder),), durability=Durability.EVERY, threads=2) as tier:
+        async with opened(files, path=(str(folder),), durability=Durability.EVERY, threads=2) as tier:
             await tier.store(CHUNKS[:2])
             disk.kill_at = disk.calls + step
             reads = [memory_for(one.key, SIZES)[0] for one in CHUNKS[:2]]
@@ -138,7 +138,7 @@ def test_a_clear_among_writes_and_reads_at_every_step(
             if end == "power-cut":
                 cut.cut()
             disk.kill_at = 0
-        async with opened(directories=(str(folder),)) as tier:
+        async with opened(path=(str(folder),)) as tier:
             there = await is_whole(tier)
             assert not (returned and any(there)), "what was cleared is back"
         shutil.rmtree(folder)

@@ -55,7 +55,7 @@ async def hits(tier: DiskTier, requests: list[list[bytes]]) -> int:
 async def replayed(opened: Any, root: Path, end: str, trace: list[list[bytes]]) -> int:
     """Hits of the second half of a trace, the tier ended in the middle of it: not at all, kindly, or killed."""
     room = int(SHARE * len({key for keys in trace for key in keys}))
-    settings = {"limit_nbytes": room * record_nbytes(SIZES), "directories": (str(root),), "direct": False}
+    settings = {"size": room * record_nbytes(SIZES), "path": (str(root),), "direct": False}
     first, second = trace[: len(trace) // 2], trace[len(trace) // 2 :]
     disk = FaultyDisk()
     async with opened(disk.files, **settings) as tier:

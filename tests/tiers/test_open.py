@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
+from kvkeep.config import Disk
 from kvkeep.errors import TierOwned, TierUnavailable
-from kvkeep.options import DiskOptions
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers import open as opening
 from kvkeep.tiers.disk.boot import refuse_foreign
 from kvkeep.tiers.disk.disk import DiskTier
-from kvkeep.tiers.open import DISK, open_tiers
+from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.tier import OPENING
 
 NOBODY = 65534
 
 
-def options(root: Path) -> DiskOptions:
-    return DiskOptions(directories=(str(root),), limit_nbytes=1 << 20, min_free_nbytes=0)
+def options(root: Path) -> Disk:
+    return Disk(path=(str(root),), size=1 << 20, min_free=0)
 
 
 # ---- whose directory
@@ -57,7 +57,7 @@ def test_a_directory_that_others_can_write_to_is_refused_by_name(
                 pass
         assert list(root.iterdir()) == [], "nothing was made in it"
         assert root.stat().st_mode & 0o7777 == mode, "it is not ours to change"
-        below = DiskOptions(directories=(f"{root}/kvkeep",), limit_nbytes=1 << 20, min_free_nbytes=0)
+        below = Disk(path=(f"{root}/kvkeep",), size=1 << 20, min_free=0)
         tier = await opening.open_disk(below)  # what the message says
         await tier.aclose()
 
@@ -117,12 +117,12 @@ def test_a_directory_that_is_in_use_is_named_at_once_with_its_owner_and_taken_wh
     taken: list[DiskTier] = []
 
     async def take(name: str, tier: Any, *_: object) -> None:
-        assert name == DISK
+        assert name == "disk"
         taken.append(tier)
 
     async def test() -> None:
         async with opened():
-            task = asyncio.create_task(open_tiers(options(root), take, lambda *said: told.append(said)))
+            task = asyncio.create_task(open_tiers([options(root)], take, lambda *said: told.append(said)))
             while len(told) < 3:
                 await asyncio.sleep(0)
             assert not taken
@@ -132,8 +132,8 @@ def test_a_directory_that_is_in_use_is_named_at_once_with_its_owner_and_taken_wh
     with caplog.at_level(logging.INFO, "kvkeep.store"):
         run(test)
     owner = f"{root} belongs to another process (pid {os.getpid()}): give this one a directory of its own"
-    assert told[0] == (DISK, OPENING)
-    assert set(told[1:]) == {(DISK, owner)}
+    assert told[0] == ("disk", OPENING)
+    assert set(told[1:]) == {("disk", owner)}
     said = [(one.levelname, one.getMessage()) for one in caplog.records if one.levelno > logging.INFO]
     assert said == [
         ("WARNING", f"no disk tier until its directory is free: {owner}"),
@@ -160,10 +160,10 @@ def test_a_directory_that_cannot_be_made_is_named_with_a_cure(run: Any, tmp_path
         raise AssertionError("there is nothing to take")
 
     async def test() -> None:
-        await open_tiers(options(tmp_path / "file" / "d"), take, lambda *said: told.append(said))
+        await open_tiers([options(tmp_path / "file" / "d")], take, lambda *said: told.append(said))
 
     run(test)
-    assert [name for name, _ in told] == [DISK, DISK]
+    assert [name for name, _ in told] == ["disk", "disk"]
     assert "set disk_path to another directory" in told[1][1]
     assert str(tmp_path / "file") in told[1][1]
 
@@ -173,14 +173,14 @@ def test_too_little_room_is_said_at_the_start_with_both_sizes(
 ) -> None:
     async def test() -> None:
         disk = FaultyDisk(free=lambda: 30 << 20)
-        async with opened(disk.files, limit_nbytes=100 << 20, min_free_nbytes=10 << 20) as tier:
+        async with opened(disk.files, size=100 << 20, min_free=10 << 20) as tier:
             assert tier.figures().short_nbytes == 80 << 20
             assert len(caplog.records) == 1
             for part in ("disk_size gives it 100 MiB", "disk_min_free leaves 10 MiB", "room for 20 MiB", "lower, or"):
                 assert part in caplog.text
             caplog.clear()
         disk.free = lambda: 110 << 20
-        async with opened(disk.files, limit_nbytes=100 << 20, min_free_nbytes=10 << 20) as tier:
+        async with opened(disk.files, size=100 << 20, min_free=10 << 20) as tier:
             assert (tier.figures().short_nbytes, caplog.text) == (0, "")
 
     run(test)

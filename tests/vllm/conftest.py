@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.options import StoreOptions
+from kvkeep.config import Config
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Stats
 from kvkeep.wire.start import join_shared
@@ -305,7 +305,7 @@ def shared_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
                 "-m",
                 "kvkeep.store",
                 f"--socket={folder / 'store'}",
-                f"--options={StoreOptions(64 << 20).json()}",
+                f"--options={Config(pool_size=64 << 20).json()}",
             ]
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
             assert process.stderr is not None

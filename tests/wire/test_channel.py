@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
@@ -23,7 +24,6 @@ from kvkeep.core.units import BOOT_NBYTES
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.listening import listen
 from kvkeep.store.server.server import Server
@@ -36,7 +36,7 @@ from kvkeep.wire.pool_socket import HandedPool, PoolDoor, send_pool
 from kvkeep.wire.start import Child, join_shared, start_private
 
 CHUNK, ROOM = 4096, 8
-OPTIONS = StoreOptions(ROOM * CHUNK, max_pinned_share=1.0, log_level="error")
+OPTIONS = Config(pool_size=ROOM * CHUNK, max_pinned_share=1.0, log_level="error")
 LIMIT_S = 20.0
 HOLDER = "import sys; sys.stdin.read()"
 ONE, TWO = b"1" * BOOT_NBYTES, b"2" * BOOT_NBYTES
@@ -124,7 +124,7 @@ def test_a_pool_stays_readable_after_its_store_was_killed(child: Child):
 def test_a_pool_that_cannot_be_is_refused_before_a_process_is_started(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(ConfigError, match="pool_size"):
-        start_private(StoreOptions(1 << 60))
+        start_private(Config(pool_size=1 << 60))
 
 
 # ---- a listening socket ----------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.errors import ConfigError, KVKeepError
-from kvkeep.options import StoreOptions
 from kvkeep.store.namespaces import MOST
 from kvkeep.store.server import reception as reception_module
 from kvkeep.store.server import server as server_module
@@ -48,7 +48,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def running(path: Path) -> Iterator[RunningStore]:
-    with shared_store(path, StoreOptions(ROOM * CHUNK)) as running:
+    with shared_store(path, Config(pool_size=ROOM * CHUNK)) as running:
         yield running
 
 

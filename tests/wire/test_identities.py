@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.options import DiskOptions, StoreOptions
+from kvkeep.config import Config, Disk
 from kvkeep.store.identities import FILE, MAX_NBYTES, read_identities, write_identities
 from kvkeep.store.namespaces import MOST, Named
 from kvkeep.wire import messages as m
@@ -83,8 +83,8 @@ def test_what_would_be_too_long_to_be_read_is_cut_to_what_was_named_last(tmp_pat
 def lived(folder: Path, namespace: bytes, identity: str) -> str:
     """One life of a store over the same directory, until its session is noted there; what it logged."""
     path = folder / "run" / "store"
-    disk = DiskOptions(directories=(str(folder / "disk"),), limit_nbytes=1 << 20, min_free_nbytes=0)
-    options = StoreOptions(1 << 20, disk=disk)
+    disk = Disk(path=(str(folder / "disk"),), size=1 << 20, min_free=0)
+    options = Config(pool_size=1 << 20, tiers=[disk])
     command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.options import StoreOptions
+from kvkeep.config import Config
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
@@ -85,7 +85,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
         "-m",
         "kvkeep.store",
         f"--socket={path}",
-        f"--options={StoreOptions(ROOM * CHUNK).json()}",
+        f"--options={Config(pool_size=ROOM * CHUNK).json()}",
     ]
     with subprocess.Popen([*CONTAINER, *command], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import lru
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
@@ -31,7 +31,7 @@ from kvkeep.wire.frames import FrameReader, framed
 from kvkeep.wire.start import join_shared
 
 CHUNK, ROOM = 4096, 8
-OPTIONS = StoreOptions(ROOM * CHUNK, max_pinned_share=1.0)
+OPTIONS = Config(pool_size=ROOM * CHUNK, max_pinned_share=1.0)
 LIMIT_S = 20.0
 HOLDER = "import sys; sys.stdin.read()"
 CLIENT = """

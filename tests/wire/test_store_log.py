@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvkeep.options import StoreOptions
+from kvkeep.config import Config
 
 
 def test_each_line_says_who_how_bad_and_when(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_each_line_says_who_how_bad_and_when(tmp_path: Path) -> None:
         "-m",
         "kvkeep.store",
         f"--socket={tmp_path / 'store'}",
-        f"--options={StoreOptions(1 << 20).json()}",
+        f"--options={Config(pool_size=1 << 20).json()}",
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from kvkeep.bench.rows import Case, Row, say
+from kvkeep.config import Config
 from kvkeep.errors import StoreGone
-from kvkeep.options import StoreOptions
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.messages import VERSION, Granted, Hello, Matched
 from kvkeep.wire.start import join_shared
@@ -40,10 +40,10 @@ LIMIT_S = 30.0
 @contextmanager
 def serving(pool_nbytes: int) -> Iterator[tuple[Path, int]]:
     """A store process: its socket and its pid."""
-    options = StoreOptions(pool_nbytes, max_pinned_share=1.0, log_level="error")
+    config = Config(pool_size=pool_nbytes, max_pinned_share=1.0, log_level="error")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run" / "store"
-        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={options.json()}"]
+        command = [sys.executable, "-m", "kvkeep.store", f"--socket={path}", f"--options={config.json()}"]
         with subprocess.Popen(command) as process:  # noqa: S603
             try:
                 joined(path).close()

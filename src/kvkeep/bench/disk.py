@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kvkeep.bench.disk_sides import READERS, WRITERS, Sides, has_fio, rate
 from kvkeep.bench.rows import Case, Row, alternate, say, seconds
-from kvkeep.options import Durability
+from kvkeep.config import Durability
 from kvkeep.tiers.record import first_bad_range
 
 MOST_RUNS = 9

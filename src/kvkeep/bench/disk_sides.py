@@ -18,9 +18,9 @@ import numpy as np
 import xxhash
 
 from kvkeep.bench.rows import seconds
+from kvkeep.config import Disk, Durability
 from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.memory.region import Region
-from kvkeep.options import DiskOptions, Durability
 from kvkeep.tiers.disk.directio import aligned_bytes
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.record import record_nbytes
@@ -46,12 +46,12 @@ class Sides:
     def __init__(self, root: Path, nbytes: int, count: int, durability: Durability, direct: bool) -> None:
         self.root = root
         self.loop = asyncio.new_event_loop()
-        options = DiskOptions(
-            directories=(str(root),),
-            limit_nbytes=64 << 30,
+        options = Disk(
+            path=(str(root),),
+            size=64 << 30,
             threads=READERS,
             durability=durability,
-            min_free_nbytes=0,
+            min_free=0,
             direct=direct,
         )
         self.tier: DiskTier = self.loop.run_until_complete(open_disk(options))

@@ -24,14 +24,15 @@ from rich.text import Text
 
 from kvkeep.cli.plain import cell
 from kvkeep.cli.serve import ask_stats
-from kvkeep.config import Config, load_config, parse_size
+from kvkeep.config import Config, Disk
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.memory.limits import MemoryLimits, check_room, read_limits, size_text
 from kvkeep.memory.region import Region
+from kvkeep.sources import load_config
 from kvkeep.transfer.device.choice import default_file, kept_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _PROBE_NBYTES = 64 << 20
 _PIPED_WIDTH = 160  # nobody wraps a log for us
@@ -53,11 +54,9 @@ def doctor(
     config: Annotated[str | None, typer.Option(help="Check this TOML file.")] = None,
 ) -> None:
     """Check this machine and the configuration; exit status 1 if something is wrong."""
-    if pool_size is not None and pool_size != "auto":
-        parse_size(pool_size, "--pool-size")
-    settings, configured = check_config(config)
-    if pool_size is not None:
-        settings = msgspec.structs.replace(settings, pool_size=pool_size)
+    asked = {} if pool_size is None else {"pool_size": pool_size}
+    defaults = load_config(asked, {}, command_line=True)
+    settings, configured = check_config(asked | ({} if config is None else {"config_file": config}), defaults)
     checks = [
         check_python(sys.version_info[:2]),
         check_vllm(installed("vllm")),
@@ -66,8 +65,8 @@ def doctor(
         *([check_early(settings)] if settings.early_loads else []),
         *([check_store(settings.socket_path)] if settings.socket_path is not None else []),
         check_memory(settings, read_limits()),
-        *(check_disk(Path(directory), settings) for directory in settings.disk_directories),
-        *([check_pages(_SHARED_PAGES)] if settings.disk_directories else []),
+        *(check_disk(Path(directory), disk) for disk in settings.tiers for directory in disk.path),
+        *([check_pages(_SHARED_PAGES)] if settings.tiers else []),
         check_sealing(),
         check_speed(time.perf_counter),
         *check_transfer(settings, default_file(), Path("/dev/nvidiactl").exists()),
@@ -114,13 +113,12 @@ def installed(module: str) -> str | None:
     return metadata.version(found[0]) if found else None
 
 
-def check_config(file: str | None) -> tuple[Config, Check]:
-    """Read the configuration from `file` and the environment; the defaults stand in for one that is wrong."""
-    overrides = {} if file is None else {"config_file": file}
+def check_config(options: Mapping[str, str], defaults: Config) -> tuple[Config, Check]:
+    """Read the configuration from this command's options and the environment; `defaults` stand in for a wrong one."""
     try:
-        config = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"))
+        config = load_config(options, os.environ, command_line=True)
     except ConfigError as error:
-        return Config(), Check("configuration", f"wrong: {error}", "correct it; the other rows are about the defaults")
+        return defaults, Check("configuration", f"wrong: {error}", "correct it; the other rows are about the defaults")
     return config, Check("configuration", "read without an error")
 
 
@@ -150,21 +148,21 @@ def check_memory(config: Config, limits: MemoryLimits) -> Check:
     return Check("memory", found)
 
 
-def check_disk(directory: Path, config: Config) -> Check:
-    """Check that a directory of the disk tier can be made or written, and that its share of `disk_size` fits."""
+def check_disk(directory: Path, disk: Disk) -> Check:
+    """Check that a directory of the disk tier can be made or written, and that its share of the size fits."""
     name = f"disk ({directory})"
     try:
-        return _disk(name, directory, config)
+        return _disk(name, directory, disk)
     except OSError as error:
         return Check(
             name, f"cannot be looked at: {error}", "let this user into it, or set disk_path to another directory"
         )
 
 
-def _disk(name: str, directory: Path, config: Config) -> Check:
+def _disk(name: str, directory: Path, disk: Disk) -> Check:
     there = next(one for one in (directory, *directory.parents) if one.exists())
-    share = parse_size(config.disk_size, "disk_size") // len(config.disk_directories)
-    wanted = share + parse_size(config.disk_min_free, "disk_min_free")
+    share = disk.size // len(disk.path)
+    wanted = share + disk.min_free
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Check(
             name, "cannot be written", f"let this user write to {there}, or set disk_path to another directory"

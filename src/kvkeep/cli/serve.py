@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvkeep.cli.plain import cell
-from kvkeep.config import load_config
 from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
-from kvkeep.memory.limits import amount_text, read_limits
-from kvkeep.options import store_options
+from kvkeep.memory.limits import amount_text
+from kvkeep.sources import load_config
 from kvkeep.store.process import run, write_log
 from kvkeep.wire.client import Joining
 from kvkeep.wire.messages import VERSION, Hello, Known, Stats
@@ -40,14 +39,9 @@ def serve(
     overrides = {name: value for name, value in said.items() if value is not None}
     if config is not None:
         overrides["config_file"] = str(config)
-    settings = load_config(overrides, os.environ, lambda path: Path(path).read_text(encoding="utf-8"), _option)
+    settings = load_config(overrides, os.environ, command_line=True)
     write_log(settings.log_level)
-    run(store_options(settings, settings.pool_nbytes(read_limits().available_nbytes)), None, socket.absolute())
-
-
-def _option(name: str) -> str:
-    """A setting as it is written on this command line."""
-    return "--config" if name == "config_file" else f"--{name.replace('_', '-')}"
+    run(settings, None, socket.absolute())
 
 
 def ask_stats(path: str, check: bool) -> Stats:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from kvkeep.config import Config
 from kvkeep.errors import ConfigError, KVKeepError, StoreGone
 from kvkeep.memory.limits import read_limits, size_text
-from kvkeep.options import StoreOptions, store_options
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.messages import Hello
 from kvkeep.wire.pool_socket import send_pool
@@ -54,13 +55,13 @@ class Source(Protocol):
 class PrivateSource:
     """Starts a store process as a child for each connection."""
 
-    options: StoreOptions
+    config: Config
     _child: Child | None = None
 
     def connect(self) -> socket.socket:
         """A new child's socket; ConfigError if the machine has no room for its pool."""
         self.end(wait=False)
-        self._child = start_private(self.options)
+        self._child = start_private(self.config)
         return self._child.sock
 
     def end(self, wait: bool) -> None:
@@ -73,8 +74,8 @@ class PrivateSource:
 
     @property
     def outlived(self) -> bool:
-        """Whether it has a disk."""
-        return self.options.disk is not None
+        """Whether it has a tier."""
+        return bool(self.config.tiers)
 
     def patience_s(self) -> float | None:
         """A store of our own that does not start is a fault that is best known at once."""
@@ -115,7 +116,7 @@ def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
             f"pool_size: {nbytes} bytes hold no chunk of this model ({chunk_nbytes} bytes for {chunk_tokens} tokens); "
             f"set it to at least {2 * chunk_nbytes}"
         )
-    return PrivateSource(store_options(config, nbytes))
+    return PrivateSource(msgspec.structs.replace(config, pool_size=nbytes))
 
 
 @dataclass

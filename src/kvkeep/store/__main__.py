@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from kvkeep.config import Config
 from kvkeep.errors import KVKeepError
-from kvkeep.options import StoreOptions
 from kvkeep.store.process import run, write_log
 
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--fd", type=int, help="the inherited socket of a private store")
     where.add_argument("--socket", type=Path, help="where a shared store listens")
-    parser.add_argument("--options", type=_options, required=True, help="kvkeep.options.StoreOptions as JSON")
+    parser.add_argument("--options", type=_options, required=True, help="a kvkeep.config.Config as JSON")
     asked = parser.parse_args(arguments)
     write_log(asked.options.log_level)
     try:
@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _options(text: str) -> StoreOptions:
+def _options(text: str) -> Config:
     try:
-        return msgspec.json.decode(text, type=StoreOptions)
+        return msgspec.json.decode(text, type=Config)
     except msgspec.DecodeError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

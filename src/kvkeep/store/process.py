@@ -15,17 +15,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
+from kvkeep.config import Config, Disk, Tier
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import ConfigError
-from kvkeep.memory.limits import check_room, size_text, still_beside_nbytes
+from kvkeep.memory.limits import check_room, read_limits, size_text, still_beside_nbytes
 from kvkeep.memory.progress import region_nbytes, words_behind
 from kvkeep.memory.region import Region
-from kvkeep.options import DiskOptions, StoreOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.identities import Identities
 from kvkeep.store.server.listening import listen, unlink_own
@@ -48,13 +48,14 @@ def write_log(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=form, datefmt="%m-%d %H:%M:%S")
 
 
-def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> None:
+def run(config: Config, private_fd: int | None, path: Path | None) -> None:
     """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
-    check_room(options.pool_nbytes, beside_nbytes=still_beside_nbytes())
+    pool_nbytes = config.pool_nbytes(read_limits().available_nbytes)
+    check_room(pool_nbytes, beside_nbytes=still_beside_nbytes())
     _allow_descriptors()
-    with Region.create(region_nbytes(options.pool_nbytes)) as region:
-        index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
-        store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
+    with Region.create(region_nbytes(pool_nbytes)) as region:
+        index = Index(FreeList(pool_nbytes), policy_by_name(config.policy))
+        store = Store(index, pool_nbytes, config.max_pinned_share, config.lease_time_s)
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
         own = path.lstat() if path is not None else None
@@ -62,10 +63,10 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
         server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
-        log.info("pool of %s, policy %s, pid %d", size_text(options.pool_nbytes), options.policy, os.getpid())
+        log.info("pool of %s, policy %s, pid %d", size_text(pool_nbytes), config.policy, os.getpid())
         populating.start()
         try:
-            serve_to_the_end(server, _opened(options.disk, server.walk), DRAIN_S)
+            serve_to_the_end(server, _opened(config.tiers, server.walk), DRAIN_S)
         finally:
             closing.set()
             if path is not None and own is not None:
@@ -73,16 +74,16 @@ def run(options: StoreOptions, private_fd: int | None, path: Path | None) -> Non
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-async def _opened(disk: DiskOptions | None, walk: TierWalk) -> None:
+async def _opened(tiers: Sequence[Tier], walk: TierWalk) -> None:
     """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
-    walk.promotions.opening = disk is not None
+    walk.promotions.opening = bool(tiers)
     try:
-        await open_tiers(disk, walk.admit, walk.left_out)
+        await open_tiers(tiers, walk.admit, walk.left_out)
     finally:
         walk.promotions.opening = False
+    disk = next((tier for tier in tiers if isinstance(tier, Disk)), None)
     if disk is not None and walk.loads:
-        directory = Path(disk.directories[0])
-        Identities(directory, walk.store.namespaces).start(asyncio.get_running_loop())
+        Identities(Path(disk.path[0]), walk.store.namespaces).start(asyncio.get_running_loop())
 
 
 def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import Final
 
+from kvkeep.config import Disk
+from kvkeep.config import Tier as TierSettings
 from kvkeep.errors import TierError, TierOwned
 from kvkeep.memory.limits import size_text
-from kvkeep.options import DiskOptions
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.tier import OPENING, Tier
 
 log = logging.getLogger("kvkeep.store")
 
-DISK = "disk"
 SOON_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
 SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
@@ -26,23 +27,29 @@ SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]], int], Awaitable[None]]
 
 
-async def open_tiers(disk: DiskOptions | None, take: Taker, left_out: Callable[[str, str], None]) -> None:
-    """Opens what is configured and hands it over, the best first; one that cannot be opened is left out and named.
+async def open_tiers(tiers: Sequence[TierSettings], take: Taker, left_out: Callable[[str, str], None]) -> None:
+    """Open what is configured, the best first, and hand it over; leave out and name a tier that cannot be opened.
 
-    `left_out` hears of a tier that is not there (yet), and why; OPENING at first.
+    `left_out` gets the name of a tier that is not there (yet), and why; OPENING at first.
     """
-    if disk is None:
-        return
-    left_out(DISK, OPENING)
-    try:
-        tier = await _owned(disk, partial(left_out, DISK))
-    except TierError as error:
-        left_out(DISK, str(error))
-        log.error("there is no disk tier: %s", error)
-        return
-    await take(DISK, tier, lambda: disk_figures(tier), disk.threads * len(disk.directories))
+    for settings in tiers:
+        left_out(settings.kind, OPENING)
+    for settings in tiers:
+        try:
+            await OPENERS[settings.kind](settings, take, partial(left_out, settings.kind))
+        except TierError as error:
+            left_out(settings.kind, str(error))
+            log.error("there is no %s tier: %s", settings.kind, error)
+
+
+async def _open_disk(disk: Disk, take: Taker, waits: Callable[[str], None]) -> None:
+    tier = await _owned(disk, waits)
+    await take(disk.kind, tier, lambda: disk_figures(tier), disk.threads * len(disk.path))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
-    log.info("disk tier of %s in %s, %s", size_text(disk.limit_nbytes), ", ".join(disk.directories), how)
+    log.info("disk tier of %s in %s, %s", size_text(disk.size), ", ".join(disk.path), how)
+
+
+OPENERS: Final = {"disk": _open_disk}  # how a tier of each kind is opened
 
 
 def disk_figures(tier: DiskTier) -> dict[str, int]:
@@ -55,13 +62,13 @@ def disk_figures(tier: DiskTier) -> dict[str, int]:
     return {name: int(number) for name, number in numbers.items()}
 
 
-async def _owned(options: DiskOptions, waits: Callable[[str], None]) -> DiskTier:
+async def _owned(disk: Disk, waits: Callable[[str], None]) -> DiskTier:
     """The disk tier, once no other process owns a directory of it, however long that takes: nobody waits for it."""
     loop = asyncio.get_running_loop()
     later_s, pause_s, said = loop.time() + SOON_S, SOON_PAUSE_S, False
     while True:
         try:
-            return await open_disk(options)
+            return await open_disk(disk)
         except TierOwned as error:
             if not said:
                 log.warning("no disk tier until its directory is free: %s", error)

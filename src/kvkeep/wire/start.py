@@ -13,9 +13,9 @@ import sys
 import threading
 from dataclasses import dataclass
 
+from kvkeep.config import Config
 from kvkeep.errors import ConfigError, StoreGone
-from kvkeep.memory.limits import check_room
-from kvkeep.options import StoreOptions
+from kvkeep.memory.limits import check_room, read_limits
 from kvkeep.wire.processes import credentials_of
 
 DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
@@ -44,11 +44,11 @@ class Child:
         threading.Thread(target=self.process.wait, daemon=True, name="kvkeep-reap").start()
 
 
-def start_private(options: StoreOptions) -> Child:
+def start_private(config: Config) -> Child:
     """Starts a store process as a child, after checking that the machine has room for its pool (ConfigError)."""
-    check_room(options.pool_nbytes)
+    check_room(config.pool_nbytes(read_limits().available_nbytes))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    command = [sys.executable, "-m", "kvkeep.store", f"--fd={theirs.fileno()}", f"--options={options.json()}"]
+    command = [sys.executable, "-m", "kvkeep.store", f"--fd={theirs.fileno()}", f"--options={config.json()}"]
     try:
         # its own session: Ctrl-C at the engine's terminal must not end the store before the engine
         process = subprocess.Popen(  # noqa: S603

@@ -23,12 +23,12 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvkeep.config import Disk
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.errors import TierError
 from kvkeep.memory.region import Region
-from kvkeep.options import DiskOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.process import serve_to_the_end
 from kvkeep.store.server.listening import listen
@@ -76,7 +76,7 @@ class Faults:
         return errno.EIO if call == "readv" and path in self.failing else 0
 
 
-async def opened(faults: Faults, options: DiskOptions) -> None:
+async def opened(faults: Faults, options: Disk) -> None:
     """Opens the disk and says that it is ready once all that was there is known; from then on it obeys."""
     try:
         tier = await open_disk(options, faults.disk.files)
@@ -103,7 +103,7 @@ async def opened(faults: Faults, options: DiskOptions) -> None:
 
 
 def main(socket: Path, folder: str, pool_nbytes: int) -> None:
-    options = DiskOptions(directories=(folder,), limit_nbytes=DISK_NBYTES, min_free_nbytes=FREE_NBYTES)
+    options = Disk(path=(folder,), size=DISK_NBYTES, min_free=FREE_NBYTES)
     with Region.create(pool_nbytes) as region, listen(socket) as listener:
         walk = TierWalk(Store(Index(FreeList(pool_nbytes), policy_by_name("lru")), pool_nbytes), region.array)
         server = Server(walk, secrets.token_bytes(16), region.fd, None, listener)

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,7 +33,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request as VllmRequest
 
-from kvkeep.config import Config, load_config
+from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.doors.vllm import facts
@@ -52,6 +51,7 @@ from kvkeep.engine.rank.device_worker import DeviceWorker
 from kvkeep.engine.rank.open import early_loads, open_rank, wish_of
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
+from kvkeep.sources import load_config
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.open import open_transfer, open_with_states
 from kvkeep.transfer.pages import across_layers
@@ -395,4 +395,4 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _config(extra: Mapping[str, object] | None) -> Config:
-    return load_config(extra or {}, os.environ, lambda path: Path(path).read_text())
+    return load_config(extra or {}, os.environ)

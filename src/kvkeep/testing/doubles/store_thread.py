@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policy import policy_by_name
 from kvkeep.memory.progress import region_nbytes, words_behind
 from kvkeep.memory.region import Region
-from kvkeep.options import StoreOptions
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.listening import listen
 from kvkeep.store.server.server import Server
@@ -68,8 +68,8 @@ class ThreadSource:
     def connect(self) -> socket.socket:
         """A socket to a new store."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        options = StoreOptions(self.pool_nbytes, self.policy, self.max_pinned_share)
-        self.boots.append(_started(options, theirs, None))
+        config = Config(pool_size=self.pool_nbytes, policy=self.policy, max_pinned_share=self.max_pinned_share)  # type: ignore[arg-type]
+        self.boots.append(_started(config, theirs, None))
         return ours
 
     def end(self, wait: bool) -> None:
@@ -84,10 +84,10 @@ class ThreadSource:
 
 
 @contextmanager
-def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
+def shared_store(path: Path, config: Config) -> Iterator[RunningStore]:
     """A store that listens at `path` for any number of clients, as long as the context lasts."""
     with listen(path) as listener:
-        running = _started(options, None, listener)
+        running = _started(config, None, listener)
         try:
             yield running
         finally:
@@ -95,10 +95,11 @@ def shared_store(path: Path, options: StoreOptions) -> Iterator[RunningStore]:
             running.join()
 
 
-def _started(options: StoreOptions, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
-    region = Region.create(region_nbytes(options.pool_nbytes))
-    index = Index(FreeList(options.pool_nbytes), policy_by_name(options.policy))
-    store = Store(index, options.pool_nbytes, options.max_pinned_share, options.lease_time_s)
+def _started(config: Config, private: socket.socket | None, listener: socket.socket | None) -> RunningStore:
+    pool_nbytes = config.pool_nbytes(0)
+    region = Region.create(region_nbytes(pool_nbytes))
+    index = Index(FreeList(pool_nbytes), policy_by_name(config.policy))
+    store = Store(index, pool_nbytes, config.max_pinned_share, config.lease_time_s)
     walk = TierWalk(store, region.array, words_behind(region))
     server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")

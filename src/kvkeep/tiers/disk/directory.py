@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
+from kvkeep.config import Disk
 from kvkeep.core.policy import policy_by_name
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.memory.limits import size_text
-from kvkeep.options import DiskOptions
 from kvkeep.tiers.disk.boot import (
     FoundRecords,
     Order,
@@ -211,7 +211,7 @@ class Drive:
         room_nbytes = ledger.used_nbytes + max(0, free_nbytes)
         self.short_nbytes = max(0, ledger.limit_nbytes - room_nbytes)
         if self.short_nbytes:
-            sizes = (ledger.limit_nbytes, options.min_free_nbytes, room_nbytes)
+            sizes = (ledger.limit_nbytes, options.min_free, room_nbytes)
             log.warning(_SHORT, holding.shelf.root, *map(size_text, sizes))
 
     async def _take_in(self, found: Sequence[FoundRecords]) -> None:
@@ -281,7 +281,7 @@ class Drive:
         await self._catch_up()
 
 
-async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Callable[[], int]) -> Drive:
+async def open_drive(options: Disk, root: str, files: Files, clock_ns: Callable[[], int]) -> Drive:
     """Own a directory; TierOwned where another process does, TierUnavailable where it cannot be used in `open_s`."""
     threads = IoThreads(options.threads, options.queue_jobs, f"kvkeep-disk-{os.path.basename(root)}")
     closed: list[Holding] = []
@@ -290,7 +290,7 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
         files,
         direct=False,
         durability=options.durability,
-        min_free_nbytes=options.min_free_nbytes,
+        min_free_nbytes=options.min_free,
         boot=secrets.token_hex(8),
         numbers=count(),
         is_closed=lambda: any(one.closed for one in closed),
@@ -301,7 +301,7 @@ async def open_drive(options: DiskOptions, root: str, files: Files, clock_ns: Ca
     except (TierUnavailable, asyncio.CancelledError):
         threads.close()
         raise
-    limit_nbytes = options.limit_nbytes // len(options.directories)
+    limit_nbytes = options.size // len(options.path)
     bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
     ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
     holding = Holding(options, started.shelf, threads, ledger, started.epochs)

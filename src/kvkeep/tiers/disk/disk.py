@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
+from kvkeep.config import Disk
 from kvkeep.errors import TierError, TierUnavailable
-from kvkeep.options import DiskOptions
 from kvkeep.tiers.disk.directio import Files, posix_files
 from kvkeep.tiers.disk.directory import Drive, open_drive
 from kvkeep.tiers.disk.state import outlast
@@ -138,16 +138,14 @@ class DiskTier:
             raise TierUnavailable("the disk tier is closed")
 
 
-async def open_disk(
-    options: DiskOptions, files: Files | None = None, clock_ns: Callable[[], int] = time.time_ns
-) -> DiskTier:
+async def open_disk(options: Disk, files: Files | None = None, clock_ns: Callable[[], int] = time.time_ns) -> DiskTier:
     """Own the directories and begin to look through them; it serves at once.
 
     Raises TierOwned where another process owns one, TierUnavailable where one cannot be used.
     """
     drives: list[Drive] = []
     try:
-        for root in options.directories:
+        for root in options.path:
             drives.append(await open_drive(options, root, files or posix_files(), clock_ns))
     except TierError:
         await DiskTier(drives).aclose()

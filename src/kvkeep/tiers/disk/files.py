@@ -14,9 +14,9 @@ from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple
 
+from kvkeep.config import Durability
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import CorruptChunk
-from kvkeep.options import Durability
 from kvkeep.tiers.disk.directio import Files, Inode, Stat, is_aligned, read_all, sync_directory, write_all
 from kvkeep.tiers.disk.threads import Scratch
 from kvkeep.tiers.record import (

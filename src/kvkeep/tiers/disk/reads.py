@@ -60,7 +60,7 @@ class DiskReads:
             else:
                 self._missed(read)
         whole = [one for one in wanted if one[1].arrived is None]
-        runs = batches(whole, lambda one: record_nbytes(one[1].sizes), self.holding.options.batch_nbytes)
+        runs = batches(whole, lambda one: record_nbytes(one[1].sizes), self.holding.options.read_batch)
         runs += _dealt([one for one in wanted if one[1].arrived is not None], self.holding.options.threads)
         await self.holding.end([self.holding.begin(partial(self._load, run, answers)) for run in runs])
         return answers

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from kvkeep.config import Disk
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
-from kvkeep.options import DiskOptions
 from kvkeep.tiers.disk.directio import Inode
 from kvkeep.tiers.disk.files import Shelf
 from kvkeep.tiers.disk.ledger import Ledger, LedgerEntry
@@ -69,7 +69,7 @@ class Errand:
 class Holding:
     """One directory as the loop sees it. `complete`: every record of earlier boots is known or under way to be gone."""
 
-    options: DiskOptions
+    options: Disk
     shelf: Shelf
     threads: IoThreads
     ledger: Ledger

@@ -55,7 +55,7 @@ class DiskWrites:
         for write, epoch in zip(writes, epochs, strict=True):
             assert write.payload.nbytes == sum(write.sizes), f"{write.payload.nbytes} bytes for ranges of {write.sizes}"
             answers.append(self._begun(write, epoch, fresh))
-        runs = batches(fresh, lambda one: one.nbytes, holding.options.store_batch_nbytes)
+        runs = batches(fresh, lambda one: one.nbytes, holding.options.write_batch)
         try:
             await holding.end([holding.begin(partial(self._store, run)) for run in runs])
         finally:
