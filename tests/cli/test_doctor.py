@@ -266,7 +266,7 @@ def test_the_pages_are_looked_at_where_there_is_a_disk(tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_says_what_the_other_rows_are_about() -> None:
-    _, check = doctor_module.check_config("/nonexistent.toml")
+    _, check = doctor_module.check_config({"config_file": "/nonexistent.toml"}, Config())
     assert check.found.startswith("wrong: /nonexistent.toml: the configuration file cannot be read")
     assert check.cure == "correct it; the other rows are about the defaults"
 
