@@ -44,7 +44,9 @@ def replayed(allocator: Allocator, pages: tuple[int, ...], requests: list[list[i
         keys = [bytes([model]) * 16 + block.to_bytes(32, "big") for block in blocks]
         run = index.pin_prefix(keys)
         got = index.reserve(keys[len(run) :], pages[model] * PAGE, owner=1)
-        index.commit_all((one, b"sums") for one in got if isinstance(one, IndexEntry))
+        for entry in got:
+            if isinstance(entry, IndexEntry):
+                index.commit(entry, b"sums")
         index.unpin(run)
         hits, refused = hits + len(run), refused + got.count(NO_ROOM)
         if index.stats().evictions:

@@ -65,6 +65,21 @@ def test_pins_the_longest_run_from_the_first_key_on():
     assert index.stats().pinned_nbytes == 0
 
 
+def test_a_touched_run_is_evicted_last_tail_before_head_and_ends_where_a_key_was_lost():
+    index = make(4)
+    first, second, third, _ = write(index, KEYS[:4])
+    index.hold(KEYS[2])
+    index.discard(KEYS[2:3])
+    assert index.touch([first, second, third]) == 2
+    evicted = []
+    for key in KEYS[5:8]:
+        before = present(index)
+        write(index, [key])
+        evicted += [gone for gone in before if gone not in present(index)]
+    assert evicted == [KEYS[3], KEYS[1], KEYS[0]]
+    index.unpin([third])
+
+
 def test_unpinning_once_too_often_is_a_broken_invariant():
     index = make(2)
     write(index, KEYS[:1])

@@ -103,7 +103,9 @@ def filled(count: int) -> Index:
 def store(index: Index, wanted: list[bytes]) -> None:
     """Reserve and commit what is absent, and fits."""
     got = index.reserve(wanted, PAGE, owner=1)
-    index.commit_all((one, SUMS) for one in got if isinstance(one, IndexEntry))
+    for entry in got:
+        if isinstance(entry, IndexEntry):
+            index.commit(entry, SUMS)
 
 
 def each(action: Callable[[], object], count: int) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Final, NamedTuple
 
 from kvkeep.core.allocator import Allocator, Extent
@@ -126,6 +126,13 @@ class Index:
         self._evictable_nbytes -= pinned_nbytes
         return run
 
+    def touch(self, run: Iterable[IndexEntry]) -> int:
+        """Count a use of the first entries of a run that still have their key, from the last to the first; how many."""
+        alive = list(takewhile(lambda entry: self._entries.get(entry.key) is entry, run))
+        for entry in reversed(alive):
+            self._policy.touch(entry.key)
+        return len(alive)
+
     def writing(self, keys: Iterable[bytes]) -> list[IndexEntry]:
         """Get the entries of keys that are being written."""
         return [entry for key in keys if (entry := self._entries.get(key)) is not None and entry.sums is None]
@@ -228,10 +235,6 @@ class Index:
         self._policy.show(entry.key)
         return True
 
-    def commit_all(self, written: Iterable[tuple[IndexEntry, bytes]]) -> list[bool]:
-        """Commit a request's entries, each with its sums; for each what `commit` answers."""
-        return [self.commit(entry, sums) for entry, sums in written]
-
     def abandon(self, entry: IndexEntry) -> None:
         """Give an uncommitted entry up: its memory is free now, so nobody may still be writing to it."""
         self.revoke(entry)
@@ -269,10 +272,9 @@ class Index:
     def clear(self, namespace: bytes | None = None) -> int:
         """Discard all committed and revoke all other entries whose key starts with namespace (None: all)."""
         found = [entry for key, entry in self._entries.items() if namespace is None or key.startswith(namespace)]
-        for entry in found:
-            if entry.sums is None:
-                self.revoke(entry)
-        self.discard([entry.key for entry in found if entry.sums is not None])
+        for entry in self.writing([entry.key for entry in found]):
+            self.revoke(entry)
+        self.discard([entry.key for entry in found])
         return len(found)
 
     def stats(self) -> IndexStats:
@@ -362,14 +364,13 @@ class Index:
 
     def _victim(self, kept: Collection[bytes]) -> bytes | None:
         """Which entry the policy evicts; spared ones, but for those that are `kept`, where nothing else is left."""
-        victim = self._policy.evict()
-        if victim is None:
-            for key in [key for key in self._spared if key not in kept]:
-                del self._spared[key]
-                if not self._entries[key].pins:
-                    self._policy.show(key)
-            victim = self._policy.evict()
-        return victim
+        if (victim := self._policy.evict()) is not None:
+            return victim
+        for key in [key for key in self._spared if key not in kept]:
+            del self._spared[key]
+            if not self._entries[key].pins:
+                self._policy.show(key)
+        return self._policy.evict()
 
     def _take(self, count: int, nbytes: int) -> list[Extent]:
         """Allocate up to count extents from free memory."""
