@@ -19,7 +19,7 @@ from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store, Why
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import key, write_of
-from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.tier import Tier
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvkeep.config import Disk, Durability
+from kvkeep.testing.doubles.codecs import ZlibCodec
 from kvkeep.testing.doubles.memory_tier import MemoryTier
 from kvkeep.testing.suites.tiers import CHECKS, Check
 from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tier import Tier
 
 LIMIT = 64 << 20
@@ -22,11 +24,15 @@ async def memory(_: Path) -> Tier:
 
 
 def disk(
-    directories: int = 1, direct: bool = True, durability: Durability = Durability.NONE
+    directories: int = 1,
+    direct: bool = True,
+    durability: Durability = Durability.NONE,
+    records: Records = RAW_RECORDS,
 ) -> Callable[[Path], Awaitable[Tier]]:
     async def make(root: Path) -> Tier:
         places = tuple(str(root / str(number)) for number in range(directories))
-        return await open_disk(Disk(path=places, size=LIMIT, direct=direct, durability=durability, min_free=0))
+        options = Disk(path=places, size=LIMIT, direct=direct, durability=durability, min_free=0)
+        return await open_disk(options, records=records)
 
     return make
 
@@ -37,6 +43,7 @@ CASES = {
     "disk-buffered": disk(direct=False),
     "disk-three-directories": disk(directories=3),
     "disk-group": disk(durability=Durability.GROUP),
+    "disk-codec": disk(records=Records(ZlibCodec())),
     "disk-every": disk(durability=Durability.EVERY),
 }
 

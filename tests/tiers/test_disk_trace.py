@@ -14,7 +14,7 @@ import xxhash
 
 from kvkeep.core.key import key_of
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
-from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.disk.disk import DiskTier
 from kvkeep.tiers.record import record_nbytes
 from kvkeep.tiers.tier import Read, Write

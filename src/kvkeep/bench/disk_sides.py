@@ -21,7 +21,7 @@ from kvkeep.bench.rows import seconds
 from kvkeep.config import Disk, Durability
 from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.memory.region import Region
-from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
 from kvkeep.tiers.record import record_nbytes
 from kvkeep.tiers.tier import Read, Stored, Write

@@ -1,7 +1,7 @@
-"""Which generation of each namespace may be read: a record of any other epoch is never given back.
+"""Which epoch each namespace is in: a record of any other epoch is never given back.
 
-Values and their file format. Knows nothing about files or records. A clear raises an epoch here, and makes that
-durable, before anything is deleted: what comes back after a crash carries an old epoch.
+Values and their file format only. A clear raises an epoch, and makes that durable, before anything is deleted: a record
+that comes back after a crash carries an old epoch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import xxhash
 
 from kvkeep.errors import CorruptChunk
 
+VERSION = 2  # that of the records: those beside epochs of another version are of another format
 _MAX_NAMESPACES = 4096
 _EVERYTHING = "*"
 _SUM_LINE_NBYTES = len("\n") + 32 + len("\n")
@@ -27,7 +28,7 @@ class Epochs(msgspec.Struct, frozen=True):
     everything: int
     namespaces: dict[str, int] = {}
     unsettled: frozenset[str] = frozenset()
-    version: int = 1
+    version: int = VERSION
 
     def of(self, namespace: bytes) -> int:
         """The epoch that a record of this namespace must carry."""
@@ -62,7 +63,7 @@ def encode_epochs(epochs: Epochs, nbytes: int = 0) -> bytes:
 
 
 def decode_epochs(octets: bytes) -> Epochs:
-    """Read what `encode_epochs` wrote; CorruptChunk for anything else."""
+    """Read what `encode_epochs` wrote, now or in an earlier version; CorruptChunk for anything else."""
     line, _, rest = octets.partition(b"\n")
     if rest != xxhash.xxh3_128_hexdigest(line).encode() + b"\n":
         raise CorruptChunk("the checksum of the epochs does not hold")
@@ -70,6 +71,6 @@ def decode_epochs(octets: bytes) -> Epochs:
         epochs = msgspec.json.decode(line, type=Epochs)
     except msgspec.MsgspecError as error:
         raise CorruptChunk(f"the epochs are not readable: {error}") from error
-    if epochs.version != 1:
-        raise CorruptChunk(f"version {epochs.version} of the epochs is not 1")
+    if not 0 < epochs.version <= VERSION:
+        raise CorruptChunk(f"version {epochs.version} of the epochs is not {VERSION}")
     return epochs

@@ -1,9 +1,10 @@
-"""The disk record, version 1: a header that says what follows, then a chunk's ranges. `docs/reference/record.md`.
+"""The record, version 2: a header that says what follows, then a chunk's ranges. `docs/reference/record.md`.
 
-Bytes only. Knows nothing about files, directories, or which records there are.
+Bytes only: this module knows no files, no network and no list of records. `records.py` makes and verifies whole records
+with it.
 
 All numbers are little-endian. The header is n x 4 KiB; its last 16 bytes are the xxh3-128 of all its bytes before them,
-so that one flipped bit anywhere in it makes it no header. The ranges follow without gaps, each padded to 4 KiB.
+so that a header with one flipped bit is no header. The ranges follow, each padded with zeros to 4 KiB.
 """
 
 from __future__ import annotations
@@ -18,31 +19,63 @@ import xxhash
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.core.units import ALIGN_NBYTES, KEY_NBYTES, NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import CorruptChunk, TierError
+from kvkeep.tiers.codec import NO_SEAL, RAW, Seal
 from kvkeep.tiers.tier import Bytes
 
-VERSION = 1
-RAW = 0  # the codec id of ranges that are kept as they are
+VERSION = 2
 
 _MAGIC = b"kvkeep\r\n"  # a transfer that converts line ends breaks it
-_FIXED = struct.Struct("<8sHHIIIQ16s32s")
-_RANGE = struct.Struct("<Q16s")
-_MAX_PAGES = 1024  # room for 174,000 ranges; bounds what a reader allocates for bytes that are no header
+_START = struct.Struct("<8sHHI")
+_FIXED = struct.Struct("<8sHHIIIQ16s32s16s24sQ")
+_RANGE = struct.Struct("<QQ16s16s")
+_MAX_PAGES = 1024  # room for 87,000 ranges; bounds what a reader allocates for bytes that are no header
 _MAX_RANGE_NBYTES = 1 << 48
 
 
 class Header(NamedTuple):
-    """What a record says of itself: padded `sizes` of its ranges, their `sums` (16 bytes each, in one piece)."""
+    """What a record says of itself.
+
+    `raw_sizes` and `raw_sums` are those of the ranges as the engine had them (padded bytes, xxh3-128), `sizes` those
+    of the encoded ranges, and `sums` those of the encoded ranges with their padding. Sums are in one piece. `tokens`:
+    how many tokens the chunk has, 0 for as many as its namespace says.
+    """
 
     key: bytes
     epoch: int
+    raw_sizes: tuple[int, ...]
+    raw_sums: bytes
     sizes: tuple[int, ...]
     sums: bytes
     codec: int = RAW
+    tokens: int = 0
+    seal: Seal = NO_SEAL
 
     @property
     def nbytes(self) -> int:
         """The whole record's bytes."""
         return record_nbytes(self.sizes)
+
+
+def raw_header(key: bytes, epoch: int, sizes: Sequence[int], sums: bytes, tokens: int = 0) -> Header:
+    """The header of a record that keeps its ranges as they are."""
+    kept = tuple(sizes)
+    return Header(key, epoch, kept, sums, kept, sums, tokens=tokens)
+
+
+def record_name(key: bytes) -> str:
+    """The name that a record has in every place: `<namespace>/<first byte of the digest>/<digest>`, in hex."""
+    digest = key[NAMESPACE_NBYTES:].hex()
+    return f"{key[:NAMESPACE_NBYTES].hex()}/{digest[:2]}/{digest}"
+
+
+def key_in_name(name: str) -> bytes | None:
+    """The key whose record has this name; None for any other name."""
+    parts = name.split("/")
+    try:
+        key = bytes.fromhex(parts[0] + parts[-1])
+    except ValueError:
+        return None
+    return key if len(key) == KEY_NBYTES and record_name(key) == name else None
 
 
 def header_nbytes(ranges: int) -> int:
@@ -51,8 +84,8 @@ def header_nbytes(ranges: int) -> int:
 
 
 def record_nbytes(sizes: Sequence[int]) -> int:
-    """How many bytes a record with ranges of `sizes` takes."""
-    return header_nbytes(len(sizes)) + sum(sizes)
+    """How many bytes a record takes whose encoded ranges have these sizes."""
+    return header_nbytes(len(sizes)) + sum([-(-size // ALIGN_NBYTES) for size in sizes]) * ALIGN_NBYTES
 
 
 def fits(sizes: Sequence[int], sums: bytes) -> bool:
@@ -64,26 +97,33 @@ def fits(sizes: Sequence[int], sums: bytes) -> bool:
 def encode_header(header: Header, out: Bytes) -> None:
     """Write the header into `out`, uint8 [header_nbytes(number of ranges)]; TierError for what no record can say."""
     count = len(header.sizes)
-    pages = out.nbytes // ALIGN_NBYTES
-    if len(header.key) != KEY_NBYTES or out.nbytes != header_nbytes(count) or not fits(header.sizes, header.sums):
+    if len(header.key) != KEY_NBYTES or out.nbytes != header_nbytes(count) or not _is_sound(header):
         said = f"{count} ranges with {len(header.sums)} bytes of sums, for a key of {len(header.key)} bytes"
         raise TierError(f"no record has {said}, in a header of {out.nbytes} bytes; ranges are padded to 4 KiB")
     namespace, digest = header.key[:NAMESPACE_NBYTES], header.key[NAMESPACE_NBYTES:]
-    fixed = (_MAGIC, VERSION, pages, count, header.codec, 0, header.epoch, namespace, digest)
+    fixed = (_MAGIC, VERSION, out.nbytes // ALIGN_NBYTES, count, header.codec, header.tokens, header.epoch)
     out[:] = 0
-    _FIXED.pack_into(out.data, 0, *fixed)
-    for number, size in enumerate(header.sizes):
-        one = header.sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES]
-        _RANGE.pack_into(out.data, _FIXED.size + number * _RANGE.size, size, one)
+    _FIXED.pack_into(out.data, 0, *fixed, namespace, digest, *header.seal, 0)
+    sums, raw_sums = _split(header.sums), _split(header.raw_sums)
+    for index, row in enumerate(zip(header.sizes, header.raw_sizes, sums, raw_sums, strict=True)):
+        _RANGE.pack_into(out.data, _FIXED.size + index * _RANGE.size, *row)
     out[-SUM_NBYTES:] = np.frombuffer(_sum(out[:-SUM_NBYTES]), np.uint8)
 
 
-def announced_header_nbytes(start: Bytes) -> int:
+def stated_version(start: Bytes) -> int | None:
+    """The version of the record whose first bytes `start` are, unverified; None where they begin no record."""
+    if start.nbytes < _START.size:
+        return None
+    magic, version, _, _ = _START.unpack_from(start.data)
+    return int(version) if magic == _MAGIC else None
+
+
+def stated_header_nbytes(start: Bytes) -> int:
     """How long the header is whose first bytes `start` are, unverified; CorruptChunk if they cannot begin one."""
     if start.nbytes < _FIXED.size:
         raise CorruptChunk(f"torn: {start.nbytes} bytes hold no header")
-    magic, version, pages, count, *_ = _FIXED.unpack_from(start.data)
-    if magic != _MAGIC:
+    _, version, pages, count = _START.unpack_from(start.data)
+    if stated_version(start) is None:
         raise CorruptChunk("no record: it begins with other bytes")
     if version != VERSION:
         raise CorruptChunk(f"version {version} of the record is not {VERSION}")
@@ -97,31 +137,52 @@ def decode_header(octets: Bytes) -> Header:
 
     Raises CorruptChunk, saying what is wrong, for all bytes that `encode_header` does not write.
     """
-    nbytes = announced_header_nbytes(octets)
+    nbytes = stated_header_nbytes(octets)
     if octets.nbytes < nbytes:
         raise CorruptChunk(f"torn: {octets.nbytes} of the header's {nbytes} bytes")
     data = octets[:nbytes].tobytes()
     if xxhash.xxh3_128_digest(data[:-SUM_NBYTES]) != data[-SUM_NBYTES:]:
         raise CorruptChunk("the header's checksum does not hold")
-    _, _, _, count, codec, reserved, epoch, namespace, digest = _FIXED.unpack_from(data)
+    _, _, _, count, codec, tokens, epoch, namespace, digest, key_id, nonce, reserved = _FIXED.unpack_from(data)
     end = _FIXED.size + count * _RANGE.size
     table = list(_RANGE.iter_unpack(data[_FIXED.size : end]))
-    sizes = tuple([size for size, _ in table])
-    if any(not 0 < size < _MAX_RANGE_NBYTES or size % ALIGN_NBYTES for size in sizes):
-        raise CorruptChunk("a range's size is no multiple of 4 KiB")
+    sizes, raw_sizes = tuple([row[0] for row in table]), tuple([row[1] for row in table])
+    sums, raw_sums = b"".join([row[2] for row in table]), b"".join([row[3] for row in table])
+    seal = Seal(key_id, nonce)
+    header = Header(namespace + digest, epoch, raw_sizes, raw_sums, sizes, sums, codec, tokens, seal)
+    if not _is_sound(header):
+        raise CorruptChunk("the sizes or sums of its ranges cannot be right")
     if reserved or data[end:-SUM_NBYTES] != bytes(nbytes - SUM_NBYTES - end):
-        raise CorruptChunk("bytes that version 1 does not use are not zero")
-    return Header(namespace + digest, epoch, sizes, b"".join([one for _, one in table]), codec)
+        raise CorruptChunk(f"bytes that version {VERSION} does not use are not zero")
+    return header
 
 
 def first_bad_range(payload: Bytes, sizes: Sequence[int], sums: bytes) -> int | None:
-    """The number of the first range of `payload` whose sum does not hold; None: all bytes are right."""
+    """The index of the first range of `payload` whose sum does not hold; None: all bytes are right.
+
+    The ranges follow each other, each padded to 4 KiB; the sums are of the padded ranges.
+    """
     start = 0
-    for number, size in enumerate(sizes):
-        if _sum(payload[start : start + size]) != sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES]:
-            return number
-        start += size
+    for index, size in enumerate(sizes):
+        end = start + padded_nbytes(size)
+        if _sum(payload[start:end]) != sums[index * SUM_NBYTES : (index + 1) * SUM_NBYTES]:
+            return index
+        start = end
     return None
+
+
+def _is_sound(header: Header) -> bool:
+    """Whether a record can be so: raw ranges of whole pages, encoded ones of any size, a sum for each."""
+    if not fits(header.raw_sizes, header.raw_sums):
+        return False
+    if header.codec == RAW:
+        return (header.sizes, header.sums, header.seal) == (header.raw_sizes, header.raw_sums, NO_SEAL)
+    as_many = len(header.sizes) == len(header.raw_sizes) and len(header.sums) == len(header.raw_sums)
+    return as_many and all(0 < size < _MAX_RANGE_NBYTES for size in header.sizes)
+
+
+def _split(sums: bytes) -> list[bytes]:
+    return [sums[start : start + SUM_NBYTES] for start in range(0, len(sums), SUM_NBYTES)]
 
 
 def _sum(octets: Bytes) -> bytes:

@@ -38,12 +38,16 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """One chunk to keep: `payload` is all its ranges of `sizes` in order, `sums` theirs."""
+    """One chunk to keep: `payload` is all its ranges of `sizes` in order, `sums` theirs.
+
+    `tokens`: how many tokens it has, 0 for as many as its namespace says.
+    """
 
     key: bytes
     sizes: Sequence[int]
     payload: Bytes
     sums: bytes
+    tokens: int = 0
 
 
 class Stored(Enum):

@@ -16,7 +16,7 @@ import xxhash
 from kvkeep.core.key import key_of
 from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.errors import TierUnavailable
-from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.tier import Bytes, Read, Stored, Tier, Write
 
 SIZES = (ALIGN_NBYTES, 3 * ALIGN_NBYTES, 2 * ALIGN_NBYTES)

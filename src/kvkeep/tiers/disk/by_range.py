@@ -1,6 +1,6 @@
-"""Records of a batch by their ranges: the first ranges of all of them before the later ones of any.
+"""Records without a codec, read by their ranges: the first ranges of a whole batch before the later ones of any.
 
-What an I/O thread does, like `shelf`. Each piece is verified as soon as it has been read, and whoever waits is told; an
+Runs in an I/O thread, like `files`. Each piece is verified as soon as it has been read, and whoever waits is told; an
 error of one record is that record's answer. Knows nothing about limits, order of use, or who asks.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kvkeep.core.units import SUM_NBYTES
 from kvkeep.tiers.disk.directio import read_all
-from kvkeep.tiers.disk.files import Loaded, Shelf, Verdict, sums_for
+from kvkeep.tiers.disk.files import Loaded, Shelf, Verdict
 from kvkeep.tiers.disk.threads import Scratch
 from kvkeep.tiers.record import first_bad_range, header_nbytes, record_nbytes
 from kvkeep.tiers.tier import Read
@@ -79,9 +79,9 @@ class _Reading:
         wanted = header.nbytes + piece.end_nbytes
         if read_all(data, self.fd, [header, self.read.into[: piece.end_nbytes]]) != wanted:
             return False
-        sums = sums_for(header, self.read, self.epoch)
-        self.sums = sums or b""
-        return sums is not None and self._holds(piece)
+        found = shelf.records.header_of(header, self.read, self.epoch)
+        self.sums = found.raw_sums if found is not None else b""
+        return found is not None and self._holds(piece)
 
     def _continue(self, shelf: Shelf, piece: Piece) -> bool:
         into = self.read.into[piece.start_nbytes : piece.end_nbytes]

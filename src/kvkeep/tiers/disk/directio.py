@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from kvkeep.core.units import ALIGN_NBYTES
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.tier import Bytes
 
 _RENAME_NOREPLACE = 1
@@ -301,16 +301,6 @@ def direct_alignment(fd: int) -> int:
     memory = int.from_bytes(found.raw[_STATX_DIO_AT : _STATX_DIO_AT + 4], "little")
     offset = int.from_bytes(found.raw[_STATX_DIO_AT + 4 : _STATX_DIO_AT + 8], "little")
     return max(memory, offset)
-
-
-def aligned_bytes(nbytes: int) -> Bytes:
-    """Zeroed memory that begins at a page, uint8 [nbytes]."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
-
-
-def is_aligned(memory: Bytes) -> bool:
-    """Whether a direct transfer may use this memory."""
-    return memory.__array_interface__["data"][0] % ALIGN_NBYTES == 0 and memory.nbytes % ALIGN_NBYTES == 0
 
 
 def _rest(buffers: Sequence[Bytes], done: int) -> list[Bytes]:

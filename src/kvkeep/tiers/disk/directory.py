@@ -38,7 +38,8 @@ from kvkeep.tiers.disk.reads import DiskReads
 from kvkeep.tiers.disk.state import Errand, Holding
 from kvkeep.tiers.disk.threads import IoThreads, Urgency
 from kvkeep.tiers.disk.writes import DiskWrites
-from kvkeep.tiers.epochs import Epochs
+from kvkeep.tiers.epochs import VERSION, Epochs
+from kvkeep.tiers.records import Records
 from kvkeep.tiers.tier import Stored, Write
 
 log = logging.getLogger("kvkeep.disk")
@@ -50,6 +51,10 @@ _NOT_DURABLE = (
 _SHORT = (
     "%s: disk_size gives it %s and disk_min_free leaves %s to others, and its file system has room for %s of records: "
     "set disk_size or disk_min_free lower, or free some space"
+)
+_OLD_FORMAT = (
+    "%s: its %d records have format version %d, this kvkeep reads version %d only: they are removed now, and count "
+    "within disk_size until they are gone"
 )
 _SLICE = 1000  # records that are taken in before others get the loop
 
@@ -188,6 +193,8 @@ class Drive:
             return
         if found is None:
             return
+        if found and self.started.epoch_file.found_version != VERSION:
+            log.warning(_OLD_FORMAT, holding.shelf.root, len(found), self.started.epoch_file.found_version, VERSION)
         await self._take_in(found)
         holding.complete = True
         await self.loads.no_guesses()
@@ -281,7 +288,7 @@ class Drive:
         await self._catch_up()
 
 
-async def open_drive(options: Disk, root: str, files: Files, clock_ns: Callable[[], int]) -> Drive:
+async def open_drive(options: Disk, root: str, files: Files, clock_ns: Callable[[], int], records: Records) -> Drive:
     """Own a directory; TierOwned where another process does, TierUnavailable where it cannot be used in `open_s`."""
     threads = IoThreads(options.threads, options.queue_jobs, f"kvkeep-disk-{os.path.basename(root)}")
     closed: list[Holding] = []
@@ -294,6 +301,7 @@ async def open_drive(options: Disk, root: str, files: Files, clock_ns: Callable[
         boot=secrets.token_hex(8),
         numbers=count(),
         is_closed=lambda: any(one.closed for one in closed),
+        records=records,
     )
     job = threads.submit(Urgency.LOAD, lambda _: _start(shelf, options.direct, clock_ns()))
     try:

@@ -20,6 +20,7 @@ from kvkeep.errors import TierError, TierUnavailable
 from kvkeep.tiers.disk.directio import Files, posix_files
 from kvkeep.tiers.disk.directory import Drive, open_drive
 from kvkeep.tiers.disk.state import outlast
+from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tier import Read, Stored, Write
 
 A = TypeVar("A")
@@ -138,7 +139,12 @@ class DiskTier:
             raise TierUnavailable("the disk tier is closed")
 
 
-async def open_disk(options: Disk, files: Files | None = None, clock_ns: Callable[[], int] = time.time_ns) -> DiskTier:
+async def open_disk(
+    options: Disk,
+    files: Files | None = None,
+    clock_ns: Callable[[], int] = time.time_ns,
+    records: Records = RAW_RECORDS,
+) -> DiskTier:
     """Own the directories and begin to look through them; it serves at once.
 
     Raises TierOwned where another process owns one, TierUnavailable where one cannot be used.
@@ -146,7 +152,7 @@ async def open_disk(options: Disk, files: Files | None = None, clock_ns: Callabl
     drives: list[Drive] = []
     try:
         for root in options.path:
-            drives.append(await open_drive(options, root, files or posix_files(), clock_ns))
+            drives.append(await open_drive(options, root, files or posix_files(), clock_ns, records))
     except TierError:
         await DiskTier(drives).aclose()
         raise

@@ -15,7 +15,7 @@ from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import CorruptChunk
 from kvkeep.tiers.disk.directio import put_durably, read_small, unlink_quietly, write_all, write_durably
 from kvkeep.tiers.disk.files import Shelf
-from kvkeep.tiers.epochs import Epochs, decode_epochs, encode_epochs, first_epochs
+from kvkeep.tiers.epochs import VERSION, Epochs, decode_epochs, encode_epochs, first_epochs
 
 MAX_NBYTES = 1 << 20
 _GROWTH_NBYTES = 2048  # what a few clears add
@@ -33,17 +33,27 @@ class EpochFile:
     """One directory's; one thread at a time may call it."""
 
     shelf: Shelf
+    found_version: int = VERSION  # that of the records which were there before
     _spare: Spare | None = None
 
     def read(self, now_ns: int) -> Epochs:
-        """The directory's epochs; where there are none that can be read, new ones, and all that is there is old."""
+        """The directory's epochs; where there are none that can be read, new ones, and all that is there is old.
+
+        All is old too where an earlier version of kvkeep wrote here: the epochs of now are then those after a clear.
+        """
         octets = read_small(self.shelf.files, f"{self.shelf.root}/epochs", MAX_NBYTES)
         try:
             epochs = decode_epochs(octets or b"")
-            self._take_room(len(encode_epochs(epochs)))
         except CorruptChunk:
             epochs = first_epochs(now_ns)
             self.write(epochs)
+            return epochs
+        self.found_version = epochs.version
+        if epochs.version != VERSION:
+            epochs = epochs.raised(None, now_ns)
+            self.write(epochs)
+        else:
+            self._take_room(len(encode_epochs(epochs)))
         return epochs
 
     def write(self, epochs: Epochs) -> None:

@@ -15,21 +15,13 @@ from enum import Enum
 from typing import NamedTuple
 
 from kvkeep.config import Durability
-from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import CorruptChunk
-from kvkeep.tiers.disk.directio import Files, Inode, Stat, is_aligned, read_all, sync_directory, write_all
+from kvkeep.tiers.aligned import is_aligned
+from kvkeep.tiers.disk.directio import Files, Inode, Stat, read_all, sync_directory, write_all
 from kvkeep.tiers.disk.threads import Scratch
-from kvkeep.tiers.record import (
-    RAW,
-    Header,
-    announced_header_nbytes,
-    decode_header,
-    encode_header,
-    first_bad_range,
-    header_nbytes,
-    record_nbytes,
-)
-from kvkeep.tiers.tier import Bytes, Read, Stored, Write
+from kvkeep.tiers.record import decode_header, header_nbytes, record_name, stated_header_nbytes
+from kvkeep.tiers.records import Records
+from kvkeep.tiers.tier import Read, Stored, Write
 
 _TRIES = 4  # a start may be removing empty directories
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -70,7 +62,8 @@ class Staged(NamedTuple):
 
     path: str
     fd: int
-    header: Header
+    write: Write
+    epoch: int
 
 
 class Shelf(NamedTuple):
@@ -84,11 +77,11 @@ class Shelf(NamedTuple):
     boot: str
     numbers: Iterator[int]
     is_closed: Callable[[], bool]
+    records: Records
 
     def path(self, key: bytes) -> str:
         """Where the record of a key is."""
-        digest = key[NAMESPACE_NBYTES:].hex()
-        return f"{self.root}/{key[:NAMESPACE_NBYTES].hex()}/{digest[:2]}/{digest}"
+        return f"{self.root}/{record_name(key)}"
 
     @property
     def temporary_path(self) -> str:
@@ -121,33 +114,32 @@ class Shelf(NamedTuple):
             return fd
         try:
             stat = data.stat(fd)
-            if not stat.is_file or stat.nbytes != record_nbytes(read.sizes):
-                return Loaded(Verdict.BAD, b"", stat)
             header = scratch.take(header_nbytes(len(read.sizes)))
-            if read_all(data, fd, [header, read.into]) != stat.nbytes:
+            payload = self.records.payload_memory(read, stat.nbytes - header.nbytes)
+            if not stat.is_file or payload is None:
                 return Loaded(Verdict.BAD, b"", stat)
-            sums = sums_for(header, read, epoch)
-            good = sums is not None and first_bad_range(read.into, read.sizes, sums) is None
-            return Loaded(Verdict.GOOD, sums or b"", stat) if good else Loaded(Verdict.BAD, b"", stat)
+            if read_all(data, fd, [header, payload]) != stat.nbytes:
+                return Loaded(Verdict.BAD, b"", stat)
+            sums = self.records.verify(header, payload, read, epoch)
+            return Loaded(Verdict.GOOD, sums, stat) if sums is not None else Loaded(Verdict.BAD, b"", stat)
         except OSError:
             return Loaded(Verdict.FAILED)
         finally:
             data.close(fd)
 
-    def is_good(self, header: Header, scratch: Scratch) -> Stat | None:
-        """The file of a key, if as far as its header says it is a record like `header`, its sums aside."""
+    def is_good(self, write: Write, epoch: int, scratch: Scratch) -> Stat | None:
+        """The file of a key, if as far as its header says it is a record of this chunk in this epoch."""
         data = self.files.data
         try:
-            fd = data.open(self.path(header.key), create=False, direct=self.direct)
+            fd = data.open(self.path(write.key), create=False, direct=self.direct)
         except OSError:
             return None
         try:
             stat = data.stat(fd)
-            octets = scratch.take(header_nbytes(len(header.sizes)))
-            found = decode_header(octets[: read_all(data, fd, [octets])])
-            alike = found._replace(sums=b"") == header._replace(sums=b"")
-            return stat if alike and stat.nbytes == found.nbytes else None
-        except (OSError, CorruptChunk):
+            octets = scratch.take(header_nbytes(len(write.sizes)))
+            found = self.records.header_of(octets[: read_all(data, fd, [octets])], write, epoch)
+            return stat if found is not None and stat.nbytes == found.nbytes else None
+        except OSError:
             return None
         finally:
             data.close(fd)
@@ -162,7 +154,7 @@ class Shelf(NamedTuple):
         try:
             octets = scratch.take(header_nbytes(1))
             if read_all(data, fd, [octets]) == octets.nbytes:
-                octets = scratch.take(announced_header_nbytes(octets))
+                octets = scratch.take(stated_header_nbytes(octets))
                 header = decode_header(octets[: read_all(data, fd, [octets])])
                 return header.epoch if header.key == key else None
         except (OSError, CorruptChunk):
@@ -193,20 +185,19 @@ class Shelf(NamedTuple):
 
     def _stage(self, write: Write, epoch: int, scratch: Scratch) -> Staged | Written:
         data, path = self.files.data, self.temporary_path
-        header = Header(write.key, epoch, tuple(write.sizes), write.sums)
         octets = scratch.take(header_nbytes(len(write.sizes)))
-        encode_header(header, octets)
+        payload = self.records.make(write, epoch, octets)
         try:
-            if self.files.names.free_nbytes(self.root) < self.min_free_nbytes + header.nbytes:
+            if self.files.names.free_nbytes(self.root) < self.min_free_nbytes + octets.nbytes + payload.nbytes:
                 return Written(Stored.REFUSED, error=errno.ENOSPC)
-            fd = data.open(path, create=True, direct=self.direct and is_aligned(write.payload))
+            fd = data.open(path, create=True, direct=self.direct and is_aligned(payload))
         except OSError as error:
             return Written(Stored.REFUSED, error=error.errno or errno.EIO, left=not self._unlinked(path))
         try:
-            write_all(data, fd, [octets, write.payload])
+            write_all(data, fd, [octets, payload])
         except OSError as error:
-            return self._dropped(Staged(path, fd, header), error.errno or errno.EIO)
-        return Staged(path, fd, header)
+            return self._dropped(Staged(path, fd, write, epoch), error.errno or errno.EIO)
+        return Staged(path, fd, write, epoch)
 
     def _synced(self, staged: Sequence[Staged | Written]) -> list[Staged | Written]:
         """The same once the files are durable, where they are to be."""
@@ -228,10 +219,10 @@ class Shelf(NamedTuple):
         try:
             nbytes = self.files.data.stat(staged.fd).allocated_nbytes
             if not self._named(staged):
-                there = self.is_good(staged.header, scratch)
+                there = self.is_good(staged.write, staged.epoch, scratch)
                 if there is not None:
                     return self._dropped(staged, 0)._replace(stored=Stored.PRESENT, nbytes=there.allocated_nbytes)
-                self.files.names.unlink(self.path(staged.header.key))
+                self.files.names.unlink(self.path(staged.write.key))
                 if not self._named(staged):
                     return self._dropped(staged, errno.EEXIST)
         except OSError as error:
@@ -243,7 +234,7 @@ class Shelf(NamedTuple):
         """Whether the record has its name now; False: another file has it."""
         if self.is_closed():
             raise OSError(errno.ESHUTDOWN, "the tier was closed while it wrote")
-        path = self.path(staged.header.key)
+        path = self.path(staged.write.key)
         for _ in range(_TRIES):
             try:
                 self.files.names.publish(staged.path, path)
@@ -321,13 +312,3 @@ class Shelf(NamedTuple):
     def free_nbytes(self) -> int:
         """What the file system has left for us beyond what is to stay free."""
         return self.files.names.free_nbytes(self.root) - self.min_free_nbytes
-
-
-def sums_for(header: Bytes, read: Read, epoch: int) -> bytes | None:
-    """The sums that a record's ranges must have, as its header says; None if it is not the header of what is read."""
-    try:
-        found = decode_header(header)
-    except CorruptChunk:
-        return None
-    alike = (found.key, found.epoch, found.codec, found.sizes) == (read.key, epoch, RAW, tuple(read.sizes))
-    return found.sums if alike else None

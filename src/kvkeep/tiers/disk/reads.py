@@ -93,7 +93,8 @@ class DiskReads:
                 self._missed(one.read)
         self._begin(asked, errand)
         reads = [(one.read, one.epoch) for one in asked]
-        load = partial(load_by_range, holding.shelf) if run[0][1].arrived is not None else holding.shelf.load
+        by_range = run[0][1].arrived is not None and holding.shelf.records.codec is None
+        load = partial(load_by_range, holding.shelf) if by_range else holding.shelf.load
         errand.job = holding.threads.submit(Urgency.LOAD, partial(load, reads))
         loaded: list[Loaded] | None = None
         try:

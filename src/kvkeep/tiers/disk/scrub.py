@@ -16,7 +16,14 @@ from kvkeep.errors import CorruptChunk
 from kvkeep.tiers.disk.boot import record_names
 from kvkeep.tiers.disk.directio import Files, read_all, read_small
 from kvkeep.tiers.epochs import Epochs, decode_epochs
-from kvkeep.tiers.record import announced_header_nbytes, decode_header, first_bad_range
+from kvkeep.tiers.record import (
+    VERSION,
+    decode_header,
+    first_bad_range,
+    record_name,
+    stated_header_nbytes,
+    stated_version,
+)
 from kvkeep.tiers.tier import Bytes
 
 _FIRST_NBYTES = 4096
@@ -30,7 +37,7 @@ class Condition(Enum):
     TORN = "torn"  # shorter or longer than its header says
     FOREIGN = "foreign"  # a record, but of another key than its name says
     CORRUPT = "corrupt"  # a checksum does not hold, or it is no record at all
-    OLD = "old"  # of an epoch before a clear: never given back
+    OLD = "old"  # of an epoch before a clear, or of an earlier format: never given back
     UNREADABLE = "unreadable"  # the device did not give it
 
 
@@ -45,7 +52,7 @@ class Finding(NamedTuple):
 def record_paths(files: Files, root: str) -> list[tuple[bytes, str]]:
     """Every key with a name, and its path."""
     keys = sorted(key for key, _, _ in record_names(files, root, lambda: False))
-    return [(key, _path(root, key)) for key in keys]
+    return [(key, f"{root}/{record_name(key)}") for key in keys]
 
 
 def known_epochs(files: Files, root: str) -> Epochs | None:
@@ -84,8 +91,10 @@ def _examined(files: Files, key: bytes, path: str, epochs: Epochs | None) -> Fin
 def _judged(octets: Bytes, key: bytes, epochs: Epochs | None) -> tuple[Condition, str]:
     if octets.nbytes < _FIRST_NBYTES:
         return Condition.TORN, f"{octets.nbytes} bytes hold no header"
+    if (version := stated_version(octets)) is not None and version < VERSION:
+        return Condition.OLD, f"it has format version {version}, and is removed when a store next opens the directory"
     try:
-        header_nbytes = announced_header_nbytes(octets)
+        header_nbytes = stated_header_nbytes(octets)
         header = decode_header(octets)
     except CorruptChunk as error:
         return Condition.CORRUPT, str(error)
@@ -99,8 +108,3 @@ def _judged(octets: Bytes, key: bytes, epochs: Epochs | None) -> tuple[Condition
     if epochs is None or header.epoch != epochs.of(key[:NAMESPACE_NBYTES]):
         return Condition.OLD, "it was cleared" if epochs else "there are no epochs that can be read"
     return Condition.GOOD, ""
-
-
-def _path(root: str, key: bytes) -> str:
-    digest = key[NAMESPACE_NBYTES:].hex()
-    return f"{root}/{key[:NAMESPACE_NBYTES].hex()}/{digest[:2]}/{digest}"

@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import Generic, TypeVar
 
 from kvkeep.errors import TierError, TierUnavailable
-from kvkeep.tiers.disk.directio import aligned_bytes
+from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.tier import Bytes
 
 T = TypeVar("T")

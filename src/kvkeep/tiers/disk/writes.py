@@ -18,7 +18,7 @@ from kvkeep.tiers.disk.boot import forget_order
 from kvkeep.tiers.disk.files import NO_ROOM, Written
 from kvkeep.tiers.disk.state import Errand, Holding, Pending, batches
 from kvkeep.tiers.disk.threads import Urgency
-from kvkeep.tiers.record import fits, record_nbytes
+from kvkeep.tiers.record import fits
 from kvkeep.tiers.tier import Stored, Write
 
 _TRIES = 4  # others may take the room that was made
@@ -77,7 +77,7 @@ class DiskWrites:
             return Stored.REFUSED
         pending = Pending(epoch, asyncio.get_running_loop().create_future())
         holding.writing[key] = pending
-        fresh.append(Wanted(write, pending, record_nbytes(write.sizes) + ALIGN_NBYTES))
+        fresh.append(Wanted(write, pending, holding.shelf.records.most_nbytes(write.sizes) + ALIGN_NBYTES))
         return pending.outcome
 
     async def _store(self, run: Sequence[Wanted], errand: Errand) -> None:
