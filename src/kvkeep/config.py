@@ -120,6 +120,9 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="dis
 Tier = Disk  # of several kinds: a union, told apart by their tags
 _KINDS: Final[dict[str, type[Tier]]] = {"disk": Disk}
 _SHORT: Final = {f"disk_{name}": name for name in ("path", "size", "min_free", "policy", "durability", "threads")}
+STORE_SETTINGS: Final = frozenset(  # what a store process reads: the options of `kvkeep serve`
+    {"pool_size", "policy", "max_pinned_share", "lease_time_s", "log_level", "tiers", *_SHORT}
+)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -147,7 +150,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     lease_time_s: Annotated[float, Meta(gt=0, le=86400, description="seconds > 0 and <= 86400")] = 60.0
     tiers: Annotated[
         tuple[Tier, ...],
-        Meta(description='a list of tiers, each with its kind: {kind = "disk", path = "/nvme", size = "100 GiB"}'),
+        Meta(description='a list of tiers, each with its kind: [{"kind": "disk", "path": "/nvme", "size": "100 GiB"}]'),
         _read_tiers,
     ] = ()
     disk_path: tuple[str, ...] | UnsetType = UNSET
@@ -266,7 +269,7 @@ def _tier(item: object, written: str) -> Tier:
     if isinstance(item, Tier):
         return item
     if not isinstance(item, Mapping):
-        raise wrong(written, item, 'a mapping with a kind, as {kind = "disk", path = "/nvme"}')
+        raise wrong(written, item, 'a mapping with a kind, as {"kind": "disk", "path": "/nvme"}')
     settings = dict(item)
     tag = settings.pop("kind", None)
     kind = _KINDS.get(tag) if isinstance(tag, str) else None

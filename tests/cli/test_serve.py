@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from kvkeep.cli import serve as serve_module
 from kvkeep.cli.main import app
+from kvkeep.config import STORE_SETTINGS, Config, Disk, Durability
 from kvkeep.store.systemd import notify
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -118,6 +119,31 @@ def test_a_wrong_option_is_named_as_it_was_written(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", f"--socket={tmp_path / 's'}", "--disk-path=/x", "--disk-size=banana"])
     assert result.exit_code == 2
     assert result.stderr.startswith("kvkeep: --disk-size is 'banana'; right is ")
+
+
+def test_every_setting_of_a_store_is_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[Config] = []
+    monkeypatch.setattr(serve_module, "run", lambda config, fd, path: ran.append(config))
+    monkeypatch.setattr(serve_module, "write_log", lambda level: None)
+    (tmp_path / "k.toml").write_text('policy = "mru"\nlog_level = "error"\n')
+    said = [
+        "--policy=LFU",
+        "--pool-size=3 MiB",
+        "--max-pinned-share=1",
+        "--lease-time-s=5",
+        f"--config={tmp_path}/k.toml",
+    ]
+    disk = ["path=/a:/b", "size=1 GiB", "min-free=0", "policy=lfu", "durability=every", "threads=9"]
+    result = CliRunner().invoke(app, ["serve", "--socket=/s", *said, *(f"--disk-{text}" for text in disk)])
+    assert result.exit_code == 0, result.output
+    tier = Disk(path=("/a", "/b"), size=1 << 30, min_free=0, policy="lfu", durability=Durability.EVERY, threads=9)
+    assert ran == [
+        Config(
+            pool_size=3 << 20, policy="lfu", max_pinned_share=1.0, lease_time_s=5.0, log_level="error", tiers=(tier,)
+        )
+    ]
+    shown = CliRunner().invoke(app, ["serve", "--help"]).output
+    assert all(f"--{name.replace('_', '-')} " in shown for name in STORE_SETTINGS)
 
 
 def test_nobody_is_told_where_there_is_no_manager(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvkeep.cli.plain import cell
+from kvkeep.config import STORE_SETTINGS, describe_settings
 from kvkeep.core.identity import told_apart
 from kvkeep.errors import StoreGone
 from kvkeep.memory.limits import amount_text
@@ -29,19 +31,35 @@ Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket;
 def serve(
     socket: Socket,
     config: Annotated[Path | None, typer.Option(help="A TOML file; the options below are stronger.")] = None,
-    pool_size: Annotated[str | None, typer.Option(help='Host memory for the pool, as "4 GiB".')] = None,
-    policy: Annotated[str | None, typer.Option(help="lru, lfu, fifo or mru")] = None,
-    disk_path: Annotated[str | None, typer.Option(help="Directories of the disk tier, with : between them.")] = None,
-    disk_size: Annotated[str | None, typer.Option(help='What its files may take, as "100 GiB".')] = None,
+    **settings: str | None,
 ) -> None:
     """Runs a store that any number of engines share, until SIGTERM or Ctrl-C."""
-    said = {"pool_size": pool_size, "policy": policy, "disk_path": disk_path, "disk_size": disk_size}
-    overrides = {name: value for name, value in said.items() if value is not None}
+    options: dict[str, object] = {name: text for name, text in settings.items() if text is not None}
     if config is not None:
-        overrides["config_file"] = str(config)
-    settings = load_config(overrides, os.environ, command_line=True)
-    write_log(settings.log_level)
-    run(settings, None, socket.absolute())
+        options["config_file"] = str(config)
+    chosen = load_config(options, os.environ, command_line=True)
+    write_log(chosen.log_level)
+    run(chosen, None, socket.absolute())
+
+
+def _with_settings(command: Callable[..., None]) -> inspect.Signature:
+    """The command's signature with an option for each setting of a store in place of `**settings`."""
+    right = describe_settings()
+    parameters = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+    parameters += [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, typer.Option(help=text)],
+        )
+        for name, text in right.items()
+        if name in STORE_SETTINGS
+    ]
+    return inspect.Signature(parameters)
+
+
+serve.__signature__ = _with_settings(serve)  # type: ignore[attr-defined]  # what typer makes the options of
 
 
 def ask_stats(path: str, check: bool) -> Stats:
