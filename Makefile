@@ -8,7 +8,7 @@ FRAMES ?= 1000000
 TORCH_VERSION := 2.13.0
 VLLM_VERSION  := 0.32.0
 
-.PHONY: help demo test check fast fast-optimized lowest bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
+.PHONY: help demo test check check-style check-store check-rest fast fast-optimized lowest bench venv clean peers peers-micro soak gpu-wheels gpu-test gpu-bench chaos fuzz
 
 help:           ## say what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/' | sort
@@ -27,11 +27,11 @@ test: $(VENV)/.ready fast-optimized lowest   ## every test, real vLLM included (
 
 FAST := -m "not vllm and not slow and not gpu"
 
-fast: $(VENV)/.ready   ## the tests that need no engine: some 90 s
+fast: $(VENV)/.ready   ## every test that needs no vLLM and is not slow, those that start processes too (about 2 minutes)
 	$(PY) -m pytest tests $(FAST)
 
 # pytest rewrites the asserts of tests and of what tests/conftest.py names, so that these hold; those of src do not
-fast-optimized: $(VENV)/.ready   ## the same as python -O runs kvkeep, without its assertions: some 90 s
+fast-optimized: $(VENV)/.ready   ## the tests of `make fast` with kvkeep under python -O, without its assertions (about 2 minutes)
 	PYTHONOPTIMIZE=1 $(PY) -m pytest tests $(FAST) -W "ignore:assertions not in test modules:pytest.PytestConfigWarning"
 
 LOWEST := build/lowest
@@ -50,12 +50,24 @@ $(LOWEST)/.ready: pyproject.toml scripts/lowest.py
 	  "pytest>=8.3,<10" "hypothesis>=6.120,<7" "cbor2>=5.6,<7" psutil
 	@touch $@
 
-check: $(VENV)/.ready   ## format, lint, types, imports, budgets, the fast tests: some 90 s
+# Two jobs at once, on two cores. A folder that is not in QUICK_STORE belongs to the other job, so that none is left out.
+QUICK := -m "not vllm and not slow and not gpu and not process and not long"
+QUICK_STORE := core memory store tiers wire
+
+check: $(VENV)/.ready   ## before each commit: format, lint, types, import contracts, budgets, the quick tests (45 s on two cores)
+	@$(MAKE) --no-print-directory -j2 -Otarget check-style check-store check-rest
+
+check-style: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check src tests bench demo scripts
 	$(VENV)/bin/ruff check src tests bench demo scripts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
-	$(PY) -m pytest tests $(FAST)
+
+check-store: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(addprefix tests/,$(QUICK_STORE)) $(QUICK)
+
+check-rest: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(addprefix --ignore tests/,$(QUICK_STORE) vllm) $(QUICK)
 
 bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{core,daemon,micro}.json
 	OMP_NUM_THREADS=1 $(VENV)/bin/kvkeep bench keys alloc policy index engine --json bench/results/core.json

@@ -161,6 +161,7 @@ def test_a_table_takes_brackets_literally() -> None:
     assert "[red]x[/nope]" in text_of(Check("a", "b", "[red]x[/nope]"))
 
 
+@pytest.mark.process
 def test_the_command_line_imports_no_torch() -> None:
     code = "import sys, kvkeep.cli.main; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -54,6 +54,7 @@ def keep(path: Path, *numbers: int, who: tuple[bytes, str] = (b"n", "")) -> Clie
     return client
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("disk", [True, False])
 def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) -> None:
     with manager(str(tmp_path / "notify")) as heard:
@@ -79,6 +80,7 @@ def test_it_is_ready_at_once_and_says_what_it_drops(tmp_path: Path, disk: bool) 
     assert took_s < LIMIT_S
 
 
+@pytest.mark.process
 def test_what_its_disk_refused_is_in_its_last_word(tmp_path: Path) -> None:
     """A disk without room for one record."""
     process, path = served(tmp_path, f"--disk-path={tmp_path / 'disk'}", "--disk-size=4 KiB")
@@ -96,6 +98,7 @@ def test_what_its_disk_refused_is_in_its_last_word(tmp_path: Path) -> None:
     assert last.endswith("ended: the pool had 2 chunks, 2 of them were written nowhere and are dropped")
 
 
+@pytest.mark.process
 def test_two_that_do_not_share_are_told_apart(tmp_path: Path) -> None:
     process, path = served(tmp_path, "--disk-path=")
     assert process.stderr is not None

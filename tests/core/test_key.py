@@ -341,6 +341,7 @@ def test_key_of():
             key_of(namespace, digest)
 
 
+@pytest.mark.process
 def test_the_core_imports_no_cbor2_and_no_torch():
     code = "import sys, kvkeep.core.identity; sys.exit(bool({'cbor2', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -162,6 +162,7 @@ def test_auto_takes_what_has_cost_the_caller_less_and_says_so(
         assert clock() - began_s == 4 * (1.0 if taken == "bulk" else LAYERS * layer_s)
 
 
+@pytest.mark.process
 def test_the_thread_ends_with_its_engine_and_with_a_start_that_fails():
     def copiers() -> list[threading.Thread]:
         found = [one for one in threading.enumerate() if one.name == "kvkeep-copier"]
@@ -180,6 +181,7 @@ def test_the_thread_ends_with_its_engine_and_with_a_start_that_fails():
     assert not copiers()
 
 
+@pytest.mark.process
 def test_a_chunk_that_is_larger_than_was_asked_for_is_said(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "kvkeep")
     for asked in (18, 20):

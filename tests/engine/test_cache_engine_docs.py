@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "cache-engine.md"
 
 
+@pytest.mark.process
 def test_the_examples_run():
     first, second = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}

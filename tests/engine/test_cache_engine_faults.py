@@ -80,6 +80,7 @@ def found_again(lib: Library, source: PrivateSource, clock: ManualClock) -> None
     assert lib.engine.lookup(TOKENS) == 32
 
 
+@pytest.mark.process
 def test_a_killed_store_is_a_miss_half_way_and_is_found_again():
     clock = ManualClock()
     with private(clock) as (lib, source):
@@ -109,6 +110,7 @@ def test_a_killed_store_is_a_miss_half_way_and_is_found_again():
         lib.settled()
 
 
+@pytest.mark.process
 def test_a_dead_store_leaves_no_memory_behind_in_a_program_that_makes_no_call():
     with private(ManualClock()) as (lib, source):
         lib.engine._line._mapped._late_s = 0.0
@@ -119,6 +121,7 @@ def test_a_dead_store_leaves_no_memory_behind_in_a_program_that_makes_no_call():
         assert lib.engine.lookup(TOKENS) == 0
 
 
+@pytest.mark.process
 def test_a_store_that_stands_still_costs_a_deadline_and_no_more():
     with private(ManualClock(), deadline_s=0.15) as (lib, source):
         assert source._child is not None

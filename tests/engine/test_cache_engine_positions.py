@@ -88,8 +88,8 @@ WAYS = (
     "bulk",
     "thread",
     "staged",
-    "device",
-    "device, by layer",
+    pytest.param("device", marks=pytest.mark.long),  # Triton's interpreter
+    pytest.param("device, by layer", marks=pytest.mark.long),
     "device, no kernel",
     "device, not locked",
 )
@@ -155,6 +155,7 @@ def test_k_stands_where_it_was_asked_for_and_nothing_else_has_changed(way: str, 
         lib.settled()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make_rotating", [None, KERNEL], ids=["in place", "on the way"])
 def test_a_layer_stands_there_before_what_is_launched_after_its_step(make_rotating: partial[RotatingScatter] | None):
     kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=make_rotating)
@@ -174,6 +175,7 @@ def test_a_layer_stands_there_before_what_is_launched_after_its_step(make_rotati
         lib.settled()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_closed_early_its_copies_end_before_its_memory_is_given_back(steps: int):
     kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
@@ -187,6 +189,7 @@ def test_closed_early_its_copies_end_before_its_memory_is_given_back(steps: int)
         lib.settled()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("locked", [(), (0,), (0, 2), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("at", [0, AT])
 @pytest.mark.parametrize("mode", ["bulk", "layerwise"])
@@ -291,6 +294,7 @@ def test_a_table_may_be_used_again_between_two_steps():
         assert bits(list(lib.caches())) == bits(wanted)
 
 
+@pytest.mark.long
 def test_the_last_step_holds_nothing_whether_or_not_the_generator_is_exhausted():
     kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
     with library(kind.groups, keys=kind.keys, device=device, transfer_mode="layerwise") as lib:
@@ -393,6 +397,7 @@ class Reader:
         return self.model(torch.tensor([question]), past_key_values=cache, position_ids=positions).logits
 
 
+@pytest.mark.process
 def test_a_model_answers_from_texts_that_were_read_once_wherever_they_stand():
     reader, random = Reader(), np.random.default_rng(7)
     separator = [99]

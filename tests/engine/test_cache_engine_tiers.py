@@ -14,6 +14,8 @@ from kvkeep.errors import TierUnavailable
 
 from .library import CHUNK, LAYOUTS, Library, library
 
+pytestmark = pytest.mark.process
+
 HERE = list(range(1, 37))
 THERE = list(range(79, 43, -1))
 COUNT = 6 * CHUNK

@@ -276,6 +276,7 @@ def path_of(folder: Path, prompt: tuple[int, ...], number: int) -> str:
     return next(path for path in record_paths(str(folder)) if path.endswith(digest))
 
 
+@pytest.mark.process
 def test_a_restarted_engine_is_promised_what_is_still_on_disk(tmp_path: Path) -> None:
     with engine(tmp_path / "disk") as first:
         right = answers(first, PROMPTS)
@@ -288,6 +289,7 @@ def test_a_restarted_engine_is_promised_what_is_still_on_disk(tmp_path: Path) ->
         assert (counts["early_failed_chunks"], counts["failed_tokens"]) == (0, 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", [0, 9])
 def test_bad_records_are_computed_again_and_the_next_lookup_waits(tmp_path: Path, place: int) -> None:
     with engine(tmp_path / "disk") as first:
@@ -302,6 +304,7 @@ def test_bad_records_are_computed_again_and_the_next_lookup_waits(tmp_path: Path
         assert again.planner.figures.count("failed_tokens") == counts["failed_tokens"] >= 8
 
 
+@pytest.mark.process
 def test_a_store_that_is_killed_while_it_reads_costs_one_limit(tmp_path: Path) -> None:
     with engine(tmp_path / "disk") as first:
         right = answers(first, PROMPTS)

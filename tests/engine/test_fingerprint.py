@@ -237,6 +237,7 @@ def test_what_cannot_be_looked_at_has_changed(tmp_path: Path, folder: Path) -> N
     assert changed_since(tmp_path / "nowhere", WEIGHT_SUFFIXES, START_NS) == tmp_path / "nowhere"
 
 
+@pytest.mark.process
 def test_times_of_this_machine_are_compared_with_when_this_process_began(folder: Path) -> None:
     start_ns = process_start_ns()
     assert changed_since(folder, WEIGHT_SUFFIXES, start_ns) is not None  # the tests wrote it just now

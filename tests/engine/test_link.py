@@ -148,6 +148,7 @@ def kill(client: Client) -> None:
 # ---- lost and found --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_killed_store_is_noticed_at_the_next_look_and_found_again_after_a_pause(line: Line) -> None:
     first = line.started()
     assert line.link.live(idle=True) is first
@@ -263,6 +264,7 @@ def rank() -> Iterator[Rank]:
     made.worker.close()
 
 
+@pytest.mark.process
 def test_a_worker_of_a_new_boot_neither_loads_nor_stores_for_the_old_one(line: Line, rank: Rank) -> None:
     beside = Rank()
     line.doors += [rank.door.path, beside.door.path]
@@ -405,6 +407,7 @@ class Asking:
 SHARD = ReferenceTransfer([GroupCaches({"l": torch.zeros(9, 4, dtype=torch.uint8)}, 9, 4, 0)], 8).shard
 
 
+@pytest.mark.process
 def test_a_stopped_store_costs_one_deadline_in_short_waits_and_is_used_again_when_it_goes_on(line: Line) -> None:
     asking = Asking(line)
     client = line.link.client
@@ -432,6 +435,7 @@ def test_a_stopped_store_costs_one_deadline_in_short_waits_and_is_used_again_whe
     assert asking.planner.figures.count("store_losses") == 0
 
 
+@pytest.mark.process
 def test_a_store_that_stays_silent_is_given_up_killed_and_replaced(line: Line) -> None:
     asking = Asking(line)
     client = line.link.client
@@ -508,6 +512,7 @@ def test_a_client_whose_pool_cannot_be_handed_over_is_dropped(thread_line: Line)
         assert ours.fileno() < 0
 
 
+@pytest.mark.process
 def test_a_private_store_that_was_started_ends_with_its_link(line: Line) -> None:
     pid = line.started().welcome.pid
     line.link.close()

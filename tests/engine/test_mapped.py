@@ -112,6 +112,7 @@ def close_notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # ---- what is at the door -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pools_are_taken_as_they_come_though_no_step_runs(stores: Stores) -> None:
     mapped = MappedPool(stores.door)
     for boot in BOOTS:
@@ -283,6 +284,7 @@ def pool_of(boot: bytes) -> HandedPool:
 # ---- the next store --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_store_whose_pool_does_not_fit_beside_a_dead_one_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real processes; the machine has room for one pool and a half, and what this process still has counts."""
 

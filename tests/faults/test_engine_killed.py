@@ -18,6 +18,8 @@ from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
 
+pytestmark = pytest.mark.process
+
 CHUNK, ROOM = 4096, 4
 LIMIT_S = 20.0
 # holds: chunks 0 and 1 committed, chunk 0 pinned twice, chunks 2 and 3 in the making and half written

@@ -19,6 +19,8 @@ from kvkeep.testing.fake_engine.model import GroupShape
 from kvkeep.testing.fake_engine.request import EngineShape
 from kvkeep.wire.messages import Stats
 
+pytestmark = pytest.mark.process
+
 LIMIT_S = 20.0
 SHAPE = EngineShape(groups=(GroupShape(4, layers=2),), num_blocks=64)
 OURS, THEIRS, NEW = range(100, 140), range(200, 240), range(300, 340)

@@ -21,6 +21,8 @@ from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import Child, start_private
 
+pytestmark = pytest.mark.process
+
 SIZES = [8192, 4096]
 CHUNK = sum(SIZES)
 ROOM = 8

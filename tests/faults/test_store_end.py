@@ -13,6 +13,8 @@ from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
 
+pytestmark = pytest.mark.process
+
 CHUNK = 4096
 LIMIT_S = 20.0
 STORE = """

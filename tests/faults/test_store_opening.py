@@ -9,11 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from kvkeep.config import Config, Disk
 from kvkeep.errors import StoreGone
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
+
+pytestmark = pytest.mark.process
 
 CHUNK, LIMIT_S = 4096, 20.0
 

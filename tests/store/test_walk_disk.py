@@ -39,6 +39,7 @@ async def asked(walk: TierWalk, session: Session, *numbers: int, deadline_s: flo
     return answer
 
 
+@pytest.mark.long
 def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def disturb(root: Path, rng: random.Random, share: float) -> None:
             os.truncate(path, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_stores_at_once_after_records_were_removed_keep_the_limit(run: Any, opened: Any, root: Path, seed: int) -> None:
     async def test() -> None:

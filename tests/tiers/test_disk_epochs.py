@@ -176,6 +176,7 @@ def _is_full(file: io.FileIO) -> bool:
     return False
 
 
+@pytest.mark.process
 def test_a_tmpfs_that_somebody_else_has_filled(run: Any, opened: Any, root: Path) -> None:
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k,mode=0700", "none", str(root)]

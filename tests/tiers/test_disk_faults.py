@@ -340,6 +340,7 @@ def test_short_transfers_are_made_whole(run: Any, opened: Any, short: int) -> No
     run(test)
 
 
+@pytest.mark.process
 def test_a_small_tmpfs_runs_full(run: Any, opened: Any, root: Path) -> None:
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "none", str(root)]
@@ -530,6 +531,7 @@ def test_a_kill_at_every_step_of_a_start(run: Any, opened: Any, root: Path) -> N
     run(test)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power-cut"])
 @pytest.mark.parametrize("everything", [False, True])
 def test_what_was_cleared_never_comes_back(

@@ -12,6 +12,8 @@ from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import holds, key, write_of
 from kvkeep.tiers.record import record_nbytes
 
+pytestmark = pytest.mark.process
+
 SIZES = (1 << 16,)
 COUNT = 64
 

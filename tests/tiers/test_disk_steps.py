@@ -73,6 +73,7 @@ async def is_whole(tier: DiskTier, disk: FaultyDisk | None = None) -> list[bool]
     return there
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stride", EVERY_FEW)
 def test_kill_9_at_every_step_of_a_restart_a_write_and_a_clear(
     run: Any, opened: Any, root: Path, tmp_path: Path, stride: int
@@ -106,6 +107,7 @@ def test_kill_9_at_every_step_of_a_restart_a_write_and_a_clear(
     run(all_steps)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stride", EVERY_FEW)
 @pytest.mark.parametrize("end", ["kill", "power-cut"])
 def test_a_clear_among_writes_and_reads_at_every_step(
@@ -185,6 +187,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_to_its_end(run: Any,
     run(test)
 
 
+@pytest.mark.process
 def test_a_start_on_a_read_only_file_system_is_unavailable_and_loses_nothing(run: Any, opened: Any, root: Path) -> None:
     """One that becomes read-only while it is used: `test_a_store_that_fails_is_dropped`."""
     root.mkdir()

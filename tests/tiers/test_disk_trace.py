@@ -69,6 +69,7 @@ async def replayed(opened: Any, root: Path, end: str, trace: list[list[bytes]]) 
         return await hits(tier, second)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("requests", [250, *(pytest.param(one, marks=pytest.mark.slow) for one in (500, 2000))])
 def test_a_restart_costs_at_most_a_hundredth_of_the_hits(run: Any, opened: Any, tmp_path: Path, requests: int) -> None:
     """The order of use survives a clean end to the last place; after a kill the order of writing stands for it."""

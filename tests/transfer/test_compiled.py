@@ -13,6 +13,8 @@ from triton.compiler import ASTSource
 from kvkeep.transfer.device.kernels import TILE_NBYTES, copy_pages
 from kvkeep.transfer.rope.scatter import scatter_rotated
 
+pytestmark = pytest.mark.process
+
 TARGETS = [80, 90]
 WIDE = {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16", 1: "b8"}
 

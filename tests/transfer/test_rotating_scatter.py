@@ -92,6 +92,7 @@ def same(ones: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     )
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(
     axes=st.sampled_from(AXES),

@@ -70,6 +70,7 @@ def child() -> Iterator[Child]:
         child.process.wait(LIMIT_S)
 
 
+@pytest.mark.process
 def test_a_private_store_lives_as_long_as_its_client(child: Child):
     client = Joining(child.sock, hello()).wait(LIMIT_S)
     assert client.welcome.pid == child.process.pid
@@ -88,6 +89,7 @@ def test_a_private_store_lives_as_long_as_its_client(child: Child):
     assert child.process.wait(LIMIT_S) == 0
 
 
+@pytest.mark.process
 def test_a_private_store_ends_with_its_client_s_file_also_without_a_goodbye(child: Child):
     client = Joining(child.sock, hello()).wait(LIMIT_S)
     client.wait(client.reserve([digest(1)]), LIMIT_S)
@@ -95,6 +97,7 @@ def test_a_private_store_ends_with_its_client_s_file_also_without_a_goodbye(chil
     assert child.process.wait(LIMIT_S) == 0
 
 
+@pytest.mark.process
 def test_a_killed_store_is_noticed_and_fails_what_is_open(child: Child):
     client = Joining(child.sock, hello()).wait(LIMIT_S)
     os.kill(child.process.pid, signal.SIGKILL)
@@ -110,6 +113,7 @@ def test_a_killed_store_is_noticed_and_fails_what_is_open(child: Child):
     assert client.pool_fd == -1
 
 
+@pytest.mark.process
 def test_a_pool_stays_readable_after_its_store_was_killed(child: Child):
     client = Joining(child.sock, hello()).wait(LIMIT_S)
     with Region.attach(os.dup(client.pool_fd)) as region:
@@ -185,6 +189,7 @@ def test_a_holder_beyond_a_pid_is_refused_and_the_others_go_on(connect: Callable
     assert figures(good)["sessions"] == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_memory_comes_back_at_a_goodbye_or_with_the_last_holder(connect: Callable[..., Client], goodbye: bool):
     control = connect()
@@ -205,6 +210,7 @@ def test_memory_comes_back_at_a_goodbye_or_with_the_last_holder(connect: Callabl
             assert figures(control)["quarantined_nbytes"] == 0
 
 
+@pytest.mark.process
 def test_another_process_cannot_resume_a_session_whose_holders_it_does_not_name(connect: Callable[..., Client]):
     control = connect()
     with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE) as holder:
@@ -221,6 +227,7 @@ def turn(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_forever()
 
 
+@pytest.mark.process
 def test_a_session_may_be_resumed_at_the_moment_in_which_its_holder_dies():
     with contextlib.ExitStack() as ends:
         region = ends.enter_context(Region.create(ROOM * CHUNK))

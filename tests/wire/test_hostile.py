@@ -350,6 +350,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.process
 def test_a_process_that_comes_back_without_a_goodbye_gets_no_share_anew(good: Client, path: Path) -> None:
     assert good.wait(good.fetch([bytes(32)]), LIMIT_S) is not None
     done = subprocess.run([sys.executable, "-c", RESERVES, str(path)], capture_output=True, text=True, check=True)
@@ -401,6 +402,7 @@ print("listening", flush=True); sys.stdin.read()
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_a_store_of_another_user_is_not_joined() -> None:
     folder = Path("/tmp") / f"kvkeep-test-{os.getpid()}"  # where another user may make a socket

@@ -100,6 +100,7 @@ def lived(folder: Path, namespace: bytes, identity: str) -> str:
     return lines
 
 
+@pytest.mark.process
 def test_a_start_says_why_nothing_that_was_kept_is_its_own(tmp_path: Path) -> None:
     first = lived(tmp_path, b"a" * 16, "engine_version  '0.32.0'")
     again = lived(tmp_path, b"a" * 16, "engine_version  '0.32.0'")

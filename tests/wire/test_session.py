@@ -462,6 +462,7 @@ def test_a_goodbye_returns_everything_at_once(connect: Callable[..., Client]) ->
     assert now["chunks"] == 1
 
 
+@pytest.mark.process
 def test_an_end_without_goodbye_keeps_the_memory_until_every_holder_is_dead(
     connect: Callable[..., Client], path: Path
 ) -> None:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kvkeep.config import Config
 
 
+@pytest.mark.process
 def test_each_line_says_who_how_bad_and_when(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     command = [
