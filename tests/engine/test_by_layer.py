@@ -10,7 +10,7 @@ import pytest
 
 from kvkeep.config import Config
 from kvkeep.core.layout import ShardLayout
-from kvkeep.doors.library.open import open_engine
+from kvkeep.doors.library.open import open_cache
 from kvkeep.engine.copies.thread import InlineCopier
 from kvkeep.memory.pool import Lease
 from kvkeep.testing.doubles.transfers import HeldCopier, ManualClock
@@ -172,9 +172,9 @@ def test_the_thread_ends_with_its_engine_and_with_a_start_that_fails():
 
     config = Config(pool_size="16 MiB", chunk_tokens=8, transfer_mode="layerwise")
     with pytest.raises(ValueError, match="every layer is named once"):
-        open_engine([group(flash_attention, LAYERS)], MODEL, config, layers=["x"])
+        open_cache([group(flash_attention, LAYERS)], MODEL, config, layers=["x"])
     assert not copiers()
-    with open_engine([group(flash_attention, LAYERS)], MODEL, config) as engine:
+    with open_cache([group(flash_attention, LAYERS)], MODEL, config) as engine:
         assert list(engine.store_layer(TOKENS, HERE)) == [None] * (LAYERS + 1)
         *_, mask = engine.retrieve_layer(TOKENS, THERE)
         assert mask.all()
@@ -185,7 +185,7 @@ def test_the_thread_ends_with_its_engine_and_with_a_start_that_fails():
 def test_a_chunk_that_is_larger_than_was_asked_for_is_said(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO", "kvkeep")
     for asked in (18, 20):
-        with open_engine([group(flash_attention, 2)], MODEL, Config(pool_size="1 MiB", chunk_tokens=asked)):
+        with open_cache([group(flash_attention, 2)], MODEL, Config(pool_size="1 MiB", chunk_tokens=asked)):
             pass
     said = [record.getMessage() for record in caplog.records if "chunk_tokens" in record.getMessage()]
     assert said == ["kvkeep: chunks of 20 tokens, whole blocks of [4] (chunk_tokens = 18)"]

@@ -20,7 +20,7 @@ import pytest
 from kvkeep.config import Config
 from kvkeep.doors.library.by_layer import Means
 from kvkeep.doors.library.cache_engine import CacheEngine
-from kvkeep.doors.library.open import Model, identity_of, open_engine
+from kvkeep.doors.library.open import Model, identity_of, open_cache
 from kvkeep.engine.link import FIRST_PAUSE_S, PrivateSource, SharedSource
 from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.testing.doubles.store_thread import shared_store
@@ -223,7 +223,7 @@ def test_engines_that_agree_share_chunks_and_others_do_not(folder: Path):
     groups = [group(mla, 2)]
     with shared_store(folder / "store", Config(pool_size=POOL_NBYTES)):
         config = Config(store=f"unix:{folder / 'store'}", chunk_tokens=CHUNK, deadline_s=20.0)
-        with open_engine(groups, MODEL, config) as one:
+        with open_cache(groups, MODEL, config) as one:
             assert one.store(TOKENS, [HERE]) == 32
             for model, hits in [
                 (MODEL, 32),
@@ -233,9 +233,9 @@ def test_engines_that_agree_share_chunks_and_others_do_not(folder: Path):
                 (Model("test", weights="same weights", notes="scaled"), 0),
                 (Model("test", weights="other weights"), 0),
             ]:
-                with open_engine(groups, model, config) as two:
+                with open_cache(groups, model, config) as two:
                     assert two.lookup(TOKENS) == hits, model
-            with open_engine([group(flash_attention, 2)], MODEL, config) as other:
+            with open_cache([group(flash_attention, 2)], MODEL, config) as other:
                 assert other.lookup(TOKENS) == 0, "another layout"
             assert one.clear() == 4
 
@@ -290,11 +290,11 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
 
 
 def test_a_shared_store_that_is_not_there_is_no_failure(folder: Path):
-    with open_engine([group(mla, 1)], MODEL, Config(store=f"unix:{folder / 'nothing'}")) as one:
+    with open_cache([group(mla, 1)], MODEL, Config(store=f"unix:{folder / 'nothing'}")) as one:
         assert one.store(TOKENS, [HERE]) == 0
         assert one.lookup(TOKENS) == 0
 
 
 def test_a_start_that_fails_says_why(folder: Path):
     with pytest.raises(ConfigError, match="hold no chunk of this model"):
-        open_engine([group(mla, 1)], MODEL, Config(pool_size=4096))
+        open_cache([group(mla, 1)], MODEL, Config(pool_size=4096))

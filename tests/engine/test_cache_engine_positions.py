@@ -18,7 +18,7 @@ from kvkeep.core.segment import segments
 from kvkeep.doors.library.by_layer import Chunk
 from kvkeep.doors.library.by_stream import Streams
 from kvkeep.doors.library.cache_engine import CacheEngine
-from kvkeep.doors.library.open import open_engine
+from kvkeep.doors.library.open import open_cache
 from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.errors import LayoutMismatch
 from kvkeep.memory.pool import Lease
@@ -337,14 +337,14 @@ def test_what_is_not_known_is_refused_by_name():
         ({"l0": Keys("bthd2", SLOW)}, "l0: .* do not describe"),
     ):
         with pytest.raises(LayoutMismatch, match=says):
-            open_engine(kind.groups, MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys=keys)
+            open_cache(kind.groups, MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys=keys)
 
 
 def test_a_cache_of_two_layers_is_refused_where_it_would_turn_twice():
     kind = KINDS["flash attention"]()
     shared = kind.groups[0]._replace(caches={"l0": kind.groups[0].caches["l0"], "l1": kind.groups[0].caches["l0"]})
     with pytest.raises(LayoutMismatch, match=r"l1: .* also that of l0"):
-        open_engine([shared], MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys={"l0": kind.keys["l0"]})
+        open_cache([shared], MODEL, Config(pool_size="16 MiB", chunk_tokens=CHUNK), keys={"l0": kind.keys["l0"]})
 
 
 # ---- a whole model -------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_model_answers_from_texts_that_were_read_once_wherever_they_stand():
     texts = [random.integers(0, 99, tokens).tolist() for tokens in (16, 24, 8)]
     tables = [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10], [11, 12]]
     config = Config(pool_size="16 MiB", chunk_tokens=CHUNK)
-    with torch.no_grad(), open_engine([reader.group], MODEL, config, keys=reader.keys) as engine:
+    with torch.no_grad(), open_cache([reader.group], MODEL, config, keys=reader.keys) as engine:
         for text, table in zip(texts, tables, strict=True):
             reader.write(reader.read(text, 0), table)
             assert engine.store(text, [table]) == len(text)

@@ -56,7 +56,7 @@ class Model:
     notes: str = ""
 
 
-def open_engine(
+def open_cache(
     groups: Sequence[GroupCaches],
     model: Model,
     config: Config | None = None,
