@@ -16,7 +16,7 @@ from pathlib import Path
 from kvkeep.bench.rows import Case, Row, say, show, write
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.store.sessions import Opening
 from kvkeep.store.store import Store
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.config import Config, Disk, Durability, describe_settings
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import ConfigError
 from kvkeep.settings import right_values
 from kvkeep.sizes import parse_size

@@ -11,7 +11,7 @@ import pytest
 from kvkeep.core.allocator import Allocator, FreeList
 from kvkeep.core.index import NO_ROOM, Index, IndexEntry
 from kvkeep.core.mixed import Mixed
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 
 TRACE = Path(__file__).parents[1] / "data" / "mooncake_conversation_500.txt.gz"
 PAGE = 4096

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvkeep.core.allocator import FreeList, Slots
 from kvkeep.core.index import BUSY, NO_ROOM, PRESENT, Index, IndexEntry
-from kvkeep.core.policy import fifo, lfu, lru, mru
+from kvkeep.core.policies.queue import fifo, lru
+from kvkeep.core.policies.ranked import lfu, mru
 from kvkeep.core.units import ALIGN_NBYTES
 
 PAGE = ALIGN_NBYTES

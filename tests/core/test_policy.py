@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.core.policy import Queue, Ranked, fifo, lfu, lru, mru, policy_by_name
+from kvkeep.core.policies.policy import EvictionPolicy
+from kvkeep.core.policies.queue import Queue, lru
+from kvkeep.core.policies.ranked import Ranked, lfu
+from kvkeep.core.policies.registry import POLICIES, policy_by_name
 
-needs_asserts = pytest.mark.skipif(not __debug__, reason="python -O makes no assertions")
-
-MAKERS = {"fifo": fifo, "lru": lru, "lfu": lfu, "mru": mru}
+MAKERS = POLICIES  # every policy that has a name is held to its definition below
 KEYS = [bytes([letter]) * 48 for letter in b"abcdefgh"]
 A, B, C, D = KEYS[:4]
 
@@ -36,6 +37,9 @@ class Naive:
         self.touched[key] = self.now
         self.uses[key] += 1
 
+    def missed(self, key: bytes) -> None:
+        pass
+
     def remove(self, key: bytes) -> None:
         del self.inserted[key], self.touched[key], self.uses[key]
         self.hidden.discard(key)
@@ -59,9 +63,23 @@ class Naive:
         return victim
 
 
+# a verb of these tests -> the policy's call, and what it takes behind the key
+CALLS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "insert": ("insert", (4096, 1.0)),
+    "touch": ("touch", ()),
+    "missed": ("missed", ()),
+    "remove": ("remove", ()),
+    "hide": ("set_hidden", (True,)),
+    "show": ("set_hidden", (False,)),
+    "evict": ("evict", ()),
+}
+
+
 def legal(naive: Naive, verb: str, key: bytes) -> bool:
     known, hidden = key in naive.inserted, key in naive.hidden
-    return {"insert": not known, "hide": known and not hidden, "show": hidden, "evict": True}.get(verb, known)
+    return {"insert": not known, "missed": not known, "hide": known and not hidden, "show": hidden, "evict": True}.get(
+        verb, known
+    )
 
 
 def play(name: str, calls: list[tuple[str, bytes]]) -> None:
@@ -69,17 +87,19 @@ def play(name: str, calls: list[tuple[str, bytes]]) -> None:
     for verb, key in calls:
         if not legal(naive, verb, key):
             continue
-        args = () if verb == "evict" else (key,)
-        assert getattr(policy, verb)(*args) == getattr(naive, verb)(*args)
+        call, args = CALLS[verb]
+        assert getattr(policy, call)(*(() if verb == "evict" else (key, *args))) == getattr(naive, verb)(
+            *(() if verb == "evict" else (key,))
+        )
     for key in list(naive.hidden):
-        policy.show(key)
+        policy.set_hidden(key, False)
         naive.show(key)
     while (victim := naive.evict()) is not None:
         assert policy.evict() == victim
     assert policy.evict() is None
 
 
-VERBS = ["insert", "insert", "touch", "touch", "hide", "show", "evict", "remove"]
+VERBS = ["insert", "insert", "touch", "touch", "missed", "hide", "show", "evict", "remove"]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -99,7 +119,7 @@ def test_evicts_as_its_definition_says_over_many_rebuilds(name):
 def filled(name: str, keys: list[bytes]) -> Queue | Ranked:
     policy = MAKERS[name]()
     for key in keys:
-        policy.insert(key)
+        policy.insert(key, 1, 1.0)
     return policy
 
 
@@ -123,19 +143,19 @@ def test_order(name, order):
 def test_a_shown_key_is_back_at_its_place_even_if_evict_has_passed_it(name, order):
     policy = filled(name, [A, B, C])
     for key in (A, B, C):
-        policy.hide(key)
+        policy.set_hidden(key, True)
     assert policy.evict() is None
     for key in (B, C, A):
-        policy.show(key)
+        policy.set_hidden(key, False)
     assert drain(policy) == order
 
 
 def test_pinned_and_used_keys_are_passed_over_until_none_is_left():
     policy = filled("lru", [A, B, C, D])
-    policy.hide(A)
-    policy.hide(C)
+    policy.set_hidden(A, True)
+    policy.set_hidden(C, True)
     assert drain(policy) == [B, D]
-    policy.show(C)
+    policy.set_hidden(C, False)
     assert drain(policy) == [C]
 
 
@@ -144,11 +164,11 @@ def test_what_is_kept_for_a_key_does_not_grow_with_use(name):
     policy = filled(name, KEYS)
     for _ in range(2000):
         for key in KEYS:
-            policy.hide(key)
+            policy.set_hidden(key, True)
             policy.touch(key)
-            policy.show(key)
+            policy.set_hidden(key, False)
         policy.remove(KEYS[0])
-        policy.insert(KEYS[0])
+        policy.insert(KEYS[0], 1, 1.0)
     if isinstance(policy, Ranked):
         assert len(policy._heap) <= 2 * len(KEYS) + 65
         assert len(policy._keys) == len(KEYS)
@@ -159,14 +179,14 @@ def test_what_is_kept_for_a_key_does_not_grow_with_use(name):
 def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
     policy = filled(name, KEYS)
     for key in KEYS[:-1]:
-        policy.hide(key)
+        policy.set_hidden(key, True)
     assert policy.evict() == KEYS[-1]
-    policy.insert(KEYS[-1])
+    policy.insert(KEYS[-1], 1, 1.0)
     for _ in range(1000):
         for key in KEYS[:-1]:
-            policy.show(key)
+            policy.set_hidden(key, False)
         for key in KEYS[:-1]:
-            policy.hide(key)
+            policy.set_hidden(key, True)
     assert len(policy._candidates) <= 2 * len(KEYS) + 65
     assert policy.evict() == KEYS[-1]
     assert policy._candidates == []
@@ -176,58 +196,62 @@ def test_keys_that_come_and_go_while_evict_has_passed_them_leave_little(name):
 def test_keys_that_evict_has_passed_go_in_the_order_in_which_it_last_did(hidden_at_last):
     policy = filled("lru", [A, B, C, D])
     for key in (A, B, C, D):
-        policy.hide(key)
-    policy.insert(KEYS[4])
+        policy.set_hidden(key, True)
+    policy.insert(KEYS[4], 1, 1.0)
     assert policy.evict() == KEYS[4]  # past all four
-    policy.show(A)
+    policy.set_hidden(A, False)
     policy.touch(A)
-    policy.hide(A)
-    policy.insert(KEYS[5])
+    policy.set_hidden(A, True)
+    policy.insert(KEYS[5], 1, 1.0)
     assert policy.evict() == KEYS[5]  # past A again, which is the last of them now
     for key in (A, C, B):
-        policy.show(key)
+        policy.set_hidden(key, False)
     if hidden_at_last:
-        policy.hide(B)
+        policy.set_hidden(B, True)
     assert drain(policy) == ([C, A] if hidden_at_last else [B, C, A])
 
 
 def test_clearing_up_what_evict_has_passed_keeps_what_was_shown():
     policy = filled("lru", [A, B, C])
     for key in (A, B):
-        policy.hide(key)
+        policy.set_hidden(key, True)
     assert policy.evict() == C
-    policy.show(B)
+    policy.set_hidden(B, False)
     for _ in range(200):
-        policy.show(A)
-        policy.hide(A)
+        policy.set_hidden(A, False)
+        policy.set_hidden(A, True)
     assert policy.evict() == B
     assert policy.evict() is None
 
 
-@needs_asserts
 @pytest.mark.parametrize("verb", ["touch", "remove", "hide", "show"])
 def test_an_unknown_key_is_a_broken_invariant(verb):
-    with pytest.raises(AssertionError, match="never inserted"):
-        getattr(lru(), verb)(A)
+    call, args = CALLS[verb]
+    for make in (lru, lfu):
+        with pytest.raises(AssertionError, match="never inserted"):
+            getattr(make(), call)(A, *args)
 
 
-@needs_asserts
 def test_doing_it_twice_is_a_broken_invariant():
-    policy = filled("lru", [A])
+    for name in POLICIES:
+        broken_by_doing_it_twice(filled(name, [A]))
+
+
+def broken_by_doing_it_twice(policy: EvictionPolicy) -> None:
     with pytest.raises(AssertionError, match="inserted twice"):
-        policy.insert(A)
+        policy.insert(A, 1, 1.0)
     with pytest.raises(AssertionError, match="not hidden"):
-        policy.show(A)
-    policy.hide(A)
+        policy.set_hidden(A, False)
+    policy.set_hidden(A, True)
     with pytest.raises(AssertionError, match="hidden already"):
-        policy.hide(A)
+        policy.set_hidden(A, True)
 
 
 @pytest.mark.parametrize("name", ["fifo", "LRU", "Lfu", "mru"])
 def test_policies_have_names_in_any_case(name):
     policy = policy_by_name(name)
-    policy.insert(A)
-    policy.insert(B)
+    policy.insert(A, 1, 1.0)
+    policy.insert(B, 1, 1.0)
     assert policy.evict() == (B if name == "mru" else A)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import libcachesim
 import pytest
 
-from kvkeep.core.policy import EvictionPolicy, fifo, lfu, lru, mru
+from kvkeep.core.policies.policy import EvictionPolicy
+from kvkeep.core.policies.queue import fifo, lru
+from kvkeep.core.policies.ranked import lfu, mru
 
 TRACE = Path(__file__).parents[1] / "data" / "mooncake_conversation_500.txt.gz"
 CAPACITIES = [50, 500, 3000]  # of 11,879 blocks
@@ -33,7 +35,7 @@ def ours(make: Callable[[], EvictionPolicy], capacity: int, trace: list[int]) ->
         if len(held) == capacity:
             victim = policy.evict()
             held.remove(victim)
-        policy.insert(key)
+        policy.insert(key, 1, 1.0)
         held.add(key)
         yield block, None if victim is None else int.from_bytes(victim, "big")
 

@@ -21,7 +21,7 @@ STORE = """
 import asyncio, sys
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.region import Region
 from kvkeep.store.store import Store
 from kvkeep.store.below.tiers import TierWalk

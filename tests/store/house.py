@@ -8,7 +8,7 @@ import numpy as np
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import WORDS_NBYTES, Arrival, Words, region_nbytes
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.below.waiting import FetchLimits, Found

@@ -4,7 +4,7 @@ import pytest
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 from kvkeep.store.namespaces import MAX_IDENTITY_NBYTES, MAX_NAME_CHARS, MOST, Named, Namespaces, plain_identity
 from kvkeep.store.sessions import Opening
 from kvkeep.store.store import Store

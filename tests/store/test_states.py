@@ -10,7 +10,7 @@ import pytest
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import WireError
 from kvkeep.store.below.states import FoundState, StateFetches
 from kvkeep.store.below.tiers import TierWalk

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index, Outcome
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
 

@@ -12,7 +12,7 @@ import kvkeep.tiers.open as tiers_open
 from kvkeep.config import Disk
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import Arrival, Words
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.below.waiting import FetchLimits, Found

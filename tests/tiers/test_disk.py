@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvkeep.config import Disk, Durability
+from kvkeep.core.policies.queue import lru
 from kvkeep.errors import TierBusy, TierOwned, TierUnavailable
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import holds, key, memory_for, write_of
@@ -403,5 +404,26 @@ def test_the_figures(run: Any, opened: Any) -> None:
             assert (found.hits, found.misses, found.stored, found.corrupt) == (3, 9, 3, 0)
             assert (found.degraded, found.errors, found.stalled) == ("", 0, 0)
             assert found.scan_s >= 0
+
+    run(test)
+
+
+def test_its_policy_learns_which_lookups_found_nothing(run: Any, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    missed: list[bytes] = []
+
+    class Noted:
+        def __init__(self) -> None:
+            self.insert, self.evict = (queue := lru()).insert, queue.evict
+            self.touch, self.remove, self.set_hidden = queue.touch, queue.remove, queue.set_hidden
+            self.missed = missed.append
+
+    monkeypatch.setattr("kvkeep.tiers.disk.directory.policy_by_name", lambda _: Noted())
+
+    async def test() -> None:
+        async with opened() as tier:
+            await tier.store(WRITES[:2])
+            assert await tier.contains([write.key for write in WRITES[:4]]) == [True, True, False, False]
+            assert await tier.contains([WRITES[0].key]) == [True]
+            assert missed == [WRITES[2].key], "the key at which a lookup ends, once"
 
     run(test)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 from kvkeep.tiers.disk.ledger import Ledger, LedgerEntry
 
 LIMIT = 10

@@ -19,7 +19,7 @@ import pytest
 from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 from kvkeep.core.units import BOOT_NBYTES
 from kvkeep.errors import ConfigError, StoreGone, WireError
 from kvkeep.memory.progress import region_nbytes

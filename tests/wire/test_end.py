@@ -11,7 +11,7 @@ import pytest
 
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store

@@ -17,7 +17,7 @@ import pytest
 from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 from kvkeep.errors import StoreGone, WireError
 from kvkeep.memory.progress import region_nbytes
 from kvkeep.memory.region import Region

@@ -16,7 +16,7 @@ from kvkeep.core import cbor
 from kvkeep.core.allocator import Allocator, FreeList, Slots
 from kvkeep.core.index import Index, IndexEntry
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.core.policy import lru
+from kvkeep.core.policies.queue import lru
 
 CHUNK_TOKENS = 256
 PROMPT_TOKENS = 131_072

@@ -18,7 +18,7 @@ from itertools import pairwise, takewhile
 from typing import Final, NamedTuple
 
 from kvkeep.core.allocator import Allocator, Extent
-from kvkeep.core.policy import EvictionPolicy
+from kvkeep.core.policies.policy import UNKNOWN_COST, EvictionPolicy
 
 
 class Outcome(Enum):
@@ -107,21 +107,23 @@ class Index:
 
         They are touched from the last to the first, so that a prompt's tail is evicted before its head.
         """
-        run = []
+        run, policy = [], self._policy
         for key in keys:
             entry = self._entries.get(key)
             if entry is None or entry.sums is None:
+                if entry is None:
+                    policy.missed(key)
                 break
             run.append(entry)
-        policy = self._policy
+        set_hidden, touch, spared = policy.set_hidden, policy.touch, self._spared
         pinned_nbytes = 0
         for entry in reversed(run):
             if not entry.pins:
-                if entry.key not in self._spared:
-                    policy.hide(entry.key)
+                if entry.key not in spared:
+                    set_hidden(entry.key, True)
                 pinned_nbytes += entry.nbytes
             entry.pins += 1
-            policy.touch(entry.key)
+            touch(entry.key)
         self._pinned_nbytes += pinned_nbytes
         self._evictable_nbytes -= pinned_nbytes
         return run
@@ -144,7 +146,7 @@ class Index:
             return None
         if not entry.pins:
             if key not in self._spared:
-                self._policy.hide(key)
+                self._policy.set_hidden(key, True)
             self._pinned_nbytes += entry.nbytes
             self._evictable_nbytes -= entry.nbytes
         entry.pins += 1
@@ -156,7 +158,7 @@ class Index:
         if entry is None or entry.sums is None:
             return False
         if key not in self._spared and not entry.pins:
-            self._policy.hide(key)
+            self._policy.set_hidden(key, True)
         self._spared[key] = self._spared.get(key, 0) + 1
         return True
 
@@ -166,7 +168,7 @@ class Index:
         if count > 1:
             self._spared[key] = count - 1
         elif count and not self._entries[key].pins:
-            self._policy.show(key)
+            self._policy.set_hidden(key, False)
 
     def unpin(self, entries: Iterable[IndexEntry]) -> None:
         """Give back one pin of each entry; a dead one's memory is freed with its last pin."""
@@ -182,7 +184,7 @@ class Index:
             else:
                 self._evictable_nbytes += entry.nbytes
                 if entry.key not in self._spared:
-                    self._policy.show(entry.key)
+                    self._policy.set_hidden(entry.key, False)
 
     def reserve(
         self, keys: Sequence[bytes], nbytes: int, owner: int, most: int | None = None
@@ -204,8 +206,8 @@ class Index:
         fresh = {key: IndexEntry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
         # The place is given now, tail first, and not at commit: steps commit a prompt's head first.
         for key in reversed(fresh):
-            policy.insert(key)
-            policy.hide(key)
+            policy.insert(key, fresh[key].nbytes, UNKNOWN_COST)
+            policy.set_hidden(key, True)
         self._writing_entries += len(fresh)
         self._writing_nbytes += sum([entry.nbytes for entry in fresh.values()])
         outcomes: list[IndexEntry | Outcome] = []
@@ -232,7 +234,7 @@ class Index:
         self._writing_nbytes -= entry.nbytes
         self._committed_nbytes += entry.nbytes
         self._evictable_nbytes += entry.nbytes
-        self._policy.show(entry.key)
+        self._policy.set_hidden(entry.key, False)
         return True
 
     def abandon(self, entry: IndexEntry) -> None:
@@ -369,7 +371,7 @@ class Index:
         for key in [key for key in self._spared if key not in kept]:
             del self._spared[key]
             if not self._entries[key].pins:
-                self._policy.show(key)
+                self._policy.set_hidden(key, False)
         return self._policy.evict()
 
     def _take(self, count: int, nbytes: int) -> list[Extent]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from kvkeep.config import Config, Disk, Tier
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import ConfigError
 from kvkeep.memory.limits import check_room, read_limits, size_text, still_beside_nbytes
 from kvkeep.memory.progress import region_nbytes, words_behind

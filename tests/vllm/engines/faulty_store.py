@@ -26,7 +26,7 @@ from pathlib import Path
 from kvkeep.config import Disk
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import TierError
 from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk

@@ -17,7 +17,7 @@ from pathlib import Path
 from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import region_nbytes, words_behind
 from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk

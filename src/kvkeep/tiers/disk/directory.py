@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from kvkeep.config import Disk
-from kvkeep.core.policy import policy_by_name
+from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.memory.limits import size_text

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from kvkeep.core.policy import EvictionPolicy
+from kvkeep.core.policies.policy import UNKNOWN_COST, EvictionPolicy
 
 UNLIMITED_NBYTES = 1 << 62
 
@@ -117,11 +117,15 @@ class Ledger:
             self._early.pop(entry.key, None)
             self._early[entry.key] = None
 
+    def missed(self, key: bytes) -> None:
+        """Count a lookup that ended at this key, which no record has."""
+        self.policy.missed(key)
+
     def pin(self, entry: LedgerEntry) -> None:
         """Somebody has its file open: it is not evicted, and its bytes are in use after it was unlinked."""
         entry.readers += 1
         if entry.readers == 1 and entry.ranked:
-            self.policy.hide(entry.key)
+            self.policy.set_hidden(entry.key, True)
             self._evictable_nbytes -= entry.nbytes
 
     def unpin(self, entry: LedgerEntry) -> None:
@@ -132,7 +136,7 @@ class Ledger:
         if entry.unlinked:
             self._held_nbytes -= entry.nbytes
         elif entry.ranked:
-            self.policy.show(entry.key)
+            self.policy.set_hidden(entry.key, False)
             self._evictable_nbytes += entry.nbytes
 
     def kill(self, entry: LedgerEntry) -> LedgerEntry:
@@ -200,7 +204,8 @@ class Ledger:
         self._fresh_nbytes += nbytes
 
     def _enter(self, key: bytes, nbytes: int, early: bool) -> LedgerEntry:
-        assert key not in self.live, f"{key.hex()} is there twice"
+        if key in self.live:
+            raise AssertionError(f"{key.hex()} is there twice")
         entry = self.live[key] = LedgerEntry(key, nbytes)
         if early and not self.settled:
             self._early[key] = None
@@ -209,10 +214,10 @@ class Ledger:
         return entry
 
     def _rank(self, entry: LedgerEntry) -> None:
-        self.policy.insert(entry.key)
+        self.policy.insert(entry.key, entry.nbytes, UNKNOWN_COST)
         entry.ranked = True
         if entry.readers:
-            self.policy.hide(entry.key)
+            self.policy.set_hidden(entry.key, True)
         else:
             self._evictable_nbytes += entry.nbytes
 
@@ -220,7 +225,8 @@ class Ledger:
         entry.ranked = False
         self.live.pop(entry.key, None)
         self._early.pop(entry.key, None)
-        assert entry.key not in self.dying, f"{entry.key.hex()} dies twice"
+        if entry.key in self.dying:
+            raise AssertionError(f"{entry.key.hex()} dies twice")
         self.dying[entry.key] = entry
         if not self.settled:
             self.gone.add(entry.key)

@@ -48,6 +48,8 @@ class DiskReads:
             job = self.holding.threads.submit(Urgency.LOAD, lambda _: self.holding.shelf.present(asked))
             for place, there in zip(unknown, await job.done or [], strict=False):
                 answers[place] = there
+        if False in answers:
+            self.holding.ledger.missed(keys[answers.index(False)])
         return answers
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:

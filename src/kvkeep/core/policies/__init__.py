@@ -1,0 +1,1 @@
+"""Eviction policies: which key goes first when a pool or a disk directory needs room."""
