@@ -1,7 +1,7 @@
 """The life of entries: reserve, commit, pin, release; and who has to go when memory is short.
 
-It knows NOTHING about sockets, sessions, tiers, clocks, or the bytes behind an extent. It is not thread-safe:
-one thread owns it. A call for many keys is one step: nothing else sees it half done.
+Knows nothing about sockets, sessions, tiers, clocks, or the bytes behind an extent. Not thread-safe: one thread owns
+it. A call for many keys is one step: nothing else sees it half done.
 
     absent --reserve--> being written --commit--> committed --evict, discard, clear--> absent
                              |    |                   (while pinned: dead, memory held until the last unpin)
@@ -83,11 +83,8 @@ class Index:
         self._dead: set[IndexEntry] = set()
         self._spared: dict[bytes, int] = {}  # how often; hidden from the policy, but not held
         self._writing_entries = 0
-        self._committed_nbytes = 0
-        self._writing_nbytes = 0
-        self._dead_nbytes = 0
-        self._pinned_nbytes = 0
-        self._evictable_nbytes = 0
+        self._committed_nbytes = self._writing_nbytes = self._dead_nbytes = 0
+        self._pinned_nbytes = self._evictable_nbytes = 0
         self._evictions = 0
 
     def contains(self, keys: Iterable[bytes]) -> list[bool]:
@@ -110,9 +107,10 @@ class Index:
         run, policy = [], self._policy
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or entry.sums is None:
-                if entry is None:
-                    policy.missed(key)
+            if entry is None:
+                policy.missed(key)
+                break
+            if entry.sums is None:
                 break
             run.append(entry)
         set_hidden, touch, spared = policy.set_hidden, policy.touch, self._spared
@@ -191,16 +189,14 @@ class Index:
     ) -> list[IndexEntry | Outcome]:
         """Get an entry of nbytes to write for each absent key, or for the first `most`; owner is the lease's id.
 
-        If all absent keys fit into free and evictable bytes, as few entries as needed are evicted, none of them
-        named in keys. If not, nothing is evicted and the first keys get what is free. Where all extents have one
-        size this is exact. With mixed sizes, pinned entries between the holes may keep an extent from fitting
-        although the bytes would do: eviction then goes on while there are candidates, and only after the last
-        one is the answer NO_ROOM.
+        If all absent keys fit into free and evictable bytes, evicts as few entries as needed, none of them named in
+        keys. Otherwise evicts nothing and lends the first keys what is free. Where all extents have one size this is
+        exact. With mixed sizes, pinned entries between the holes may keep an extent from fitting although the bytes
+        would do: then it evicts on while there are candidates, and answers NO_ROOM only after the last one.
         """
         if not owner:
             raise ValueError("an owner is a lease's id, which is never 0")
-        entries, policy = self._entries, self._policy
-        unique = dict.fromkeys(keys)
+        entries, policy, unique = self._entries, self._policy, dict.fromkeys(keys)
         absent = [key for key in unique if key not in entries][:most]
         extents = self._lend(len(absent), nbytes, unique)
         fresh = {key: IndexEntry(key, extent, owner) for key, extent in zip(absent, extents, strict=False)}
