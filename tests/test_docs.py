@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "kvkeep"
 FAULTS = ROOT / "docs" / "reference" / "known-faults.md"
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "reference").glob("*.md")]
+FOLDERS = "|".join(sorted(file.parent.name for file in SOURCE.glob("*/__init__.py")))
+COMING = {"kvkeep.Config"}  # what the package will name itself
 
 
 def test_every_test_that_is_named_exists():
@@ -22,3 +29,56 @@ def test_every_case_that_is_named_is_measured():
     assert len(cases) == 3
     for name in re.findall(r"`([\w-]+)`", " ".join(cases)):
         assert f'"{name}"' in source, name
+
+
+def files_named(text: str) -> set[str]:
+    """The files and folders of src/kvkeep that a text names in code, as `engine/x.py` or `engine/{x,y}.py`."""
+    found: set[str] = set()
+    for name in re.findall(rf"`((?:{FOLDERS})/[\w/{{}},]*(?:\.py)?)`", text):
+        before, names, after = re.fullmatch(r"([^{]*)(?:\{([^}]*)\})?(.*)", name).groups()
+        found |= {f"{before}{part}{after}" for part in (names or "").split(",")}
+    return found
+
+
+def exists(dotted: str) -> bool:
+    """Whether a name like kvkeep.engine.plan.StepPlan is a package, a module or stands in one."""
+    file, parts = SOURCE, dotted.split(".")[1:]
+    while parts and file.is_dir() and ((file / parts[0]).is_dir() or (file / f"{parts[0]}.py").is_file()):
+        name = parts.pop(0)
+        file = file / name if (file / name).is_dir() else file / f"{name}.py"
+    text = (file / "__init__.py" if file.is_dir() else file).read_text()
+    return not parts or re.search(rf"\b{parts[0]}\b", text) is not None
+
+
+def anchors(page: Path) -> list[str]:
+    """What a link to a heading of this page may end with."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    assert [name for name in files_named(text) if not (SOURCE / name).exists() and not (ROOT / name).exists()] == []
+    names = set(re.findall(r"\bkvkeep(?:\.[A-Za-z_]\w*)+", text)) - COMING
+    assert [name for name in names if not exists(name) and not name.endswith((".json", ".toml"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert "://" in target or file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = [page.relative_to(ROOT / "docs") for page in PAGES if page.name != "README.md"]
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    figures = runpy.run_path(str(ROOT / "scripts" / "figures.py"))
+    text = (ROOT / "README.md").read_text()
+    assert figures["written"](text) == text, "python scripts/figures.py writes them"
