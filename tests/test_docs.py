@@ -13,7 +13,6 @@ SOURCE = ROOT / "src" / "kvkeep"
 FAULTS = ROOT / "docs" / "reference" / "known-faults.md"
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "reference").glob("*.md")]
 FOLDERS = "|".join(sorted(file.parent.name for file in SOURCE.glob("*/__init__.py")))
-COMING = {"kvkeep.Config"}  # what the package will name itself
 
 
 def test_every_test_that_is_named_exists():
@@ -60,7 +59,7 @@ def anchors(page: Path) -> list[str]:
 def test_every_module_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text()
     assert [name for name in files_named(text) if not (SOURCE / name).exists() and not (ROOT / name).exists()] == []
-    names = set(re.findall(r"\bkvkeep(?:\.[A-Za-z_]\w*)+", text)) - COMING
+    names = set(re.findall(r"\bkvkeep(?:\.[A-Za-z_]\w*)+", text))
     assert [name for name in names if not exists(name) and not name.endswith((".json", ".toml"))] == []
 
 
@@ -75,7 +74,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = [page.relative_to(ROOT / "docs") for page in PAGES if page.name != "README.md"]
-    assert [page for page in pages if f"({page})" not in index] == []
+    assert [page for page in pages if f"({page})" not in index] == [], "give it a line in docs/README.md"
 
 
 def test_the_figures_of_the_readme_are_those_of_the_results() -> None:

@@ -1,6 +1,6 @@
 """kvkeep in ten lines: keep the KV cache of a prompt, give it back into other blocks, compare the bytes.
 
-Read this test first. `open_engine` starts a store process, which owns the memory; `store` copies the blocks of a prompt
+Read this test first. `open_cache` starts a store process, which owns the memory; `store` copies the blocks of a prompt
 into it, `retrieve` copies them back. vLLM's connector goes the same way, with a scheduler between.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvkeep.config import Config
-from kvkeep.doors.library.open import Model, open_engine
-from kvkeep.transfer.pages import GroupCaches
+from kvkeep import Config, GroupCaches, Model, open_cache
 
 BLOCK_TOKENS, NUM_BLOCKS = 16, 32
 
@@ -23,7 +21,7 @@ def test_what_was_kept_comes_back() -> None:
     group = GroupCaches(caches, NUM_BLOCKS, BLOCK_TOKENS, window=0)
     prompt = list(range(100))  # token ids; the engine computed their KV into the blocks 1 to 7
 
-    with open_engine([group], Model("tiny"), Config(pool_size="16 MiB", chunk_tokens=32)) as cache:
+    with open_cache([group], Model("tiny"), Config(pool_size="16 MiB", chunk_tokens=32)) as cache:
         assert cache.store(prompt, [[1, 2, 3, 4, 5, 6, 7]]) == 96  # three whole chunks of 32 tokens
         assert cache.lookup(prompt) == 96
         arrived = cache.retrieve(prompt, [[11, 12, 13, 14, 15, 16, 17]])
