@@ -40,7 +40,7 @@ CHUNKS, LAYERS, BLOCKS = 32, 32, 513  # of a model's cache: 8,192 tokens in bloc
 SIDE = 8192  # of the matrices that are multiplied
 RUNS = 7
 HIDDEN_CYCLES = 60_000_000  # some 30 ms in which the host prepares
-WAYS = ("kernel", "engine")
+WAYS = ("kernel", "copy")
 NAMES = {True: "store", False: "load"}
 GOALS = {8 << 10: ">= 0.8"} | dict.fromkeys(PAGE_SIZES[3:], ">= 0.9")
 Copy = Callable[[], None]
@@ -246,7 +246,7 @@ def main() -> None:
     rows = [row for part in (bandwidth_rows, both_rows, product_rows, turned_rows, host_rows) for row in part()]
     show(rows, f"{torch.cuda.get_device_name(0)}, {PROGRAMS} programs a launch")
     write(rows, options.json)
-    samples = probe(device, CudaStream(device), partial(copier_by, "kernel"), partial(copier_by, "engine"))
+    samples = probe(device, CudaStream(device), partial(copier_by, "kernel"), partial(copier_by, "copy"))
     choice = decide(torch.cuda.get_device_name(0), samples, PROGRAMS)
     print(choice, *choice.lines, sep="\n")
 

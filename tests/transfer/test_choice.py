@@ -45,7 +45,7 @@ def test_the_engine_is_taken_from_where_on_it_always_pays(engine: list[float], t
     choice = decide("H100", samples(True, engine) + samples(False, [1, 1, 1]), 16)
     assert choice.to_pool_nbytes == threshold
     assert choice.from_pool_nbytes == NEVER
-    assert choice.way(True, threshold) == "engine"
+    assert choice.way(True, threshold) == "copy"
     assert choice.way(True, threshold - 1) == "kernel"
     assert choice.way(False, 1 << 30) == "kernel"
 
@@ -55,8 +55,8 @@ def test_no_measured_size_is_given_to_an_engine_that_lost_there(rows: list[tuple
     unique = {row[:2]: Sample(*row) for row in rows}.values()
     choice = decide("d", list(unique), 16)
     for sample in unique:
-        if choice.way(sample.to_pool, sample.page_nbytes) == "engine":
-            assert sample.engine_rate >= WORTH * sample.kernel_rate
+        if choice.way(sample.to_pool, sample.page_nbytes) == "copy":
+            assert sample.copy_rate >= WORTH * sample.kernel_rate
 
 
 def test_a_choice_is_kept_and_is_one_devices_and_one_number_of_programs(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_a_place_that_cannot_be_written_is_an_answer(tmp_path: Path):
     assert not write_choice(tmp_path / "f" / "g", always("H100", "kernel"))
 
 
-@pytest.mark.parametrize("way", ["kernel", "engine"])
+@pytest.mark.parametrize("way", ["kernel", "copy"])
 def test_what_is_set_holds_for_every_page(way: Way):
     choice = always("H100", way)
     assert {choice.way(to_pool, size) for to_pool in (True, False) for size in (1, 1 << 40)} == {way}
@@ -131,10 +131,10 @@ def test_a_device_is_measured_once_and_again_for_another_number_of_programs(tmp_
     ("way", "without", "wanted"),
     [
         ("kernel", "", "kernel"),
-        ("copy", "", "engine"),
-        ("auto", "no Triton", "engine"),
-        ("kernel", "no Triton", "engine"),
-        ("copy", "no Triton", "engine"),
+        ("copy", "", "copy"),
+        ("auto", "no Triton", "copy"),
+        ("kernel", "no Triton", "copy"),
+        ("copy", "no Triton", "copy"),
     ],
 )
 def test_what_is_set_or_the_only_way_is_taken_without_measuring(

@@ -68,11 +68,11 @@ def by_kernel(parts: Sequence[Part], kernel: Any = None) -> PageCopier:
     return KernelCopier(parts, CPU, PROGRAMS, kernel or Launches())
 
 
-def by_engine(parts: Sequence[Part], driver: Memmove | None = None) -> PageCopier:
+def by_copy(parts: Sequence[Part], driver: Memmove | None = None) -> PageCopier:
     return MemcpyCopier(parts, driver or Memmove(), lambda: 7)
 
 
-MOVERS = {"kernel": by_kernel, "engine": by_engine}
+MOVERS = {"kernel": by_kernel, "copy": by_copy}
 
 
 def transfer_of(groups: Sequence[GroupCaches], chunk_tokens: int, copier: Callable[..., PageCopier]) -> DeviceTransfer:
@@ -284,7 +284,7 @@ def test_a_batch_is_one_launch_of_a_bounded_number_of_programs():
 def test_preparing_launches_everything_once_and_copies_nothing():
     caches, launches = build(MODEL, 13, 1), Launches()
     before = [one.clone() for one in caches.memory]
-    parts = transfer_of([caches.group], 64, by_engine).parts
+    parts = transfer_of([caches.group], 64, by_copy).parts
     KernelCopier(parts, CPU, PROGRAMS, launches).prepare()
     assert launches.grids == [1, 1]
     assert launches.widths == [16, 16]
@@ -353,7 +353,7 @@ def test_a_layer_of_more_than_two_gib(way: str):
 def test_neighbours_are_one_copy_and_a_copy_ends_with_its_page_locked_piece():
     cache = torch.arange(9 * 64, dtype=torch.int32).to(torch.uint8).view(9, 64)
     driver = Memmove()
-    transfer = transfer_of([GroupCaches({"l": cache}, 9, 1, 0)], 8, partial(by_engine, driver=driver))
+    transfer = transfer_of([GroupCaches({"l": cache}, 9, 1, 0)], 8, partial(by_copy, driver=driver))
     _, lease = memory_for(transfer.shard)
     transfer.gather([Blocks(0, 0, (3, 4, 5, 6, 1, 2))], lease, False)
     assert driver.sizes == [256, 128]
@@ -399,8 +399,8 @@ def test_each_direction_has_its_stream_and_nothing_is_given_back_before_its_copi
     cache = torch.arange(9 * 64, dtype=torch.int32).to(torch.uint8).view(9, 64)
 
     def paths(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
-        return Direction(by_engine(parts), NotedStream("store", events)), Direction(
-            by_engine(parts), NotedStream("load", events)
+        return Direction(by_copy(parts), NotedStream("store", events)), Direction(
+            by_copy(parts), NotedStream("load", events)
         )
 
     transfer = DeviceTransfer([GroupCaches({"l": cache}, 9, 1, 0)], 2, paths)
@@ -421,8 +421,8 @@ def test_memory_that_is_not_page_locked_is_staged():
     cache = torch.arange(9 * 64, dtype=torch.int32).to(torch.uint8).view(9, 64)
 
     def paths(parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
-        return Direction(by_engine(parts), NotedStream("store", events)), Direction(
-            by_engine(parts), NotedStream("load", events)
+        return Direction(by_copy(parts), NotedStream("store", events)), Direction(
+            by_copy(parts), NotedStream("load", events)
         )
 
     transfer = DeviceTransfer([GroupCaches({"l": cache}, 9, 1, 0)], 2, paths)

@@ -45,7 +45,7 @@ NB = 9
 TURNS = 200  # of a race
 TEXT = 32, 8  # blocks of 16 tokens of a text, and of one of its four chunks
 BOOT = b"boot number one."
-WAYS = ("kernel", "engine")
+WAYS = ("kernel", "copy")
 real = pytest.mark.real_device  # nothing that plays a device can pass it
 Groups = list[list[torch.Tensor]]
 

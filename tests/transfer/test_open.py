@@ -39,7 +39,7 @@ def test_on_a_cpu_nothing_is_measured_or_locked(tmp_path: Path):
 def test_a_probe_copies_every_page_each_way_and_none_beside_its_neighbour(monkeypatch: pytest.MonkeyPatch):
     nbytes = 4 << 20
     monkeypatch.setattr(probe_module, "NBYTES", nbytes)
-    kernel, engine = Memmove(), Memmove()
+    kernel, copy = Memmove(), Memmove()
 
     def made(driver: Memmove, parts: tuple[Part, ...]) -> PageCopier:
         return MemcpyCopier(parts, driver, lambda: 0)
@@ -48,13 +48,13 @@ def test_a_probe_copies_every_page_each_way_and_none_beside_its_neighbour(monkey
         torch.device("cpu"),
         InlineStream(),
         lambda parts: made(kernel, parts),
-        lambda parts: made(engine, parts),
+        lambda parts: made(copy, parts),
     )
     assert [(one.page_nbytes, one.to_pool) for one in samples] == [
         (n, way) for n in PAGE_SIZES for way in (True, False)
     ]
-    assert all(one.kernel_rate > 0 and one.engine_rate > 0 for one in samples)
-    assert kernel.copied_nbytes == engine.copied_nbytes == 4 * 2 * len(PAGE_SIZES) * nbytes
+    assert all(one.kernel_rate > 0 and one.copy_rate > 0 for one in samples)
+    assert kernel.copied_nbytes == copy.copied_nbytes == 4 * 2 * len(PAGE_SIZES) * nbytes
 
 
 def test_scattered_pages_are_all_of_them_in_no_order():

@@ -77,16 +77,16 @@ class _CopyWays:
         copier.prepare()
         return copier
 
-    def engine(self, parts: Sequence[Part]) -> PageCopier:
+    def copy(self, parts: Sequence[Part]) -> PageCopier:
         return MemcpyCopier(parts, self._driver, self._stream)
 
     def measure(self) -> list[Sample]:
-        return probe(self._device, CudaStream(self._device), self.kernel, self.engine)
+        return probe(self._device, CudaStream(self._device), self.kernel, self.copy)
 
     def directions(self, choice: DevicePath, parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
         """The way that is right for the largest pages, where most bytes are, with a stream for each direction."""
         page_nbytes = max(part.pages.nbytes for part in parts)
-        made: dict[str, Callable[[Sequence[Part]], PageCopier]] = {"kernel": self.kernel, "engine": self.engine}
+        made: dict[str, Callable[[Sequence[Part]], PageCopier]] = {"kernel": self.kernel, "copy": self.copy}
         to_pool, from_pool = (made[choice.way(direction, page_nbytes)](parts) for direction in (True, False))
         return Direction(to_pool, CudaStream(self._device)), Direction(from_pool, CudaStream(self._device))
 

@@ -18,9 +18,9 @@ from kvkeep.home import cache_file
 
 log = logging.getLogger("kvkeep")
 
-Way = Literal["kernel", "engine"]
-WORTH = 0.95  # the engine is taken where it reaches this share of the kernel's rate: it leaves the model its processors
-_VERSION = 2
+Way = Literal["kernel", "copy"]
+WORTH = 0.95  # the copy engine is taken from this share of the kernel's rate on: it leaves the model its processors
+_VERSION = 3
 NEVER = 1 << 62
 
 
@@ -38,7 +38,7 @@ class Sample(msgspec.Struct, frozen=True):
     to_pool: bool
     page_nbytes: int
     kernel_rate: float
-    engine_rate: float
+    copy_rate: float
 
 
 class DevicePath(msgspec.Struct, frozen=True):
@@ -56,22 +56,22 @@ class DevicePath(msgspec.Struct, frozen=True):
 
     def way(self, to_pool: bool, page_nbytes: int) -> Way:
         """How pages of this size are copied."""
-        return "engine" if page_nbytes >= (self.to_pool_nbytes if to_pool else self.from_pool_nbytes) else "kernel"
+        return "copy" if page_nbytes >= (self.to_pool_nbytes if to_pool else self.from_pool_nbytes) else "kernel"
 
     @property
     def lines(self) -> list[str]:
         """One line a measured size and direction, as "store    4 KiB: kernel 21.0, copy engine 3.1 GB/s: kernel"."""
-        names = {"kernel": "kernel", "engine": "copy engine"}
+        names = {"kernel": "kernel", "copy": "copy engine"}
         return [
             f"{'store' if one.to_pool else 'load':5} {_size(one.page_nbytes):>8}: kernel {one.kernel_rate / 1e9:.1f}, "
-            f"copy engine {one.engine_rate / 1e9:.1f} GB/s: {names[self.way(one.to_pool, one.page_nbytes)]}"
+            f"copy engine {one.copy_rate / 1e9:.1f} GB/s: {names[self.way(one.to_pool, one.page_nbytes)]}"
             for one in sorted(self.samples, key=lambda one: (not one.to_pool, one.page_nbytes))
         ]
 
     def __str__(self) -> str:
         if not self.samples:
             return f"{self.device}: {'the kernel' if self.to_pool_nbytes else 'the copy engine'} for all pages, as set"
-        best = max(max(sample.kernel_rate, sample.engine_rate) for sample in self.samples)
+        best = max(max(sample.kernel_rate, sample.copy_rate) for sample in self.samples)
         return (
             f"{self.device}: copy engine for pages from {_size(self.to_pool_nbytes)} on when storing, "
             f"{_size(self.from_pool_nbytes)} when loading, else the kernel, up to {best / 1e9:.0f} GB/s"
@@ -80,7 +80,7 @@ class DevicePath(msgspec.Struct, frozen=True):
 
 def always(device: str, way: Way) -> DevicePath:
     """The choice that asks no measurement: every page goes this way."""
-    nbytes = 0 if way == "engine" else NEVER
+    nbytes = 0 if way == "copy" else NEVER
     return DevicePath(device, nbytes, nbytes)
 
 
@@ -92,9 +92,9 @@ def choose(device: str, wish: Wish, measure: Callable[[], Sequence[Sample]], wit
     if without_kernel:
         if wish.way != "copy":
             log.warning("kvkeep: the copy engine takes all pages, small ones slowly: %s", without_kernel)
-        return always(device, "engine")
+        return always(device, "copy")
     if wish.way != "auto":
-        return always(device, "kernel" if wish.way == "kernel" else "engine")
+        return always(device, "kernel" if wish.way == "kernel" else "copy")
     choice = read_choice(wish.kept, device, wish.programs)
     if choice is None:
         choice = decide(device, measure(), wish.programs)
@@ -105,7 +105,7 @@ def choose(device: str, wish: Wish, measure: Callable[[], Sequence[Sample]], wit
 
 
 def decide(device: str, samples: Sequence[Sample], programs: int) -> DevicePath:
-    """The choice that these samples make: in each direction the smallest page from which on the engine always pays."""
+    """Return the choice that these samples make: by direction the smallest page from which on `copy` always pays."""
     if not samples:
         raise ValueError("a decision needs samples")
     return DevicePath(
@@ -120,7 +120,7 @@ def decide(device: str, samples: Sequence[Sample], programs: int) -> DevicePath:
 def _threshold(samples: Iterable[Sample]) -> int:
     threshold = NEVER
     for sample in sorted(samples, key=lambda one: -one.page_nbytes):
-        if sample.engine_rate < WORTH * sample.kernel_rate:
+        if sample.copy_rate < WORTH * sample.kernel_rate:
             break
         threshold = sample.page_nbytes
     return threshold

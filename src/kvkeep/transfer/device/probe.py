@@ -25,14 +25,14 @@ _RUNS = 3
 MakeCopier = Callable[[tuple[Part, ...]], PageCopier]
 
 
-def probe(device: torch.device, stream: CopyStream, kernel: MakeCopier, engine: MakeCopier) -> list[Sample]:
+def probe(device: torch.device, stream: CopyStream, kernel: MakeCopier, copy: MakeCopier) -> list[Sample]:
     """The rates of both ways for every page size and direction: the best of three runs."""
     inside = torch.zeros(NBYTES, dtype=torch.uint8, device=device)
     outside = torch.zeros(NBYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     samples = []
     for page_nbytes in PAGE_SIZES:
         job, parts = scattered(inside, outside, page_nbytes)
-        copiers = [kernel(parts), engine(parts)]
+        copiers = [kernel(parts), copy(parts)]
         for to_pool in (True, False):
             rates = [rate(stream, copier, job, to_pool) for copier in copiers]
             samples.append(Sample(to_pool, page_nbytes, *rates))
