@@ -1,4 +1,4 @@
-"""Both tiers keep the contract: one line a case."""
+"""Every tier keeps the contract: one line a case."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from kvkeep.config import Disk, Durability
 from kvkeep.testing.doubles.codecs import ZlibCodec
-from kvkeep.testing.doubles.memory_tier import MemoryTier
+from kvkeep.testing.doubles.memory_place import MemoryPlace
+from kvkeep.testing.suites import places
 from kvkeep.testing.suites.tiers import CHECKS, Check
 from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.tiers.record_tier import open_record_tier
 from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tier import Tier
 
@@ -20,7 +22,11 @@ LIMIT = 64 << 20
 
 
 async def memory(_: Path) -> Tier:
-    return MemoryTier()
+    return await open_record_tier(MemoryPlace())
+
+
+async def memory_with_codec(_: Path) -> Tier:
+    return await open_record_tier(MemoryPlace(), ZlibCodec())
 
 
 def disk(
@@ -39,6 +45,7 @@ def disk(
 
 CASES = {
     "memory": memory,
+    "memory-codec": memory_with_codec,
     "disk": disk(),
     "disk-buffered": disk(direct=False),
     "disk-three-directories": disk(directories=3),
@@ -59,3 +66,8 @@ def test_conformance(case: str, check: Check, tmp_path: Path) -> None:
             await tier.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize("check", places.CHECKS, ids=lambda one: one.__name__)
+def test_the_place_in_memory_is_a_place(check: places.Check) -> None:
+    asyncio.run(asyncio.wait_for(check(MemoryPlace()), 20))

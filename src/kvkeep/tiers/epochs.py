@@ -13,7 +13,7 @@ from kvkeep.errors import CorruptChunk
 
 VERSION = 2  # that of the records: those beside epochs of another version are of another format
 _MAX_NAMESPACES = 4096
-_EVERYTHING = "*"
+EVERYTHING = "*"
 _SUM_LINE_NBYTES = len("\n") + 32 + len("\n")
 
 
@@ -38,7 +38,7 @@ class Epochs(msgspec.Struct, frozen=True):
         """The epochs after a clear; past 4,096 cleared namespaces everything is cleared instead."""
         last = max(self.last + 1, now_ns)
         if namespace is None or len(self.namespaces) >= _MAX_NAMESPACES:
-            return Epochs(last, last, {}, frozenset([_EVERYTHING]))
+            return Epochs(last, last, {}, frozenset([EVERYTHING]))
         name = namespace.hex()
         return Epochs(last, self.everything, {**self.namespaces, name: last}, self.unsettled | {name})
 
@@ -48,12 +48,12 @@ class Epochs(msgspec.Struct, frozen=True):
 
     def is_unsettled(self, namespace: bytes) -> bool:
         """Whether records of older epochs may lie about in this namespace."""
-        return bool(self.unsettled) and (_EVERYTHING in self.unsettled or namespace.hex() in self.unsettled)
+        return bool(self.unsettled) and (EVERYTHING in self.unsettled or namespace.hex() in self.unsettled)
 
 
 def first_epochs(now_ns: int) -> Epochs:
     """Where nothing is known: whatever is there already is of an older epoch."""
-    return Epochs(now_ns, now_ns, {}, frozenset([_EVERYTHING]))
+    return Epochs(now_ns, now_ns, {}, frozenset([EVERYTHING]))
 
 
 def encode_epochs(epochs: Epochs, nbytes: int = 0) -> bytes:

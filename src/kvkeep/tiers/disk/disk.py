@@ -19,8 +19,8 @@ from kvkeep.config import Disk
 from kvkeep.errors import TierError, TierUnavailable
 from kvkeep.tiers.disk.directio import Files, posix_files
 from kvkeep.tiers.disk.directory import Drive, open_drive
-from kvkeep.tiers.disk.state import outlast
 from kvkeep.tiers.records import RAW_RECORDS, Records
+from kvkeep.tiers.tasks import outlast
 from kvkeep.tiers.tier import Read, Stored, Write
 
 A = TypeVar("A")

@@ -20,6 +20,7 @@ from kvkeep.tiers.disk.files import Shelf
 from kvkeep.tiers.disk.ledger import Ledger, LedgerEntry
 from kvkeep.tiers.disk.threads import IoJob, IoThreads, Scratch, Urgency
 from kvkeep.tiers.epochs import Epochs
+from kvkeep.tiers.tasks import outlast
 from kvkeep.tiers.tier import Stored
 
 log = logging.getLogger("kvkeep.disk")
@@ -215,13 +216,3 @@ async def _all(tasks: set[asyncio.Task[None]]) -> None:
     """Waits; cancelling this cancels none of them."""
     if tasks:
         await asyncio.wait(tasks)
-
-
-async def outlast(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Waits however often this is cancelled: lent memory is not given back before its thread has returned."""
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        try:
-            _, pending = await asyncio.wait(pending)
-        except asyncio.CancelledError:
-            pending = {task for task in pending if not task.done()}
