@@ -187,18 +187,17 @@ def hasty() -> Iterator[Bench]:
 def mute(bench: Bench, verb: str) -> Iterator[None]:
     """The store stands still at the next call of `verb` until the end of the context."""
     running, gate = bench.source.running, threading.Event()
-    store = running.server.walk.promotions if verb == "fetch" else running.store
-    answer = getattr(store, verb)
+    answer = getattr(running.store, verb)
 
     def stands_still(*arguments: Any) -> Any:
         assert gate.wait(LIMIT_S)
         return answer(*arguments)
 
-    setattr(store, verb, stands_still)
+    setattr(running.store, verb, stands_still)
     try:
         yield
     finally:
-        setattr(store, verb, answer)
+        setattr(running.store, verb, answer)
         gate.set()
 
 

@@ -10,8 +10,8 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import WORDS_NBYTES, Arrival, Words, region_nbytes
+from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
@@ -51,7 +51,7 @@ class House:
         self.store = Store(Index(FreeList(self.room * CHUNK), policy_by_name("lru")), self.room * CHUNK, self.share)
         self.walk = TierWalk(self.store, self.memory, self.words)
         for name, tier in [("fast", self.fast), ("slow", self.slow)][: self.tiers]:
-            self.walk.add(name, tier, reads=self.reads)
+            self.walk.add(name, tier, max_reads=self.reads)
         self.session = self.join()
 
     def join(self, name: str = "n") -> Session:
@@ -72,11 +72,13 @@ class House:
         """The answers of a fetch: one as soon as it is answered."""
         found: list[Found] = []
 
+        async def fetch(asking: Session) -> None:
+            limits = FetchLimits(deadline_s, limit_s, early)
+            found.append(await self.walk.fetches.fetch(asking, [digest(n) for n in numbers], limits))
+
         async def go() -> None:
-            one = session or self.session
-            self.walk.promotions.fetch(
-                one, [digest(n) for n in numbers], FetchLimits(deadline_s, limit_s, early), found.append
-            )
+            asking = session or self.session
+            self.walk.tasks.start(fetch(asking), owner=asking)
 
         self.loop.run_until_complete(go())
         self.loop.turn()
@@ -122,4 +124,4 @@ class House:
         assert (self.session.promised_nbytes, self.session.pinned_nbytes) == (0, 0)
         assert self.words.free == WORDS_NBYTES // 4
         assert self.store.index.check() == ""
-        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.loads)
+        assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.reads)

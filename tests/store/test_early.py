@@ -136,7 +136,7 @@ def test_a_tier_that_hangs_fails_the_words_in_time_and_keeps_the_memory_for_the_
 
 
 def test_what_waits_for_its_turn_too_long_fails_and_comes_for_others(house: House) -> None:
-    house.walk.loads[0].most_nbytes = CHUNK
+    house.walk.reads[0].most_nbytes = CHUNK
     house.on(house.fast, 1, 2)
     house.ask(1, deadline_s=10.0)
     (found,) = house.ask(2, 9, early=True)
@@ -167,7 +167,7 @@ def test_a_session_that_ends_while_its_chunks_are_read_holds_them_until_it_is_cl
     other = house.join()
     house.on(house.fast, 1)
     (found,) = house.ask(1, 9, session=other, early=True)
-    house.walk.promotions.forget(other)
+    house.walk.tasks.cancel(other)
     house.store.linger(other)
     for _ in range(3):
         step(house)

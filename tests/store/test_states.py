@@ -12,9 +12,8 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import WireError
-from kvkeep.store.below.states import FoundState, StateFetches
+from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.below.waiting import FetchLimits
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store, Why, states_of
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
@@ -48,7 +47,6 @@ class House:
         self.store = Store(Index(FreeList(ROOM_NBYTES), policy_by_name("lru")), ROOM_NBYTES)
         self.walk = TierWalk(self.store, self.memory)
         self.walk.add("disk", self.tier)
-        self.fetches = StateFetches(self.walk.promotions)
         self.session = self.store.open(Opening("test", b"n" * 16, "", 8192, (), 1, SIZES, STATE_SIZES))
         assert self.session.states is not None
         self.states = self.session.states
@@ -69,12 +67,15 @@ class House:
         for number in numbers:
             self.tier.keep(side.namespace + digest(number), payload(number, side), sums(number, side))
 
-    def ask(self, *numbers: int) -> list[FoundState]:
-        found: list[FoundState] = []
+    def ask(self, *numbers: int) -> list[Found]:
+        found: list[Found] = []
+
+        async def fetch() -> None:
+            digests = [digest(number) for number in numbers]
+            found.append(await self.walk.fetches.fetch(self.session, digests, FetchLimits(DEADLINE_S, LIMIT_S)))
 
         async def go() -> None:
-            digests = [digest(one) for one in numbers]
-            self.fetches.fetch(self.session, digests, FetchLimits(DEADLINE_S, LIMIT_S), found.append)
+            self.walk.tasks.start(fetch(), owner=self.session)
 
         self.loop.run_until_complete(go())
         self.loop.turn()
@@ -84,11 +85,11 @@ class House:
         """The keys that the tier was asked to load."""
         return [key for verb, keys in self.tier.calls if verb == "load" for key in keys]
 
-    def check(self, found: FoundState, *numbers: int) -> None:
+    def check(self, found: Found, *numbers: int) -> None:
         """It is the run of these chunks, and the state at the end of the last one."""
         assert found.state is not None
         for side, got, wanted in (
-            (self.session, found.run.fetched, numbers),
+            (self.session, found.fetched, numbers),
             (self.states, found.state.fetched, numbers[-1:]),
         ):
             assert len(got.offsets) == len(wanted)
@@ -96,7 +97,7 @@ class House:
                 octets = payload(number, side)
                 assert self.memory[offset : offset + len(octets)].tobytes() == octets
                 assert got.sums[place] == sums(number, side)
-        assert sum(found.run.sources.values()) == len(numbers)
+        assert sum(found.sources.values()) == len(numbers)
 
     def settle(self) -> None:
         """Nothing is held once every lease is released."""
@@ -124,7 +125,7 @@ def test_the_run_ends_at_the_last_state(house: House) -> None:
     house.put(house.states, 1, 3)
     (found,) = house.ask(1, 2, 3, 4)
     house.check(found, 1, 2, 3)
-    assert found.run.why is Why.NO_STATE
+    assert found.why is Why.NO_STATE
 
 
 def test_a_state_at_the_very_end_leaves_nothing_to_explain(house: House) -> None:
@@ -132,21 +133,21 @@ def test_a_state_at_the_very_end_leaves_nothing_to_explain(house: House) -> None
     house.put(house.states, 2)
     (found,) = house.ask(1, 2)
     house.check(found, 1, 2)
-    assert found.run.why is None
+    assert found.why is None
 
 
 def test_without_a_state_nothing_is_held_and_nothing_is_read(house: House) -> None:
     house.put(house.session, 1, 2)
     house.keep(house.session, 3)
     (found,) = house.ask(1, 2, 3)
-    assert (found.state, found.run.fetched.lease, found.run.why) == (None, 0, Why.NO_STATE)
+    assert (found.state, found.fetched.lease, found.why) == (None, 0, Why.NO_STATE)
     assert house.store.figures()["pinned_nbytes"] == 0
     assert house.read() == []
 
 
 def test_where_nothing_is_kept_that_is_the_reason(house: House) -> None:
     (found,) = house.ask(1, 2)
-    assert (found.run.fetched.lease, found.run.why) == (0, Why.ABSENT)
+    assert (found.fetched.lease, found.why) == (0, Why.ABSENT)
 
 
 def test_a_state_beyond_the_run_is_of_no_use_and_an_earlier_one_is_taken(house: House) -> None:
@@ -162,7 +163,7 @@ def test_from_a_tier_only_what_leads_to_a_state_is_read(house: House) -> None:
     house.keep(house.states, 3)
     (found,) = house.ask(1, 2, 3, 4)
     house.check(found, 1, 2, 3)
-    assert found.run.sources == {"pool": 1, "disk": 2}
+    assert found.sources == {"pool": 1, "disk": 2}
     assert set(house.read()) == {house.session.namespace + digest(2), house.session.namespace + digest(3)} | {
         house.states.namespace + digest(3)
     }
@@ -174,14 +175,14 @@ def test_a_state_that_does_not_come_gives_way_to_the_one_before(house: House) ->
     house.tier.keep(house.states.namespace + digest(3), b"short", b"")
     (found,) = house.ask(1, 2, 3)
     house.check(found, 1)
-    assert found.run.why is Why.NOT_LOADED
+    assert found.why is Why.NOT_LOADED
 
 
 def test_where_the_only_state_does_not_come_that_is_the_reason(house: House) -> None:
     house.put(house.session, 1, 2, 3)
     house.tier.keep(house.states.namespace + digest(3), b"short", b"")
     (found,) = house.ask(1, 2, 3)
-    assert (found.state, found.run.fetched.lease, found.run.why) == (None, 0, Why.NOT_LOADED)
+    assert (found.state, found.fetched.lease, found.why) == (None, 0, Why.NOT_LOADED)
 
 
 def test_a_tier_that_does_not_say_in_time_is_done_without(house: House) -> None:
@@ -210,12 +211,12 @@ def test_a_tier_that_does_not_say_costs_one_deadline_in_all(house: House, how: s
     (house.tier.shut if how == "hangs" else house.tier.broken).add("contains")
     house.ask(1)
     house.loop.advance(DEADLINE_S)
-    assert house.walk.loads[0].breaker.failures == (how == "fails"), "a request that waits less says nothing"
+    assert house.walk.reads[0].breaker.failures == (how == "fails"), "a request that waits less says nothing"
     house.loop.advance(LIMIT_S - DEADLINE_S)
-    assert house.walk.loads[0].breaker.failures == 1
+    assert house.walk.reads[0].breaker.failures == 1
     asked = len(house.tier.calls)
     (found,) = house.ask(1) if how == "fails" else [*house.ask(1), *house.ask(1)][:1]
-    assert (found.state, found.run.why, found.run.took_s) == (None, Why.LEFT_ALONE, 0.0)
+    assert (found.state, found.why, found.took_s) == (None, Why.LEFT_ALONE, 0.0)
     assert len(house.tier.calls) <= asked + 1, "a probe at most"
     house.tier.open("contains")
 
@@ -238,7 +239,7 @@ def test_a_session_that_ends_meanwhile_is_not_answered_and_holds_nothing(house: 
     house.keep(house.states, 2)
     house.tier.shut.add(verb)
     found = house.ask(1, 2)
-    house.fetches.forget(house.session)
+    house.walk.tasks.cancel(house.session)
     house.store.close(house.session)
     house.tier.open(verb)
     house.loop.advance(LIMIT_S)

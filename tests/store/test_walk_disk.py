@@ -13,8 +13,8 @@ from kvkeep.config import Disk
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
+from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.below.waiting import FetchLimits, Found
 from kvkeep.store.sessions import Opening, Session
 from kvkeep.store.store import Store, Why
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
@@ -31,10 +31,8 @@ SOON_S, EVER_S = 0.05, 30.0
 
 async def asked(walk: TierWalk, session: Session, *numbers: int, deadline_s: float) -> Found:
     """The answer to a fetch, its lease released."""
-    found: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
     digests = [WRITES[number].key[16:] for number in numbers]
-    walk.promotions.fetch(session, digests, FetchLimits(deadline_s), found.set_result)
-    answer = await found
+    answer = await walk.fetches.fetch(session, digests, FetchLimits(deadline_s))
     walk.store.release(session, answer.fetched.lease)
     return answer
 

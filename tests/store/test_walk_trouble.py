@@ -34,13 +34,13 @@ def test_before_a_tier_is_open_a_miss_says_so(loop: ManualLoop) -> None:
     house = House(loop, tiers=0)
     house.put(1)
     house.on(house.fast, 2)
-    house.walk.promotions.opening = True
+    house.walk.filler.opening = True
     (found,) = house.ask(1, 2, 3)
     assert (house.holds(found, 1), found.why) == (True, Why.OPENING)
     assert house.ask(1)[0].why is None
     assert house.ask(2, deadline_s=0.0)[0].why is Why.ABSENT, "whoever does not wait asks no tier"
     loop.run_until_complete(house.walk.admit("fast", house.fast))
-    house.walk.promotions.opening = False
+    house.walk.filler.opening = False
     (found,) = house.ask(1, 2, 3)
     assert (house.holds(found, 1, 2), found.why) == (True, Why.ABSENT)
     house.settle()
@@ -48,7 +48,7 @@ def test_before_a_tier_is_open_a_miss_says_so(loop: ManualLoop) -> None:
 
 def test_where_one_tier_is_open_and_another_is_not_yet_a_miss_says_so(loop: ManualLoop) -> None:
     house = House(loop, tiers=1)
-    house.walk.promotions.opening = True
+    house.walk.filler.opening = True
     house.on(house.fast, 1)
     (found,) = house.ask(1, 2)
     assert (house.holds(found, 1), found.why) == (True, Why.OPENING)
@@ -74,7 +74,7 @@ def test_what_was_evicted_between_the_question_and_the_read_is_no_failure(house:
     house.fast.open("load")
     house.loop.turn()
     assert (house.holds(found[0], 1), found[0].why) == (True, Why.EVICTED)
-    assert house.walk.loads[0].breaker.failures == 0
+    assert house.walk.reads[0].breaker.failures == 0
 
 
 # ---- reads that hang -------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_chunk_whose_read_hangs_is_not_waited_for_when_its_tier_works_again(lo
     house.ask(2)  # the probe
     (found,) = house.ask(2, 3)
     assert house.holds(found, 2, 3), "one read that hangs does not shut the tier"
-    assert house.walk.loads[0].quarantined_nbytes == CHUNK
+    assert house.walk.reads[0].quarantined_nbytes == CHUNK
     (found,) = house.ask(1)
     assert (found.fetched.offsets, found.why, found.took_s) == ([], Why.NOT_LOADED, 0.0)
     house.fast.open("load")
@@ -137,7 +137,7 @@ def test_only_as_many_reads_as_a_tier_can_do_at_once_hang(loop: ManualLoop) -> N
         house.ask(number)
         house.loop.advance(70.0)
     assert len([verb for verb, _ in house.fast.calls if verb == "load"]) == 3
-    assert house.walk.loads[0].quarantined_nbytes == 3 * CHUNK
+    assert house.walk.reads[0].quarantined_nbytes == 3 * CHUNK
     house.fast.open("load")
     house.settle()
 
@@ -174,7 +174,7 @@ def test_a_tier_with_a_read_that_hangs_is_written_to(loop: ManualLoop) -> None:
 
 def test_what_hangs_takes_nothing_from_what_may_be_under_way(loop: ManualLoop) -> None:
     house = House(loop, tiers=1, reads=4)
-    (line,) = house.walk.loads
+    (line,) = house.walk.reads
     line.most_nbytes = CHUNK
     house.on(house.fast, 1, 2, 3)
     house.fast.shut.add("load")

@@ -76,13 +76,13 @@ def run(config: Config, private_fd: int | None, path: Path | None) -> None:
 
 async def _opened(tiers: Sequence[Tier], walk: TierWalk) -> None:
     """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
-    walk.promotions.opening = bool(tiers)
+    walk.filler.opening = bool(tiers)
     try:
         await open_tiers(tiers, walk.admit, walk.left_out)
     finally:
-        walk.promotions.opening = False
+        walk.filler.opening = False
     disk = next((tier for tier in tiers if isinstance(tier, Disk)), None)
-    if disk is not None and walk.loads:
+    if disk is not None and walk.reads:
         Identities(Path(disk.path[0]), walk.store.namespaces).start(asyncio.get_running_loop())
 
 

@@ -44,10 +44,10 @@ class FlushOptions:
 
 @dataclass(eq=False)
 class Flush:
-    """Writes to the tier of `loads` what `submit` names; its reads go first, and their trouble is not its own."""
+    """Writes to the tier of `reads` what `submit` names; reads go first, and their trouble is not its own."""
 
     index: Index
-    loads: TierReads
+    reads: TierReads
     options: FlushOptions
     figures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     breaker: Breaker = field(default_factory=Breaker)
@@ -56,7 +56,6 @@ class Flush:
     _unsaid: int = 0
     _say_at_s: float = 0.0
     _backlog: deque[tuple[bytes, Sequence[int]]] = field(default_factory=deque)
-    _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _pump: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +92,7 @@ class Flush:
 
     def _start(self) -> None:
         if self._pump is None:
-            self._pump = asyncio.get_running_loop().create_task(self._run())
+            self._pump = self.reads.tasks.start(self._run())
 
     async def _run(self) -> None:
         """Starts batches while there is something to write, then ends."""
@@ -104,12 +103,12 @@ class Flush:
                 for key, sizes in [self._backlog.popleft() for _ in range(min(_TURN, len(self._backlog)))]:
                     self._due.add(Due(key, sizes, now_s()))
             gate = self.breaker.gate(now_s())
-            full = self._batches and self.held_nbytes + self.options.batch_nbytes > self.options.held_nbytes
-            if gate is Gate.OPEN or self.loads.gate() is Gate.OPEN:
+            full = self._writing and self.held_nbytes + self.options.batch_nbytes > self.options.held_nbytes
+            if gate is Gate.OPEN or self.reads.gate() is Gate.OPEN:
                 self.figures["dropped"] += len(self._due) + len(self._backlog)
                 self._due.clear()
                 self._backlog.clear()
-            elif self.loads.busy or full or (gate is Gate.HALF_OPEN and self._batches):
+            elif self.reads.busy or full or (gate is Gate.HALF_OPEN and self._writing):
                 await asyncio.sleep(self.options.poll_s)
             else:
                 self._start_batch()
@@ -133,7 +132,7 @@ class Flush:
                 self.index.unpin([entry] if entry is not None else [])
                 continue
             assert entry.sums is not None
-            payload = self.loads.memory[entry.offset : entry.offset + entry.nbytes]
+            payload = self.reads.memory[entry.offset : entry.offset + entry.nbytes]
             entries.append(entry)
             writes.append(Write(due.key, due.sizes, payload, entry.sums))
             nbytes += entry.nbytes
@@ -141,9 +140,7 @@ class Flush:
             return
         self.held_nbytes += nbytes
         self._writing += len(writes)
-        task = asyncio.get_running_loop().create_task(self._write(entries, writes, nbytes))
-        self._batches.add(task)
-        task.add_done_callback(self._batches.discard)
+        self.reads.tasks.start(self._write(entries, writes, nbytes))
 
     def _lost(self) -> None:
         """Counts a chunk that has gone before its turn, and says so now and then."""
@@ -152,16 +149,16 @@ class Flush:
         if (now_s := asyncio.get_running_loop().time()) >= self._say_at_s:
             text = "tier %s: %d chunks were evicted from the pool (or cleared) before they were written: %s"
             cure = "a larger pool_size keeps them until the tier has caught up"
-            log.warning(text, self.loads.name, self._unsaid, cure)
+            log.warning(text, self.reads.name, self._unsaid, cure)
             self._unsaid, self._say_at_s = 0, now_s + SAY_S
 
     async def _write(self, entries: list[IndexEntry], writes: list[Write], nbytes: int) -> None:
         try:
-            stored = await self.loads.tier.store(writes)
+            stored = await self.reads.tier.store(writes)
         except TierError as error:
             stored = [Stored.REFUSED] * len(writes)
             self.breaker.failed(asyncio.get_running_loop().time())
-            log.warning("tier %s takes nothing for a while: %s", self.loads.name, error)
+            log.warning("tier %s takes nothing for a while: %s", self.reads.name, error)
         else:
             self.breaker.succeeded()
         finally:

@@ -16,11 +16,14 @@ from kvkeep.core.index import IndexEntry
 from kvkeep.core.units import NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import TierBusy, TierError, TierUnavailable
 from kvkeep.memory.progress import Words
+from kvkeep.store.below.fetches import Fetches
+from kvkeep.store.below.filler import Filler
 from kvkeep.store.below.flush import Flush, FlushOptions
-from kvkeep.store.below.promote import Promotions
+from kvkeep.store.below.promotions import Promotion, Promotions
 from kvkeep.store.below.reads import TierReads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
+from kvkeep.store.tasks import Tasks
 from kvkeep.tiers.tier import OPENING, Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -52,20 +55,22 @@ class TierWalk:
     memory: Bytes
     words: Words | None = None
     out: dict[str, str] = field(default_factory=dict)  # tiers that are not there, and why
-    loads: list[TierReads] = field(default_factory=list)
+    reads: list[TierReads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)
+    tasks: Tasks = field(default_factory=Tasks)
     _told: list[Callable[[], Mapping[str, int]]] = field(default_factory=list)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _sizes: dict[bytes, Sequence[int]] = field(default_factory=dict)  # of a chunk's ranges, by namespace
     _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
 
     _changed: asyncio.Event = field(default_factory=asyncio.Event)  # `out` has
 
     def __post_init__(self) -> None:
-        self.promotions = Promotions(self.store, self.loads, self._promoted, self.words)
+        self.promotions = Promotions(self.store, self._promoted)
+        self.filler = Filler(self.promotions, self.reads, self.words)
+        self.fetches = Fetches(self.store, self.filler)
 
     async def admit(
-        self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1
+        self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1
     ) -> None:
         """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""
         forgotten: set[bytes | None] = set()
@@ -77,7 +82,7 @@ class TierWalk:
                 await self._within(CLOSE_LIMIT_S, tier.aclose())
                 return
             forgotten.add(missing[0])
-        self.add(name, tier, figures, reads)
+        self.add(name, tier, figures, max_reads)
         self.left_out(name, "")
 
     def left_out(self, name: str, why: str) -> None:
@@ -92,20 +97,26 @@ class TierWalk:
         while OPENING in self.out.values():
             await self._changed.wait()
 
-    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, reads: int = 1) -> None:
+    def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1) -> None:
         """Takes in a tier below all others, and writes to it what the pool has.
 
-        `figures` tells its own numbers, `reads` are how many it does at once.
+        `figures` tells its own numbers, `max_reads` are how many it does at once.
         """
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
         spared_nbytes = self.store.pool_nbytes // SPARED_SHARE
         options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes, spared_nbytes)
-        one = TierReads(
-            name, tier, self.memory, self.promotions.settle, lambda coming: self.store.late.add(coming.entry), reads
+        reads = TierReads(
+            name,
+            tier,
+            number=len(self.reads),
+            memory=self.memory,
+            promotions=self.promotions,
+            tasks=self.tasks,
+            max_reads=max_reads,
         )
-        self.loads.append(one)
+        self.reads.append(reads)
         self._told.append(figures)
-        self.flushes.append(Flush(self.store.index, one, options))
+        self.flushes.append(Flush(self.store.index, reads, options))
         self.flushes[-1].catch_up(self._kept())
 
     def _kept(self) -> Iterator[tuple[bytes, Sequence[int]]]:
@@ -152,43 +163,43 @@ class TierWalk:
         """Writes what waits, at most for `drain_s`, and ends the tiers; which chunks of the pool they do not have."""
         await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes))
         left = await self._left()
-        for one in self.loads:
-            failure = await self._within(CLOSE_LIMIT_S, one.tier.aclose())
+        for reads in self.reads:
+            failure = await self._within(CLOSE_LIMIT_S, reads.tier.aclose())
             if failure is not None:
-                log.warning("tier %s did not end well: %s", one.name, failure)
+                log.warning("tier %s did not end well: %s", reads.name, failure)
         return left
 
     async def _left(self) -> Left:
         keys = [entry.key for entry in self.store.index.committed()]
         held: set[bytes] = set()
 
-        async def ask(one: TierReads) -> None:
+        async def ask(reads: TierReads) -> None:
             try:
-                held.update(itertools.compress(keys, await one.tier.contains(keys)))
+                held.update(itertools.compress(keys, await reads.tier.contains(keys)))
             except TierError as error:
-                log.warning(SILENT, one.name, error)
+                log.warning(SILENT, reads.name, error)
 
-        for one in self.loads:
-            failure = await self._within(CLOSE_LIMIT_S, ask(one))
+        for reads in self.reads:
+            failure = await self._within(CLOSE_LIMIT_S, ask(reads))
             if failure is not None:
-                log.warning(SILENT, one.name, failure)
-        lost = sum(key not in held for key, _ in self._kept()) if self.loads else 0
+                log.warning(SILENT, reads.name, failure)
+        lost = sum(key not in held for key, _ in self._kept()) if self.reads else 0
         return Left(sum(key not in held for key in keys), lost)
 
     def figures(self) -> dict[str, int]:
         """What happened below the pool, by tier."""
         figures = dict(self.promotions.figures)
-        for one, flush, told in zip(self.loads, self.flushes, self._told, strict=True):
+        for reads, flush, told in zip(self.reads, self.flushes, self._told, strict=True):
             counts = dict(told()) | {f"flush_{name}": count for name, count in flush.figures.items()}
-            counts |= {"flush_waiting": flush.waiting, "failures": one.breaker.failures}
-            counts |= {"under_way_nbytes": one.under_way_nbytes, "quarantined_nbytes": one.quarantined_nbytes}
-            figures |= {f"{one.name}_{name}": count for name, count in counts.items()}
+            counts |= {"flush_waiting": flush.waiting, "failures": reads.breaker.failures}
+            counts |= {"under_way_nbytes": reads.under_way_nbytes, "quarantined_nbytes": reads.quarantined_nbytes}
+            figures |= {f"{reads.name}_{name}": count for name, count in counts.items()}
         return figures
 
-    def _promoted(self, entry: IndexEntry, sizes: Sequence[int], number: int) -> None:
-        """A chunk came from tier `number`: those above it get it too."""
-        for flush in self.flushes[:number]:
-            flush.submit(entry, sizes)
+    def _promoted(self, promotion: Promotion) -> None:
+        """Write a chunk that came from a tier to those above it."""
+        for flush in self.flushes[: promotion.tier]:
+            flush.submit(promotion.entry, promotion.sizes)
 
     async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> list[tuple[str, TierError]]:
         """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone.
@@ -196,26 +207,26 @@ class TierWalk:
         Returns the names of those that did not do it, and what went wrong.
         """
         failures = []
-        for one in self.loads:
-            failure = await self._within(VERB_LIMIT_S, verb(one.tier))
+        for reads in self.reads:
+            failure = await self._within(VERB_LIMIT_S, verb(reads.tier))
             if failure is not None:
-                failures.append((one.name, failure))
+                failures.append((reads.name, failure))
                 if not isinstance(failure, TierBusy):
-                    one.overdue((), str(failure))
+                    reads.overdue(str(failure))
         return failures
 
     async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
         """Runs a verb for at most `limit_s`, then leaves it to itself; what went wrong."""
-        task = asyncio.get_running_loop().create_task(verb)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.wait({task}, timeout=limit_s)  # not wait_for, which waits for what it cancels
-        if not task.done():
-            return TierUnavailable(f"no answer within {limit_s:.0f} s")
-        failure = task.exception()
-        if failure is not None and not isinstance(failure, TierError):
-            raise failure
-        return failure
+        task = await self.tasks.wait(_failure(verb), limit_s)
+        return task.result() if task.done() else TierUnavailable(f"no answer within {limit_s:.0f} s")
+
+
+async def _failure(verb: Coroutine[None, None, None]) -> TierError | None:
+    try:
+        await verb
+    except TierError as error:
+        return error
+    return None
 
 
 def _is_whole(entry: IndexEntry, sizes: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kvkeep.core.index import Outcome
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import WireError
-from kvkeep.store.below.states import FoundState
+from kvkeep.store.below.fetches import Found
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
@@ -62,6 +62,12 @@ class Answers:
             case m.AskStats():
                 return m.Stats(message.call, self.figures(), out=self.walk.out)
         return None
+
+    def matched(self, call: int, found: Found) -> m.Matched:
+        """The answer to a fetch."""
+        why = found.why.value if found.why is not None else ""
+        sources, words = dict(found.sources), dict(found.words)
+        return m.Matched(call, *found.fetched, sources, why, found.took_s, _state_of(found), words, *self.fill())
 
     def named(self, session: Session, identity: str) -> None:
         """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
@@ -124,9 +130,9 @@ class Checks:
             answer(stats)
 
 
-def state_of(found: FoundState) -> m.HeldState | None:
+def _state_of(found: Found) -> m.HeldState | None:
     """The state at the end of a run, as a message's part."""
     if found.state is None:
         return None
-    lease, offsets, sums = found.state.fetched
-    return m.HeldState(lease, offsets[0], sums.get(0, b""), next(iter(found.state.sources)))
+    (lease, offsets, sums), source = found.state
+    return m.HeldState(lease, offsets[0], sums.get(0, b""), source)

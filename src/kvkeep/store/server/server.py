@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvkeep.errors import WireError
-from kvkeep.store.below.states import StateFetches
+from kvkeep.store.below.fetches import FetchLimits
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.below.waiting import FetchLimits, Found
-from kvkeep.store.server.answers import Answers, Checks, state_of
+from kvkeep.store.server.answers import Answers, Checks
 from kvkeep.store.server.lingering import Lingering
 from kvkeep.store.server.peer import Peer
 from kvkeep.store.server.reception import Reception
@@ -59,11 +58,9 @@ class Server:
     _peers: dict[int, Peer] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], object] = lambda: None
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _reception: Reception | None = None
 
     def __post_init__(self) -> None:
-        self.states = StateFetches(self.walk.promotions)
         self.answers = Answers(self.walk)
         self._life = os.pipe()  # nobody writes to it: whoever has the other end sees when we have ended
 
@@ -201,7 +198,7 @@ class Server:
         if session is None:
             raise WireError("the first message must be a hello")
         if isinstance(message, m.Bye):
-            self.states.forget(session)
+            self.walk.tasks.cancel(session)
             self.store.close(session)
             peer.session = None
             self._drop(peer, "it said goodbye")
@@ -224,21 +221,24 @@ class Server:
                 self._send(peer, answer)
 
     def _fetch(self, peer: Peer, session: Session, asked: m.Fetch) -> None:
-        def answer(found: Found, state: m.HeldState | None = None) -> None:
-            why, fill = found.why.value if found.why is not None else "", self.answers.fill()
-            fetched, words = found.fetched, dict(found.words)
-            self._told(peer, m.Matched(asked.call, *fetched, found.sources, why, found.took_s, state, words, *fill))
-            peer.fetches -= 1
-            self._eased(peer)
-
-        peer.fetches += 1
         deadline_s = min(MAX_DEADLINE_S, max(0.0, asked.deadline_s))
         limits = FetchLimits(deadline_s, min(MAX_DEADLINE_S, asked.limit_s), asked.early)
         digests = m.split_digests(asked.digests)
-        if session.states is None:
-            self.walk.promotions.fetch(session, digests, limits, answer)
-        else:
-            self.states.fetch(session, digests, limits, lambda found: answer(found.run, state_of(found)))
+        found = self.walk.fetches.at_once(session, digests, limits)
+        if found is not None:
+            self._send(peer, self.answers.matched(asked.call, found))
+            return
+
+        async def fetch() -> None:
+            try:
+                found = await self.walk.fetches.fetch(session, digests, limits)
+                self._told(peer, self.answers.matched(asked.call, found))
+            finally:
+                peer.fetches -= 1
+                self._eased(peer)
+
+        peer.fetches += 1
+        self.walk.tasks.start(fetch(), owner=session)
 
     def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore | None]) -> None:
         """Does what takes longer than a turn, and then gives its answer."""
@@ -253,9 +253,7 @@ class Server:
                 peer.errands -= 1
                 self._eased(peer)
 
-        task = self._loop.create_task(do())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.walk.tasks.start(do())
 
     async def _clear(self, namespaces: Sequence[bytes | None], answer: m.Cleared) -> m.Cleared:
         failures = [await self.walk.clear(namespace) for namespace in namespaces]
@@ -355,7 +353,7 @@ class Server:
         if session is None:
             holders.close()
             return
-        self.states.forget(session)
+        self.walk.tasks.cancel(session)
         self._lingering.add(session, holders)
 
 
