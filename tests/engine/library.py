@@ -10,17 +10,21 @@ import numpy as np
 import torch
 
 from kvkeep.config import Config
-from kvkeep.doors.library.by_layer import Means
-from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.cache_engine import CacheAccess, CacheEngine
 from kvkeep.doors.library.open import Model, identity_of
+from kvkeep.engine.copies.copies import Copies
+from kvkeep.engine.copies.cpu import CpuCopies, Timing
+from kvkeep.engine.copies.device import DeviceCopies
+from kvkeep.engine.copies.mode import CopyMode, SizeMode
 from kvkeep.engine.link import Source
 from kvkeep.testing.doubles.device import LOCKS, HeldDevice
 from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.transfer.cpu import ReferenceTransfer
+from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.keys import Keys, Rotator
 from kvkeep.transfer.staged import StagedTransfer
-from kvkeep.transfer.transfer import Opened, Transfer
+from kvkeep.transfer.transfer import Transfer
 
 NB, CHUNK = 80, 8
 MODEL = Model("test", weights="same weights")
@@ -133,17 +137,18 @@ def library(
         made = device.transfer(groups, CHUNK)
     transfer = wrap(made)
     rotator = None if keys is None else Rotator(groups, made.shard, keys)
-    means = Means(settings.pop("clock", time.monotonic), settings.pop("copier", None), rotator)  # type: ignore[arg-type]
+    clock, copier = settings.pop("clock", time.monotonic), settings.pop("copier", None)
     source = source or ThreadSource(16 * transfer.shard.nbytes, max_pinned_share=1.0)
     config = Config(**{"deadline_s": 20.0, "chunk_tokens": CHUNK, **settings})  # type: ignore[arg-type]
-    with CacheEngine(
-        Opened(transfer, LOCKS if device and locked else None),
-        identity_of(MODEL, groups, CHUNK),
-        source,
-        config,
-        layers,
-        means,
-    ) as engine:
+    order = transfer.shard.in_order(layers)
+    copies: Copies
+    if isinstance(transfer, DeviceTransfer):
+        copies = DeviceCopies(transfer, SizeMode(config.transfer_mode, waits=True), order=order)
+    else:
+        mode = CopyMode(config.transfer_mode, possible=copier is not None)
+        copies = CpuCopies(transfer, copier, mode, order=order, timing=Timing(clock))  # type: ignore[arg-type]
+    access = CacheAccess(copies, LOCKS if device and locked else None, rotator, clock)  # type: ignore[arg-type]
+    with CacheEngine(access, identity_of(MODEL, groups, CHUNK), source, config) as engine:
         if device:
             engine.lookup(range(CHUNK))  # maps the pool
             pool = engine._line._mapped._pool

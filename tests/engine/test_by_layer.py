@@ -94,7 +94,7 @@ def test_closed_early_what_is_under_way_ends_before_its_memory_is_given_back(ver
 class Dead(InlineCopier):
     """A thread that has died."""
 
-    def submit(self, call, beside=False):
+    def submit(self, call, background=False):
         return super().submit(lambda: None)
 
 

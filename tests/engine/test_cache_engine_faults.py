@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 
 from kvkeep.config import Config
-from kvkeep.doors.library.by_layer import Means
-from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.cache_engine import CacheAccess, CacheEngine
 from kvkeep.doors.library.open import Model, identity_of, open_cache
+from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.link import FIRST_PAUSE_S, PrivateSource, SharedSource
 from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.transfer.cpu import ReferenceTransfer
-from kvkeep.transfer.transfer import Opened
 from kvkeep.wire.frames import framed
 from kvkeep.wire.messages import VERSION, Welcome, encoded
 
@@ -47,7 +46,10 @@ def private(clock: ManualClock, deadline_s: float = 20.0) -> Iterator[tuple[Libr
     source = PrivateSource(Config(pool_size=POOL_NBYTES, log_level="error"))
     config = Config(deadline_s=deadline_s, chunk_tokens=CHUNK)
     with CacheEngine(
-        Opened(ReferenceTransfer(groups, CHUNK)), identity_of(MODEL, groups, CHUNK), source, config, (), Means(clock)
+        CacheAccess(CpuCopies(ReferenceTransfer(groups, CHUNK)), clock=clock),
+        identity_of(MODEL, groups, CHUNK),
+        source,
+        config,
     ) as one:
         lib = Library(one, groups, source)
         lib.fill(1)
@@ -246,14 +248,14 @@ def test_closed_with_a_generator_open_its_memory_is_lent_to_nobody(folder: Path)
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
-        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config) as one:
+        with CacheEngine(CacheAccess(CpuCopies(transfer)), identity_of(MODEL, groups, CHUNK), source, config) as one:
             lib = Library(one, groups, source)
             lib.fill(1)
             one.store(TOKENS, [HERE])
             before = lib.pages()
             retrieving = one.retrieve_layer(TOKENS, [THERE])
             assert next(retrieving) == 32
-        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config) as two:
+        with CacheEngine(CacheAccess(CpuCopies(transfer)), identity_of(MODEL, groups, CHUNK), source, config) as two:
             assert two.store_figures()["quarantined_nbytes"] == 4 * transfer.shard.nbytes
             assert two.clear() == 4
             region = running.region.array
@@ -272,7 +274,9 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
         transfer = ReferenceTransfer(groups, CHUNK)
         source = SharedSource(str(folder / "store"))
         config = Config(deadline_s=20.0)
-        with CacheEngine(Opened(transfer), identity_of(MODEL, groups, CHUNK), source, config, (), Means(clock)) as one:
+        with CacheEngine(
+            CacheAccess(CpuCopies(transfer), clock=clock), identity_of(MODEL, groups, CHUNK), source, config
+        ) as one:
             one.store(TOKENS, [HERE])
             one.lookup(TOKENS, "pin")
             retrieving = one.retrieve_layer(TOKENS, [THERE])

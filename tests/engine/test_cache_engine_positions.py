@@ -15,10 +15,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvkeep.config import Config
 from kvkeep.core.segment import segments
-from kvkeep.doors.library.by_layer import Chunk
-from kvkeep.doors.library.by_stream import Streams
 from kvkeep.doors.library.cache_engine import CacheEngine
 from kvkeep.doors.library.open import open_cache
+from kvkeep.engine.copies.copies import ChunkRotation, Copy
+from kvkeep.engine.copies.device import DeviceCopies
+from kvkeep.engine.copies.mode import SizeMode
 from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.errors import LayoutMismatch
 from kvkeep.memory.pool import Lease
@@ -196,21 +197,25 @@ def test_closed_early_its_copies_end_before_its_memory_is_given_back(steps: int)
 def test_a_pool_that_is_locked_in_part_serves_both_ways(mode: str, at: int, locked: tuple[int, ...]):
     kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
     transfer = device.transfer(kind.groups, CHUNK)
-    shard, order = transfer.shard, [range(layer, layer + 1) for layer in range(3)]
+    shard = transfer.shard
     memory = [np.zeros(shard.nbytes, np.uint8) for _ in range(4)]
     leases = [Lease(one, shard, (0,) if place in locked else ()) for place, one in enumerate(memory)]
 
-    def chunks(ids: list[int]) -> list[Chunk]:
-        return [Chunk(lease, [Blocks(0, 0, ids[2 * n : 2 * n + 2])]) for n, lease in enumerate(leases)]
+    def chunks(ids: list[int]) -> list[Copy]:
+        return [Copy(lease, [Blocks(0, 0, ids[2 * n : 2 * n + 2])], layerwise=True) for n, lease in enumerate(leases)]
 
-    stores, wanted = Streams(transfer, order, mode).stores(chunks(HERE)), moved(kind, 0, at)
-    rotation = Rotator(kind.groups, shard, kind.keys).for_text([one.blocks for one in chunks(THERE)], 0, at)
-    loads = Streams(transfer, order, mode).loads(chunks(THERE), rotation if at else None)
-    for steps in (stores, loads):
-        for layer in range(3):
-            steps.step(layer)
-        steps.over()
-        steps.end()
+    copies = DeviceCopies(transfer, SizeMode(mode))  # type: ignore[arg-type]
+    gathering, wanted = copies.gather(chunks(HERE)), moved(kind, 0, at)
+    for layer in range(3):
+        gathering.save(layer)
+    gathering.finish()
+    assert len(gathering.end()) == 4
+    text = Rotator(kind.groups, shard, kind.keys).for_text([copy.blocks for copy in chunks(THERE)], 0, at)
+    moving = [copy._replace(rotation=ChunkRotation(text, n) if at else None) for n, copy in enumerate(chunks(THERE))]
+    scattering = copies.scatter(moving)
+    for layer in range(3):
+        scattering.wait(layer)
+    assert not scattering.end()
     assert bits(list(kind.groups[0].caches.values())) == bits(wanted)
     assert not device.loads.held
 

@@ -27,7 +27,7 @@ def lib(tmp_path: Path) -> Iterator[Library]:
     """An engine whose pool has room for eight chunks, above a disk that has room for all."""
     groups = LAYOUTS["groups of different shape"]()
     with library(groups) as sizing:
-        chunk_nbytes = sizing.engine._transfer.shard.nbytes
+        chunk_nbytes = sizing.engine._shard.nbytes
     config = Config(
         pool_size=8 * chunk_nbytes,
         disk_path=str(tmp_path),

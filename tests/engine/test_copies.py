@@ -29,8 +29,8 @@ def test_copies_run_in_their_order_beside_the_caller() -> None:
 
 def test_what_a_step_waits_for_comes_before_what_no_step_waits_for() -> None:
     copier, order, go = ThreadCopier(), [], threading.Event()
-    copier.submit(lambda: go.wait(LIMIT_S), beside=True)
-    jobs = [copier.submit(lambda n=n: order.append(n), beside=n < 3) for n in range(6)]
+    copier.submit(lambda: go.wait(LIMIT_S), background=True)
+    jobs = [copier.submit(lambda n=n: order.append(n), background=n < 3) for n in range(6)]
     go.set()
     for job in jobs:
         job.result(LIMIT_S)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvkeep.engine.copies.device import Rank
+from kvkeep.engine.copies.device import DeviceCopies, Settlers
+from kvkeep.engine.copies.mode import Mode, SizeMode
 from kvkeep.engine.copies.thread import Copier, ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
 from kvkeep.engine.pool import MappedPool
-from kvkeep.engine.rank.device_worker import DeviceWorker, Mode
+from kvkeep.engine.rank.worker import Worker
 from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
@@ -59,23 +60,22 @@ class OneRank:
         self.groups = [GroupCaches(self.caches, NUM_BLOCKS, BLOCK_TOKENS, 0)]
         self.device = HeldDevice()
         self.door = PoolDoor()
-        self.settlers: list[HeldCopier] = []
+        self.settlers = HeldCopier(), HeldCopier()
         self.pool = MappedPool(self.door, calls)
-        self.worker = DeviceWorker(
-            Rank(0, self.device.transfer(self.groups, CHUNK_TOKENS), self.pool), self.settler, mode
-        )
+        self.transfer = self.device.transfer(self.groups, CHUNK_TOKENS)
+        self.worker = self.make(*self.settlers, mode=mode)
         self.regions: list[Region] = []
         self.pools: list[Pool] = []
 
-    def settler(self) -> Copier:
-        self.settlers.append(HeldCopier())
-        return self.settlers[-1]
+    def make(self, scatters: Copier, gathers: Copier, mode: Mode = "auto") -> Worker:
+        """A worker over the same cache and the same pool."""
+        return Worker(0, DeviceCopies(self.transfer, SizeMode(mode), Settlers(scatters, gathers)), self.pool)
 
     def hand(self, boot: bytes = FIRST) -> Region:
         """A new pool, mapped and (if it can be) page-locked."""
         self.regions.append(Region.create(POOL_NBYTES))
         send_pool(self.door.path, HandedPool(boot, self.regions[-1].fd, self.regions[-1].fd), 5.0)
-        lease = self.pool.lease(boot, 0, self.worker._rank.shard)
+        lease = self.pool.lease(boot, 0, self.transfer.shard)
         assert lease is not None
         lease.close()
         assert self.pool._pool is not None
@@ -237,7 +237,7 @@ def test_an_engine_that_does_not_wait_for_layers_computes_again_and_gets_them_in
 
 @pytest.mark.parametrize("mode", ["layerwise", "auto"])
 def test_by_layer_a_store_leaves_behind_its_layer(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvkeep.engine.rank.device_worker.BY_LAYER_NBYTES", 2 * CHUNK_NBYTES)
+    monkeypatch.setattr("kvkeep.engine.copies.mode.BY_LAYER_NBYTES", 2 * CHUNK_NBYTES)
     one = OneRank(mode)
     pool = one.hand()
     plan = storing(gather(0, 1, 2), gather(1, 3))
@@ -256,9 +256,9 @@ def test_by_layer_a_store_leaves_behind_its_layer(mode: Mode, monkeypatch: pytes
     one.close()
 
 
-def test_a_layer_that_came_in_parts_is_stored_as_it_was_at_last_and_one_that_never_came_too(one: OneRank) -> None:
+def test_a_layer_that_came_in_parts_is_stored_as_it_was_at_last_and_one_that_never_came_too() -> None:
+    one = OneRank("layerwise")
     pool = one.hand()
-    one.worker._mode = "layerwise"
     plan = storing(gather(0, 1, 2))
     one.fill(1, 1)
     one.worker.save_layer(plan, "l1")
@@ -270,6 +270,7 @@ def test_a_layer_that_came_in_parts_is_stored_as_it_was_at_last_and_one_that_nev
     (done,) = one.told().stores
     assert chunk_of(pool, 0).tolist() == [[10 + n] * 4 + [20 + n] * 4 for n in range(LAYERS)]
     assert done.sums == {0: sums_of(one, pool, 0)}
+    one.close()
 
 
 def test_small_stores_go_in_one_batch(one: OneRank) -> None:
@@ -354,8 +355,7 @@ def test_copies_whose_end_nobody_saw_are_told_as_lost(one: OneRank) -> None:
         thread.join(LIMIT_S)  # what it died of is told in this test, and not in a later one
         return copier
 
-    rank = one.worker._rank
-    worker = DeviceWorker(rank, died)
+    worker = one.make(died(), died())
     worker.start_loads(StepPlan(1, FIRST, (0,), loads=(scatter(0, 2),), trips=(Trip(2, (scatter(0, 3),)),)))
     worker.start_stores(StepPlan(1, FIRST, (0,), loads=(scatter(0, 2),), stores=(gather(2, 5, 6),)))
     worker.poll(StepPlan())
@@ -367,7 +367,7 @@ def test_copies_whose_end_nobody_saw_are_told_as_lost(one: OneRank) -> None:
 
 def test_a_thread_waits_for_copies_while_the_engine_goes_on(one: OneRank) -> None:
     pool = one.hand()
-    worker = DeviceWorker(one.worker._rank, ThreadCopier)
+    worker = one.make(ThreadCopier(), ThreadCopier())
     one.fill(1, 1)
     worker.start_stores(storing(gather(0, 1, 2)))
     for _ in range(2000):
@@ -375,6 +375,7 @@ def test_a_thread_waits_for_copies_while_the_engine_goes_on(one: OneRank) -> Non
         if report := worker.results.take_report():
             break
     assert report.stores[0].sums == {0: sums_of(one, pool, 0)}
+    worker.close()
 
 
 # ---- page-locked memory ----------------------------------------------------------------------------------------

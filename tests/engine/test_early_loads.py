@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 
 from kvkeep.config import Config, Disk
 from kvkeep.core.key import Chain, none_hash
-from kvkeep.engine.copies.patience import LOOK_S, Patience
-from kvkeep.engine.copies.relay import COPY_LIMIT_S
-from kvkeep.engine.copies.thread import ThreadCopier
+from kvkeep.engine.copies.copies import Copy, Fault
+from kvkeep.engine.copies.cpu import LOOK_S, CpuCopies, Timing
+from kvkeep.engine.copies.thread import COPY_LIMIT_S, ThreadCopier
 from kvkeep.engine.link import PrivateSource
 from kvkeep.engine.plan import LoadOp, LoadsDone, RankInfo, StepPlan
 from kvkeep.engine.rank.open import early_loads
@@ -157,25 +156,28 @@ def test_one_limit_for_all_that_a_step_waits_for(rank: Rank) -> None:
         looks += 1
         clock.advance(seconds)
 
-    patience = Patience(clock, pause)
+    copies = CpuCopies(rank.faults, timing=Timing(clock, pause))
     with Region.create(POOL_NBYTES) as region:
         lease = Lease(region.array, rank.faults.shard, arrival=arrival_at(region, WORD))
-        assert not patience.arrived(lease, 1), "before it has begun nothing is waited for"
-        patience.begin(1.0)
-        assert [patience.arrived(lease, 1) for _ in range(3)] == [False] * 3
+        late = [Copy(lease, [Blocks(0, 0, [block])]) for block in (3, 4, 5)]
+        there = Copy(Lease(pool.array, rank.faults.shard), [Blocks(0, 0, [6])])
+        assert len(copies.scatter(late).end()) == 3
+        assert looks == 0, "nothing is waited for unless it is said how long"
+        assert copies.scatter([*late, there], wait_s=1.0).end() == dict.fromkeys(range(3), Fault.LOST)
         assert looks == pytest.approx(1.0 / LOOK_S, rel=0.01)
-        word_of(region)[0] = 1
-        assert (patience.arrived(lease, 1), patience.arrived(lease, 2)) == (True, False)
-        assert patience.arrived(Lease(pool.array, rank.faults.shard), 2)
+        word_of(region)[0] = 2
+        assert copies.scatter(late, wait_s=1.0).end() == {}
         lease.close()
 
 
 def test_however_long_a_lookup_may_wait_a_step_s_copies_are_not_taken_for_dead(rank: Rank) -> None:
-    rank.hand(FIRST)
-    plan = plan_of(scatter(0, 3, 4), wait_s=3600.0)
-    rank.worker.start_loads(plan)
-    assert rank.worker._patience._until_s < time.perf_counter() + COPY_LIMIT_S
-    assert ended(rank, plan) == ()
+    clock = ManualClock()
+    copies = CpuCopies(rank.faults, timing=Timing(clock, clock.advance))
+    with Region.create(POOL_NBYTES) as region:
+        lease = Lease(region.array, rank.faults.shard, arrival=arrival_at(region, WORD))
+        assert copies.scatter([Copy(lease, [Blocks(0, 0, [3])])], wait_s=3600.0).end() == {0: Fault.LOST}
+        assert 0.0 < clock() < COPY_LIMIT_S
+        lease.close()
 
 
 @pytest.mark.parametrize("word", [WORD - 4, WORD + 2, POOL_NBYTES])

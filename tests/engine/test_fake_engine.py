@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.core.layout import padded_nbytes
-from kvkeep.engine.copies.device import Rank
-from kvkeep.engine.copies.mode import CopyMode
+from kvkeep.engine.copies.cpu import CpuCopies
+from kvkeep.engine.copies.device import DeviceCopies, Settlers
+from kvkeep.engine.copies.mode import CopyMode, SizeMode
 from kvkeep.engine.copies.thread import Copier, InlineCopier, ThreadCopier
 from kvkeep.engine.pool import MappedPool
-from kvkeep.engine.rank.device_worker import DeviceWorker
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.planner import PlannerOptions
 from kvkeep.testing.doubles.device import LOCKS, HeldDevice
@@ -68,8 +68,8 @@ class Bench:
         self.engine.add("maps", list(range(900, 910)))
         self.run()
         for worker in self.engine.workers:
-            assert isinstance(worker, DeviceWorker)
-            pool = worker._rank.pool._pool
+            assert isinstance(worker, Worker)
+            pool = worker.pool._pool
             assert pool is not None
             pool.populated.wait(10.0)
 
@@ -83,11 +83,12 @@ class Bench:
         self.copiers.append(self.copier())
         return self.copiers[-1]
 
-    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: CopyMode) -> Worker | DeviceWorker:
+    def make_rank(self, rank: int, transfer: Transfer, door: PoolDoor, choice: CopyMode) -> Worker:
         if isinstance(transfer, DeviceTransfer):
             mode = "layerwise" if self.shape.layerwise else "bulk"
-            return DeviceWorker(Rank(rank, transfer, MappedPool(door, LOCKS)), self.make_copier, mode)
-        return Worker(rank, transfer, door, self.make_copier(), choice)
+            settlers = Settlers(self.make_copier(), self.make_copier())
+            return Worker(rank, DeviceCopies(transfer, SizeMode(mode), settlers), MappedPool(door, LOCKS))
+        return Worker(rank, CpuCopies(transfer, self.make_copier(), choice), MappedPool(door))
 
     def copy(self, rank: int, count: int = 100) -> None:
         """Runs copies of a rank that were held back."""
@@ -140,8 +141,9 @@ class Bench:
         """Everything is over: nothing is held, the index adds up, the pool holds no wrong byte; chunks checked."""
         assert self.engine.blocks.idle()
         for worker in self.engine.workers:
-            mapped = worker._mapped if isinstance(worker, Worker) else worker._rank.pool
-            assert mapped._pool is None or mapped._pool._leases == 0, "a lease is left"
+            assert isinstance(worker, Worker)
+            pool = worker.pool._pool
+            assert pool is None or pool._leases == 0, "a lease is left"
         checked = self.engine.check_pool(self.source.running.region.array)
         now = self.stats()
         assert now["pinned_nbytes"] == now["writing_nbytes"] == now["dead_nbytes"] == 0

@@ -19,6 +19,7 @@ import torch
 from kvkeep.config import Config
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.link import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
@@ -29,6 +30,7 @@ from kvkeep.engine.link import (
     Source,
 )
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp
+from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
@@ -239,7 +241,8 @@ class Rank:
     cache: torch.Tensor = field(default_factory=lambda: torch.arange(9 * 4, dtype=torch.uint8).reshape(9, 4))
 
     def __post_init__(self) -> None:
-        self.worker = Worker(0, ReferenceTransfer([GroupCaches({"l": self.cache}, 9, 4, 0)], 8), self.door)
+        transfer = ReferenceTransfer([GroupCaches({"l": self.cache}, 9, 4, 0)], 8)
+        self.worker = Worker(0, CpuCopies(transfer), MappedPool(self.door))
 
     def stores(self, boot: bytes, step: int, *block_ids: int) -> bool:
         self.worker.start_stores(StepPlan(step, boot, (0,), (), (StoreOp(0, (Blocks(0, 0, block_ids),), True),)))
@@ -300,7 +303,7 @@ def test_stores_that_come_and_go_while_no_step_copies_fill_no_door(thread_line: 
         assert thread_line.link.live(idle=True) is None
         client = thread_line.found_again()
         end_s = time.monotonic() + LIMIT_S
-        while not rank.worker._mapped.has(client.welcome.boot):
+        while not rank.worker.pool.has(client.welcome.boot):
             assert time.monotonic() < end_s, "it is not taken before a step asks for it"
     assert rank.stores(client.welcome.boot, 1, 1, 2)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvkeep.config import Config
-from kvkeep.engine.rank.device_worker import DeviceWorker
+from kvkeep.engine.copies.cpu import CpuCopies
+from kvkeep.engine.copies.device import DeviceCopies
 from kvkeep.engine.rank.open import open_rank, wish_of
-from kvkeep.engine.rank.worker import Worker
 from kvkeep.testing.doubles.device import LOCKS, HeldDevice
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.choice import Wish
@@ -30,8 +30,11 @@ ON_DEVICE = Opened(HeldDevice().transfer(GROUPS, 8), LOCKS, "a device")
 def test_a_device_has_a_worker_that_waits_for_no_copy(set_to: str, whole: bool, mode: str) -> None:
     config = Config(transfer_mode=set_to)  # type: ignore[arg-type]
     worker = open_rank(3, ON_DEVICE, PoolDoor(), config, alone=True, whole=whole)
-    assert isinstance(worker, DeviceWorker)
-    assert (worker._mode, worker._rank.number, worker._rank.pool._pin_calls) == (mode, 3, LOCKS)
+    assert isinstance(worker.copies, DeviceCopies)
+    assert worker.copies.settlers is not None, "no copy is waited for in the engine's thread"
+    assert worker.copies.mode.loads_layerwise(1 << 40) == (mode == "layerwise"), "auto: layers may run without waiting"
+    assert worker.copies.mode.stores_layerwise(1 << 40) == (mode != "bulk")
+    assert worker.pool._pin_calls == LOCKS
     worker.close()
 
 
@@ -42,8 +45,8 @@ def test_anything_else_has_one_whose_copies_end_with_the_step(
     caplog.set_level("INFO", "kvkeep")
     opened = Opened(made(GROUPS, 8), None, "this way")
     worker = open_rank(0, opened, PoolDoor(), Config(transfer_mode="layerwise"), alone=False, whole=True)
-    assert isinstance(worker, Worker)
-    assert worker._choice.layerwise() == (made is ReferenceTransfer)
+    assert isinstance(worker.copies, CpuCopies)
+    assert worker.copies._mode.layerwise() == (made is ReferenceTransfer)
     assert "copies: this way" in caplog.text
     worker.close()
 

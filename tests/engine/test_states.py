@@ -15,8 +15,10 @@ import torch
 
 from kvkeep.core.key import none_hash
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import Scheduled, StepPlan
+from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
@@ -48,8 +50,7 @@ class Bench:
         groups = [GroupCaches({f"s{n}": one}, NUM_BLOCKS, CHUNK, 0) for n, one in enumerate(self.state)]
         states = ReferenceTransfer(groups, CHUNK)
         self.door = PoolDoor()
-        self.worker = Worker(0, transfer, self.door)
-        self.worker.states = states
+        self.worker = Worker(0, CpuCopies(transfer, states=states), MappedPool(self.door))
         self.layouts = ChunkLayout((transfer.shard,)), ChunkLayout((states.shard,))
         self.link = Link(ThreadSource(self.pool_nbytes, max_pinned_share=1.0), self.hello, [self.door.path])
         self.link.start(LIMIT_S)

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from kvkeep.engine.copies.cpu import CpuCopies, Timing
 from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.copies.thread import Copier, ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, StoresDone, Trip
+from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.errors import BlockError
 from kvkeep.memory.pool import Lease
@@ -43,7 +45,9 @@ class Rank:
         self.faults = FaultyTransfer(ReferenceTransfer(groups, CHUNK_TOKENS))
         self.door = PoolDoor()
         mode = CopyMode("layerwise" if layers > 1 else "bulk", possible=True)
-        self.worker = Worker(rank, self.faults, self.door, copier, mode, trace)
+        trace = trace or Trace()
+        self.copies = CpuCopies(self.faults, copier, mode, timing=Timing(trace=trace))
+        self.worker = Worker(rank, self.copies, MappedPool(self.door), trace)
         self.pools: list[Region] = []
 
     def hand(self, boot: bytes) -> Region:
@@ -238,16 +242,24 @@ def plan_of(*ops: LoadOp, step: int = 1) -> StepPlan:
     return StepPlan(step, FIRST, (0, 8192), loads=ops)
 
 
-def test_what_a_layer_that_did_not_wait_has_loaded_counts_as_failed() -> None:
-    rank = Rank(0, layers=2)
-    rank.hand(FIRST)
-    for step, waited in enumerate((["layer0", "layer1"], ["layer0"], []), 1):
-        plan = plan_of(scatter(0, 1, 2), scatter(16384, 3, 4), step=step)
-        rank.worker.start_loads(plan)
-        for name in waited:
-            rank.worker.wait_layer(name)
-        rank.worker.start_stores(plan)
-        assert rank.worker.results.take_report().loads == [LoadsDone(step, 0, () if len(waited) == 2 else (0, 1))]
+@pytest.mark.parametrize("copier", [None, ThreadCopier])
+@pytest.mark.parametrize("waited", [["layer0", "layer1"], ["layer0"], []])
+def test_what_a_layer_that_did_not_wait_has_loaded_counts_as_failed(
+    waited: list[str], copier: type[ThreadCopier] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = Rank(0, layers=2, copier=copier() if copier is not None else None)
+    pool = rank.hand(FIRST)
+    pool.array[:] = 1
+    plan = plan_of(scatter(0, 1, 2), scatter(16384, 3, 4))
+    rank.worker.start_loads(plan)
+    for name in waited:
+        rank.worker.wait_layer(name)
+    rank.worker.start_stores(plan)
+    assert rank.worker.results.take_report().loads == [LoadsDone(1, 0, () if len(waited) == 2 else (0, 1))]
+    assert ("this engine does not wait for layers" in caplog.text) == (len(waited) < 2)
+    if len(waited) < 2:
+        assert rank.load(scatter(0, 5, 6), step=2).loads == [LoadsDone(2, 0, ())], "in bulk from then on"
+        assert rank.cache[5:7].all()
     rank.close()
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import xxhash
 
-from kvkeep.doors.library.by_layer import Chunk
-from kvkeep.doors.library.by_stream import StreamLoads, Streams
-from kvkeep.engine.copies.device import Rank
+from kvkeep.engine.copies.copies import ChunkRotation, Copy
+from kvkeep.engine.copies.device import DeviceCopies, DeviceScattering, Settlers
+from kvkeep.engine.copies.mode import Mode, SizeMode
 from kvkeep.engine.copies.thread import ThreadCopier
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StepPlan, StoreOp, Trip
 from kvkeep.engine.pool import MappedPool
-from kvkeep.engine.rank.device_worker import DeviceWorker, Mode
+from kvkeep.engine.rank.worker import Worker
 from kvkeep.memory.page_lock import PageLock
 from kvkeep.memory.pool import Lease, Pool
 from kvkeep.memory.region import Region
@@ -326,7 +326,8 @@ class OneRank:
         lease.close()
         assert self.mapped._pool is not None
         self.mapped._pool.populated.wait(30.0)
-        self.worker = DeviceWorker(Rank(0, transfer, self.mapped), ThreadCopier, mode)
+        copies = DeviceCopies(transfer, SizeMode(mode), Settlers(ThreadCopier(), ThreadCopier()))
+        self.worker = Worker(0, copies, self.mapped)
 
     def told(self) -> Report:
         """The next report; how long it takes is the device's business."""
@@ -420,25 +421,26 @@ class Text:
         self.here, self.there = ids[:blocks], ids[blocks:]
         self.memory = locked(4 * shard.nbytes)
         self.leases = [Lease(self.memory[n * shard.nbytes :][: shard.nbytes], shard, (0,)) for n in range(4)]
-        self.order = [range(n, n + 1) for n in range(3)]
 
-    def chunks(self, ids: list[int]) -> list[Chunk]:
+    def chunks(self, ids: list[int]) -> list[Copy]:
         size = self.per_chunk
-        return [Chunk(one, [Blocks(0, 0, ids[size * n :][:size])]) for n, one in enumerate(self.leases)]
+        blocks = [[Blocks(0, 0, ids[size * n :][:size])] for n in range(len(self.leases))]
+        return [Copy(*pair, seal=True, layerwise=True) for pair in zip(self.leases, blocks, strict=True)]
 
-    def kept(self, mode: str) -> list[bytes]:
+    def kept(self, mode: Mode) -> list[bytes]:
         """Stores what is in the blocks `here`; its sums."""
-        stores = Streams(self.transfer, self.order, mode).stores(self.chunks(self.here))
+        stores = DeviceCopies(self.transfer, SizeMode(mode)).gather(self.chunks(self.here))
         for layer in range(3):
-            stores.step(layer)
-        sums = stores.over()
-        stores.end()
-        return sums
+            stores.save(layer)
+        stores.finish()
+        return [part for _, part in sorted(stores.end().items())]
 
-    def loads(self, mode: str, by: int) -> StreamLoads:
+    def loads(self, mode: Mode, by: int) -> DeviceScattering:
         chunks = self.chunks(self.there)
-        rotation = self.rotator.for_text([one.blocks for one in chunks], 0, by) if by else None
-        return Streams(self.transfer, self.order, mode).loads(chunks, rotation)
+        text = self.rotator.for_text([copy.blocks for copy in chunks], 0, by) if by else None
+        if text is not None:
+            chunks = [copy._replace(rotation=ChunkRotation(text, n)) for n, copy in enumerate(chunks)]
+        return DeviceCopies(self.transfer, SizeMode(mode)).scatter(chunks)
 
     def there_by_torch(self, by: int) -> list[torch.Tensor]:
         """The caches once the text has been copied, and its K turned, by torch alone."""
@@ -464,9 +466,8 @@ def test_k_turns_on_its_way_as_it_does_by_torch(dtype: torch.dtype, interleaved:
     wanted = text.there_by_torch(70_000)
     loads = text.loads(mode, 70_000)
     for layer in range(3):
-        loads.step(layer)
-    loads.end()
-    assert loads.over() == 4
+        loads.wait(layer)
+    assert not loads.end()
     for one, other in zip(text.caches.values(), wanted, strict=True):
         assert torch.equal(one[1].view(torch.uint8), other[1].view(torch.uint8)), "V turned"
         still = [n for n in range(one.shape[1]) if n not in text.there]
@@ -489,7 +490,7 @@ def test_a_program_finds_each_layer_after_its_step_without_waiting(mode: str, on
             one[:, text.there] = float("nan")  # late: an earlier step still writes there
         loads, seen = text.loads(mode, by), []
         for layer, one in enumerate(text.caches.values()):
-            loads.step(layer)
+            loads.wait(layer)
             seen.append(one.clone())  # as attention would
         loads.end()
         text.memory[:] = 0xFF  # lent to another: NaN
@@ -504,14 +505,14 @@ def test_a_program_that_goes_by_layer_waits_for_no_layer():
     text.kept("layerwise")
     first = text.loads("layerwise", 9)
     for layer in range(3):
-        first.step(layer)  # compiled
+        first.wait(layer)  # compiled
     first.end()
     torch.cuda._sleep(2_000_000_000)  # the program's own work, for about a second
     over = torch.cuda.Event()
     over.record()
     loads = text.loads("layerwise", 9)
     for layer in range(3):
-        loads.step(layer)
+        loads.wait(layer)
     assert not over.query(), "the caller waited"
     loads.end()
 

@@ -20,9 +20,10 @@ from kvkeep.bench.rows import Case, Row, alternate, seconds
 from kvkeep.config import Config
 from kvkeep.core.layout import ShardLayout
 from kvkeep.core.units import SUM_NBYTES
-from kvkeep.doors.library.by_layer import Means
-from kvkeep.doors.library.cache_engine import CacheEngine
+from kvkeep.doors.library.cache_engine import CacheAccess, CacheEngine
 from kvkeep.doors.library.open import Model, identity_of
+from kvkeep.engine.copies.cpu import CpuCopies
+from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.link import source_of
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.region import Region
@@ -30,7 +31,7 @@ from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.rope.frequencies import Span, frequencies
 from kvkeep.transfer.rope.keys import Keys, Rotator
-from kvkeep.transfer.transfer import Blocks, Opened, Transfer
+from kvkeep.transfer.transfer import Blocks, Transfer
 
 CHUNK_TOKENS, BLOCK_TOKENS, LAYERS = 256, 16, 32
 COPIED_TOKENS = 2048
@@ -47,9 +48,9 @@ def engine(transfer: Transfer, pool_chunks: int, groups: list[GroupCaches]) -> C
     source = source_of(config, transfer.shard.nbytes, CHUNK_TOKENS)
     keys = Keys("2bthd", frequencies({"rope_theta": 500_000.0}, 128, Span(8192)))
     names = [name for group in groups for name in group.caches]
-    means = Means(rotator=Rotator(groups, transfer.shard, dict.fromkeys(names, keys)))
-    identity = identity_of(Model("bench"), groups, CHUNK_TOKENS)
-    return CacheEngine(Opened(transfer), identity, source, config, means=means)
+    copies = CpuCopies(transfer, mode=CopyMode("layerwise", possible=False))
+    access = CacheAccess(copies, rotator=Rotator(groups, transfer.shard, dict.fromkeys(names, keys)))
+    return CacheEngine(access, identity_of(Model("bench"), groups, CHUNK_TOKENS), source, config)
 
 
 def fresh(random_: np.random.Generator, count: int) -> Words:

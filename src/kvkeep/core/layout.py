@@ -97,8 +97,8 @@ class ShardLayout:
         """The number of each layer's range by the layer's name."""
         return {self.groups[one.group].layers[one.layer].name: number for number, one in enumerate(self.ranges)}
 
-    def in_order(self, names: Sequence[str]) -> list[range]:
-        """Each layer's range, as a range of one number, in the order of `names` (none: as they are arranged).
+    def in_order(self, names: Sequence[str]) -> list[int]:
+        """The number of each layer's range, in the order of `names` (none: as they are arranged).
 
         Raises ValueError unless every layer is named once, there and here.
         """
@@ -108,7 +108,7 @@ class ShardLayout:
         wrong = set(names) ^ set(known) or {name for name in names if names.count(name) > 1}
         if names and wrong:
             raise ValueError(f"every layer is named once: look at {min(wrong)!r}")
-        return [range(known[name], known[name] + 1) for name in names or known]
+        return [known[name] for name in names or known]
 
     @cached_property
     def nbytes(self) -> int:

@@ -21,6 +21,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from kvkeep.core.identity import namespace
 from kvkeep.core.key import Chain, none_hash
+from kvkeep.engine.copies.copies import Kind
 from kvkeep.engine.scheduler.estimate import Estimate
 from kvkeep.testing.doubles.faulty_files import flip_bit
 from kvkeep.testing.doubles.transfers import FaultyTransfer
@@ -80,7 +81,8 @@ class Faulted(Run):
         self.store = StoreProcess(folder)
         super().__init__(model, True, 1, OPTIONS.get(Path(model).name), store=f"unix:{self.store.socket}", **way)
         self.half = get_kv_transfer_group().worker
-        self.inner, self.of_states = self.half.transfer, self.half.states
+        transfers = self.half.copies.transfers
+        self.inner, self.of_states = transfers[Kind.CHUNK], transfers.get(Kind.STATE)
         self.chunks = len(WHOLE) // self.inner.shard.chunk_tokens
         # what was never measured refuses nothing: these models compute faster than anything can be read
         self.connector.planner._lookups._estimate = Estimate()
@@ -208,8 +210,9 @@ class Faulted(Run):
 
     def use(self, transfer: object, of_states: object = None) -> None:
         """The rank copies with these."""
-        self.half.transfer, self.half.states = transfer, of_states or self.of_states
-        self.half._tools = self.half._tools._replace(transfer=transfer)
+        self.half.copies.transfers[Kind.CHUNK] = transfer
+        if self.of_states is not None:
+            self.half.copies.transfers[Kind.STATE] = of_states or self.of_states
 
     def unhook(self) -> None:
         """Everything is as it was."""

@@ -24,6 +24,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvkeep.core.key import Chain, none_hash
+from kvkeep.engine.copies.copies import Kind
 from kvkeep.testing.doubles.transfers import FaultyTransfer
 
 BLOCK = 32
@@ -44,21 +45,23 @@ X = [*P[:BLOCK], *prompt(4, 9)]  # the same first block
 def fail_next(worker: object, rank: int, calls: list[int]) -> None:
     """In a worker: the transfer of `rank` fails its next scatters numbered `calls`; on other ranks nothing changes."""
     half = get_kv_transfer_group().worker
-    inner = half.transfer.inner if isinstance(half.transfer, FaultyTransfer) else half.transfer
+    transfers = half.copies.transfers
+    inner = transfers[Kind.CHUNK]
+    inner = inner.inner if isinstance(inner, FaultyTransfer) else inner
     mine = worker.vllm_config.parallel_config.rank == rank
-    half.transfer = FaultyTransfer(inner, failing_calls=set(calls) if mine else set())
+    transfers[Kind.CHUNK] = FaultyTransfer(inner, failing_calls=set(calls) if mine else set())
 
 
 def block_bytes(worker: object, block: int) -> list[str]:
     """In a worker: one block's bytes in every layer."""
-    layers = get_kv_transfer_group().worker.transfer.inner._parts[0]
+    layers = get_kv_transfer_group().worker.copies.transfers[Kind.CHUNK].inner._parts[0]
     return [part.pages[block].tobytes().hex() for layer in layers for part in layer]
 
 
 def spoil_pool(worker: object, offset: int, nbytes: int, rank: int) -> None:
     """In the worker of `rank`: other bytes in the pool, so that a copy of them is seen."""
     if worker.vllm_config.parallel_config.rank == rank:
-        pool = get_kv_transfer_group().worker._mapped._pool
+        pool = get_kv_transfer_group().worker.pool._pool
         pool._region.array[offset : offset + nbytes] ^= 255
 
 

@@ -15,14 +15,17 @@ from pathlib import Path
 from hazards import P, Run
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from kvkeep.engine.copies.copies import Kind
+
 LIMIT_S = 20.0
 
 
 def hold_layers_back(_: object) -> None:
     """In the worker: each layer's copy waits for the layer before it."""
     half = get_kv_transfer_group().worker
-    runs = [threading.Event() for _ in half.transfer.shard.ranges]
-    inner, waiting = half.transfer.scatter, half.wait_layer
+    transfer = half.copies.transfers[Kind.CHUNK]
+    runs = [threading.Event() for _ in transfer.shard.ranges]
+    inner, waiting = transfer.scatter, half.wait_layer
 
     def scatter(lease, blocks, sums, layers=None):
         number = layers.start if layers is not None else 0
@@ -33,7 +36,7 @@ def hold_layers_back(_: object) -> None:
         waiting(name)
         runs[half._numbers[name]].set()
 
-    half.transfer.scatter, half.wait_layer = scatter, wait_layer
+    transfer.scatter, half.wait_layer = scatter, wait_layer
 
 
 def main() -> None:

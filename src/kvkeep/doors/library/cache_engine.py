@@ -1,39 +1,52 @@
 """`CacheEngine`: the door for engines in one process: store and retrieve whole chunks, at once or layer by layer.
 
-Knows nothing about models, sockets or devices: a `Transfer` reaches the engine's cache, a `Connection` the store. It
-changes nothing of the process: no signal handlers, environment, logging settings or module state.
+Knows nothing about models, sockets or devices: `Copies` reach the engine's cache, a `Connection` the store. It changes
+nothing of the process: no signal handlers, environment, logging settings or module state.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
 from kvkeep.core.units import SUM_NBYTES
-from kvkeep.doors.library.by_layer import ALONE, Chunk, Copies, LoadSteps, Means, StoreSteps, Ways
-from kvkeep.doors.library.by_stream import Streams
 from kvkeep.doors.library.connection import Connection, Held
 from kvkeep.doors.library.digests import Extra, Prompts
 from kvkeep.doors.library.span import Cut, Mask, Tables, cut
+from kvkeep.engine.copies.copies import ChunkRotation, Copies, Copy, Fault, Gathering, Scattering
 from kvkeep.engine.link import Link, Source
+from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Lease
 from kvkeep.telemetry import Figures, Miss
-from kvkeep.transfer.device.device import DeviceTransfer
-from kvkeep.transfer.transfer import Blocks, Opened
+from kvkeep.transfer.rope.keys import Rotator
+from kvkeep.transfer.transfer import Blocks
 from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
 
 START_LIMIT_S = 30.0
 
 Flags = Mask | Sequence[bool] | None
-Started = TypeVar("Started", LoadSteps, StoreSteps)
+Started = TypeVar("Started", Scattering, Gathering)
+
+
+class CacheAccess(NamedTuple):
+    """How an engine reaches its cache: what copies, what page-locks the pool for it (None: nothing needs to).
+
+    `rotator` moves K to another position (None: nothing does); `clock` is in seconds.
+    """
+
+    copies: Copies
+    pin_calls: PinCalls | None = None
+    rotator: Rotator | None = None
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass
@@ -48,49 +61,28 @@ class Work:
     sums: list[bytes] = field(default_factory=list)
     first: int = 0
 
-    @property
-    def copies(self) -> list[Chunk]:
-        """The chunks as copies take them."""
-        sums = self.sums or [b""] * len(self.chunks)
-        return [Chunk(*one) for one in zip(self.chunks, self.blocks, sums, strict=True)]
-
 
 class CacheEngine:
-    """Keeps the KV cache of prompts in the store of `source`, for the cache that `transfer` reaches.
+    """Keeps the KV cache of prompts in the store of `source`, for the cache that `access` reaches.
 
     `tokens` are all of a request's tokens, `blocks` one block table a group from the first token on, `mask` false for
     what the engine has already and true from there on (None: true), `extra` what the bytes depend on besides the tokens
     (adapter, tenant's salt). ValueError for a mask with a hole and for tables that are too short; BlockError, a
     ValueError too, for a block that does not exist, is the null block 0, or is to be written twice.
 
-    Any number of threads may call at the same time: each call to the store has its turn, copies run side by side. No
-    verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. `layers` are
-    all layers' names in the order in which the engine computes them (empty: as they were registered). The copier of
-    `means` ends with the engine.
+    Any number of threads may call at the same time: calls to the store wait for each other, copies run side by side. No
+    verb waits for the store longer than `config.deadline_s` a question; without an answer it is a miss. The copies of
+    `access` end with the engine.
     """
 
-    def __init__(
-        self,
-        opened: Opened,
-        identity: Identity,
-        source: Source,
-        config: Config,
-        layers: Sequence[str] = (),
-        means: Means = ALONE,
-    ) -> None:
+    def __init__(self, access: CacheAccess, identity: Identity, source: Source, config: Config) -> None:
         self.figures = Figures()
-        transfer = opened.transfer
-        self._transfer = transfer
-        order = transfer.shard.in_order(layers)
-        self.layers = len(order)
+        self._copies = access.copies
+        self._rotator = access.rotator
+        self._shard = shard = access.copies.shard()
+        self.layers = len(shard.ranges)
         """How many layers the layerwise verbs go through."""
-        self._means = means
-        self._ways: Copies
-        if isinstance(transfer, DeviceTransfer):
-            self._ways = Streams(transfer, order, config.transfer_mode)
-        else:
-            self._ways = Ways(transfer, order, config.transfer_mode, means)
-        self._prompts = Prompts(transfer.shard.chunk_tokens, none_hash(identity.hash_seed))
+        self._prompts = Prompts(shard.chunk_tokens, none_hash(identity.hash_seed))
         self._counting = threading.Lock()
         self._frozen = False
         self._bypassed = not config.enabled
@@ -101,24 +93,24 @@ class CacheEngine:
                 name=f"library {identity.model}",
                 namespace=namespace(identity),
                 identity=described(identity),
-                chunk_nbytes=transfer.shard.nbytes,
+                chunk_nbytes=shard.nbytes,
                 holders=[os.getpid()],
                 verify_every=config.verify_every,
                 resumes=resumes,
-                sizes=[one.padded_nbytes for one in transfer.shard.ranges],
+                sizes=[range_.padded_nbytes for range_ in shard.ranges],
             )
 
-        link = Link(source, hello, [], means.clock)
+        link = Link(source, hello, [], access.clock)
         link.start(START_LIMIT_S)
-        self._line = Connection(link, transfer.shard, config.deadline_s, opened.pin_calls)
+        self._line = Connection(link, shard, config.deadline_s, access.pin_calls)
 
     # ---- bulk ------------------------------------------------------------------------------------------------------
 
     def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
         """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
         work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
-        with self._stores(work, at_once=True) as copies:
-            return self._commit(work, copies.over())
+        with self._giving_back(work), _ending(self._gather(work, layerwise=False)) as gathering:
+            return self._commit(work, gathering)
 
     def retrieve(
         self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
@@ -128,14 +120,13 @@ class CacheEngine:
         They follow the mask's false part without a gap, and end with a chunk. What the mask leaves false is not
         written; where it does not end with a block of every group, that is a miss. `at` is the position at which the
         first of the tokens stands now: K moves there, as if the engine had computed these tokens there, and nothing
-        before them. ValueError for one that is negative, or not 0 where nothing says how K turns.
+        before them. ValueError for one that is negative, or not 0 where nothing says how K text.
         """
         span = self._cut(tokens, blocks, mask)
         self._check_position(at)
         work = self._found(span, tokens, extra)
-        with self._loads(work, at, at_once=True) as copies:
-            copies.step(0)
-            return self._arrived(span, work, copies)
+        with self._giving_back(work), _ending(self._scatter(work, at, layerwise=False)) as scattering:
+            return self._arrived(span, work, scattering)
 
     # ---- layerwise -------------------------------------------------------------------------------------------------
 
@@ -164,22 +155,23 @@ class CacheEngine:
 
     def _storing(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Generator[None]:
         work = self._room(span, tokens, extra)
-        with self._stores(work) as copies:
-            for number in range(self.layers):
-                copies.step(number)
+        with self._giving_back(work), _ending(self._gather(work, layerwise=True)) as gathering:
+            for number in self._copies.order:
+                gathering.save(number)
                 yield
-            self._commit(work, copies.over())
+            self._commit(work, gathering)
         yield
 
     def _retrieving(self, span: Cut, tokens: Tokens, extra: Extra | None, at: int) -> Generator[int | Mask | None]:
         work = self._found(span, tokens, extra)
-        with self._loads(work, at) as copies:
+        with self._giving_back(work):
             coming = len(work.chunks)
             yield self._reach(span, work, coming) - span.start if coming else 0
-            for number in range(self.layers):
-                copies.step(number)
-                yield None
-            mask = self._arrived(span, work, copies)
+            with _ending(self._scatter(work, at, layerwise=True)) as scattering:
+                for number in self._copies.order:
+                    scattering.wait(number)
+                    yield None
+                mask = self._arrived(span, work, scattering)
         yield mask
 
     # ---- control ---------------------------------------------------------------------------------------------------
@@ -191,7 +183,7 @@ class CacheEngine:
         """
         if self._bypassed:
             return 0
-        hit = self._line.present(self._prompts.digests(tokens, extra), pin_id) * self._transfer.shard.chunk_tokens
+        hit = self._line.present(self._prompts.digests(tokens, extra), pin_id) * self._shard.chunk_tokens
         self._count(lookups=1, lookup_tokens=len(tokens))
         return hit
 
@@ -221,8 +213,7 @@ class CacheEngine:
 
     def close(self) -> None:
         """Ends the session and a private store; every verb after it is a miss. Idempotent."""
-        if self._means.copier is not None:
-            self._means.copier.close()
+        self._copies.close()
         self._line.close()
 
     def __enter__(self) -> Self:
@@ -236,7 +227,7 @@ class CacheEngine:
     # ---- parts of the verbs ----------------------------------------------------------------------------------------
 
     def _cut(self, tokens: Tokens, blocks: Tables, mask: Flags) -> Cut:
-        return cut(self._transfer.shard, len(tokens), blocks, mask)
+        return cut(self._shard, len(tokens), blocks, mask)
 
     def _room(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
         """Memory for the chunks that are to be stored and are absent; empty if there is nothing to do."""
@@ -254,12 +245,14 @@ class CacheEngine:
         self._check(work, unique=False)
         return work
 
-    def _commit(self, work: Work, sums: list[bytes]) -> int:
+    def _commit(self, work: Work, gathering: Gathering) -> int:
         """Makes what was gathered readable, unless storing was switched off meanwhile; how many tokens."""
+        gathering.finish()
+        sums = [part for _, part in sorted(gathering.end().items())]
         if work.held is None or not sums or self._frozen or self._bypassed:
             return 0
         chunks = self._line.commit(work.held, work.places, sums)
-        stored = chunks * self._transfer.shard.chunk_tokens
+        stored = chunks * self._shard.chunk_tokens
         self._count(stored_chunks=chunks, stored_tokens=stored, dropped_chunks=len(sums) - chunks)
         return stored
 
@@ -290,52 +283,58 @@ class CacheEngine:
         return work
 
     @contextmanager
-    def _copying(self, work: Work, begin: Callable[[], Started]) -> Iterator[Started]:
-        """The copies of a request; at the end none is under way and nothing is held, whatever was raised."""
+    def _giving_back(self, work: Work) -> Iterator[None]:
+        """Gives the request's memory back at the end, whatever was raised."""
         try:
-            copies = begin()
-            try:
-                yield copies
-            finally:
-                copies.end()
+            yield
         finally:
             self._give_back(work)
 
-    def _stores(self, work: Work, at_once: bool = False) -> AbstractContextManager[StoreSteps]:
-        return self._copying(work, lambda: self._ways.stores(work.copies, at_once))
+    def _gather(self, work: Work, layerwise: bool) -> Gathering:
+        pairs = zip(work.chunks, work.blocks, strict=True)
+        return self._copies.gather([Copy(lease, blocks, seal=True, layerwise=layerwise) for lease, blocks in pairs])
 
-    def _loads(self, work: Work, at: int, at_once: bool = False) -> AbstractContextManager[LoadSteps]:
-        rotator = self._means.rotator if at and work.chunks else None
-
-        def begin() -> LoadSteps:
-            rotation = rotator.for_text(work.blocks, work.first, at) if rotator is not None else None
-            return self._ways.loads(work.copies, rotation, at_once)
-
-        return self._copying(work, begin)
+    def _scatter(self, work: Work, at: int, layerwise: bool) -> Scattering:
+        """Starts the copies of a retrieve, whose K moves to position `at`."""
+        moves = self._rotator is not None and at and work.chunks
+        text = self._rotator.for_text(work.blocks, work.first, at) if self._rotator is not None and moves else None
+        copies = [
+            Copy(
+                lease,
+                blocks,
+                sums=sums,
+                rotation=ChunkRotation(text, index) if text is not None else None,
+                layerwise=layerwise,
+                follows=index > 0,
+            )
+            for index, (lease, blocks, sums) in enumerate(zip(work.chunks, work.blocks, work.sums, strict=True))
+        ]
+        return self._copies.scatter(copies)
 
     def _check_position(self, at: int) -> None:
         if at < 0:
             raise ValueError(f"at: there is no position {at}")
-        if at and self._means.rotator is None:
+        if at and self._rotator is None:
             raise ValueError(f"at: nothing says how K moves to position {at}: open the engine with `keys`")
 
     def _check(self, work: Work, unique: bool) -> None:
         """Every block of the request at once, before anything is copied; a lease does not survive its failure."""
         with ExitStack() as failing:
             failing.callback(self._give_back, work)
-            self._transfer.check([one for blocks in work.blocks for one in blocks], unique)
+            self._copies.check([one for blocks in work.blocks for one in blocks], unique)
             failing.pop_all()
 
     def _reach(self, span: Cut, work: Work, arrived: int) -> int:
         """The token behind the last chunk that has arrived."""
         return (work.first + arrived) * span.shard.chunk_tokens
 
-    def _arrived(self, span: Cut, work: Work, copies: LoadSteps) -> Mask:
-        """The mask of a retrieve. The first chunk that was not what had been written is not given out again."""
-        arrived = copies.over()
+    def _arrived(self, span: Cut, work: Work, scattering: Scattering) -> Mask:
+        """The mask of a retrieve. Drops the first chunk whose checksum failed, so that it is not given out again."""
+        faults = scattering.end()
+        arrived = min(faults, default=len(work.chunks))
         end = self._reach(span, work, arrived) if arrived else span.start
         failed = len(work.chunks) - arrived
-        if failed and copies.differs and work.held is not None:
+        if work.held is not None and faults.get(arrived) is Fault.DIFFERS:
             self._line.discard(work.held, work.digests[arrived])
         self._count(delivered_tokens=end - span.start, failed_tokens=failed * span.shard.chunk_tokens)
         return span.mask(end)
@@ -353,3 +352,12 @@ class CacheEngine:
     def _miss(self, why: Miss) -> None:
         with self._counting:
             self.figures.miss(why)
+
+
+@contextmanager
+def _ending(copies: Started) -> Iterator[Started]:
+    """At the end none of these copies is under way, whatever was raised."""
+    try:
+        yield copies
+    finally:
+        copies.end()

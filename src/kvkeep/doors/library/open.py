@@ -21,12 +21,10 @@ from kvkeep.core.identity import SCHEMA, GroupIdentity, Identity
 from kvkeep.core.key import DEFAULT_SEED
 from kvkeep.core.layout import VERSION as LAYOUT_VERSION
 from kvkeep.core.layout import chunk_tokens_for
-from kvkeep.doors.library.by_layer import Means
-from kvkeep.doors.library.cache_engine import CacheEngine
-from kvkeep.engine.copies.thread import ThreadCopier, spare_cores
+from kvkeep.doors.library.cache_engine import CacheAccess, CacheEngine
+from kvkeep.engine.copies.open import open_copies
 from kvkeep.engine.link import Source, source_of
 from kvkeep.engine.rank.open import wish_of
-from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches
@@ -65,7 +63,8 @@ def open_cache(
 ) -> CacheEngine:
     """An engine over these caches, with a private store or the shared one that `config.store` names.
 
-    `layers`: see `CacheEngine`. `keys` says how the K of layers carries its position, by their names, so that texts may
+    `layers` are all layers' names in the order in which the engine computes them (none: as they are registered). `keys`
+    says how the K of layers carries its position, by their names, so that texts may
     be retrieved at another one; where no layer's does, it is empty. A shared store that is not there is waited for
     (`config.store_wait_s`), then looked for between calls. Raises ConfigError or StoreGone if one of our own cannot be
     started, LayoutMismatch for a cache that cannot be copied, or whose K cannot be moved.
@@ -86,16 +85,11 @@ def open_cache(
     if rotator is not None and isinstance(opened.transfer, DeviceTransfer):
         opened.transfer.prepare_rotations(rotator.alike)
     source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
-    # copies on a thread need memory that the CPU reaches, and a core that nobody computes on
-    by_cpu = isinstance(opened.transfer, ReferenceTransfer) and model.ranks == 1 and config.transfer_mode != "bulk"
-    cores = spare_cores() if by_cpu else frozenset()
-    copier = ThreadCopier(cores) if cores else None
+    copies = open_copies(opened, config.transfer_mode, alone=model.ranks == 1, beside=False, layers=layers)
     with ExitStack() as failing:
-        if copier is not None:
-            failing.callback(copier.close)
-        engine = CacheEngine(
-            opened, identity_of(model, groups, tokens), source, config, layers, Means(copier=copier, rotator=rotator)
-        )
+        failing.callback(copies.close)
+        access = CacheAccess(copies, opened.pin_calls, rotator)
+        engine = CacheEngine(access, identity_of(model, groups, tokens), source, config)
         failing.pop_all()
     return engine
 

@@ -47,7 +47,6 @@ from kvkeep.doors.vllm.messages import PlanMeta, RankMeta, ReportMeta
 from kvkeep.doors.vllm.metrics import Differences, KVKeepPromMetrics, KVKeepStats
 from kvkeep.engine.link import Link, source_of
 from kvkeep.engine.plan import RankInfo, Report
-from kvkeep.engine.rank.device_worker import DeviceWorker
 from kvkeep.engine.rank.open import early_loads, open_rank, wish_of
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
@@ -75,7 +74,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         join_log(self.config.log_level)
         self._open = True
         self.refusal = facts.refusal(vllm_config, kv_cache_config)
-        self.worker: Worker | DeviceWorker | None = None
+        self.worker: Worker | None = None
         self.planner: Planner | None = None
         self._own_cache: OwnCache | None = None
         self.figures = Figures()

@@ -1,210 +1,266 @@
-"""A rank's copies on a device that makes them by itself: started here, ordered by events, over when their events are.
+"""Copies that a device makes by itself: started here, ordered by events, over when their events are complete.
 
-Knows nothing about plans' steps, reports or the engine's calls. Memory of the pool belongs to a copy until its event;
-what is not page-locked is staged, in the order of the compute stream.
+The caller's thread waits for no copy before `end`. Memory that is not page-locked goes through a staging copy, in the
+order of the compute stream. Knows nothing about plans, requests or the store.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
+from contextlib import ExitStack
+from itertools import groupby
 from typing import NamedTuple
 
 from kvkeep.core.layout import ShardLayout
-from kvkeep.engine.copies.relay import COPY_LIMIT_S, Copy
-from kvkeep.engine.copies.thread import Copier
-from kvkeep.engine.plan import LoadOp, StepPlan
-from kvkeep.engine.pool import MappedPool
-from kvkeep.errors import CopyFailed
-from kvkeep.memory.pool import Lease
+from kvkeep.engine.copies.copies import Copy, Fault, Kind, fail
+from kvkeep.engine.copies.mode import SizeMode
+from kvkeep.engine.copies.thread import Copier, T, all_done, result_of
+from kvkeep.errors import LayoutMismatch
 from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.device.streams import CopyEvent
 from kvkeep.transfer.device.tables import CopyJob
-from kvkeep.transfer.transfer import ranges_hold, seal_ranges
-
-log = logging.getLogger("kvkeep")
+from kvkeep.transfer.transfer import Blocks, ranges_hold, seal_ranges
 
 
-class Rank(NamedTuple):
-    """Whose copies: the rank's number, its part of the engine's cache, its pool."""
+class Settlers(NamedTuple):
+    """Threads that wait for copies beside the engine's, one for each direction; those of gathers sum as well."""
 
-    number: int
-    transfer: DeviceTransfer
-    pool: MappedPool
+    scatters: Copier
+    gathers: Copier
 
-    @property
-    def shard(self) -> ShardLayout:
-        """How the rank's part of a chunk is arranged."""
+
+class DeviceCopies:
+    """`Copies` by `transfer`. Without `settlers` whoever calls `end` waits for the copies, and sums."""
+
+    def __init__(
+        self,
+        transfer: DeviceTransfer,
+        mode: SizeMode,
+        settlers: Settlers | None = None,
+        order: Sequence[int] = (),
+    ) -> None:
+        self.transfer = transfer
+        self.settlers = settlers
+        self.order = order or range(len(transfer.shard.ranges))
+        self.mode = mode
+        self.last_gather: CopyEvent | None = None
+
+    def shard(self, kind: Kind = Kind.CHUNK) -> ShardLayout:
+        """As `Copies.shard`."""
+        if kind is Kind.STATE:
+            raise LayoutMismatch("a device does not copy states by itself")
         return self.transfer.shard
 
-    def lease(self, boot: bytes, offset: int, plan: StepPlan) -> Lease | None:
-        """Its part of the chunk at `offset`; None if that boot's pool is not here."""
-        return self.pool.lease(boot, offset + plan.shard_offsets[self.number], self.shard)
+    def check(self, blocks: Sequence[Blocks], unique: bool, kind: Kind = Kind.CHUNK) -> None:
+        """As `Copies.check`."""
+        self.shard(kind)
+        self.transfer.check(blocks, unique)
 
+    def scatter(self, copies: Sequence[Copy], beside: bool = False, wait_s: float = 0.0) -> DeviceScattering:
+        """As `Copies.scatter`; chunks that are still being read are not waited for, they fail."""
+        layerwise = not beside and self.mode.loads_layerwise(len(copies) * self.shard().nbytes)
+        return DeviceScattering(self, copies, layerwise, beside)
 
-class Loading(NamedTuple):
-    """Loads under way; `failed` are the places of those that were never started."""
-
-    ops: Sequence[LoadOp]
-    leases: Sequence[Lease]
-    failed: set[int]
-    job: Future[None]
-
-    def end(self) -> tuple[int, ...]:
-        """Gives the memory back once all are complete; the places of those that failed."""
-        places = range(len(self.ops)) if died(self.job) else sorted(self.failed)
-        for lease in self.leases:
-            lease.close()
-        return tuple(places)
-
-
-class Storing(NamedTuple):
-    """Stores under way; the job's result are their sums by place."""
-
-    copies: Sequence[Copy]
-    job: Future[dict[int, bytes]]
-
-    def end(self) -> dict[int, bytes]:
-        """Gives the memory back once all are complete; their sums by place, none if they were lost."""
-        sums = {} if died(self.job) else self.job.result(0)
-        for copy in self.copies:
-            copy.lease.close()
-        return sums
-
-
-class DeviceLoads:
-    """Scatters of one rank; `settler` waits for them beside the engine's thread."""
-
-    def __init__(self, rank: Rank, settler: Copier) -> None:
-        self._rank = rank
-        self._settler = settler
-        self._layers: dict[int, CopyEvent] = {}
-        self._waited: set[int] = set()
-        self._late: set[int] = set()
-
-    def start(self, plan: StepPlan, ops: Sequence[LoadOp], in_step: bool, by_layer: bool) -> Loading:
-        """Starts the loads of one step (`in_step`: what is launched from here on finds them), or beside the steps.
-
-        By layer, a layer finds them after `wait_layer`; but what the step itself writes to is there before all layers.
-        """
-        leases, failed = self._leases(plan, ops)
-        jobs = {place: CopyJob(ops[place].blocks, lease) for place, lease in leases.items()}
-        self._late = {n for n, job in jobs.items() if by_layer and job.lease.pieces and not ops[n].written}
-        events = self._scatter([job for n, job in jobs.items() if n not in self._late])
-        for event in events if in_step else ():
-            event.order()
-        late = [jobs[n] for n in sorted(self._late)]
-        scatter = self._rank.transfer.start_scatter
-        self._layers = {n: scatter(late, n) for n in self._rank.shard.numbers.values()} if late else {}
-        self._waited = set()
-        job = self._settler.submit(partial(wait, [*events, *self._layers.values()]))
-        return Loading(ops, [*leases.values()], failed, job)
-
-    def wait_layer(self, number: int) -> None:
-        """What is launched from here on finds this layer."""
-        if number in self._layers:
-            self._layers[number].order()
-            self._waited.add(number)
-
-    def unwaited(self) -> set[int]:
-        """At the end of a step: the places of the loads by layer, if any of their layers ran without waiting."""
-        unwaited, self._layers = self._layers.keys() - self._waited, {}
-        return self._late if unwaited else set()
-
-    def _leases(self, plan: StepPlan, ops: Sequence[LoadOp]) -> tuple[dict[int, Lease], set[int]]:
-        """The memory of each op by its place, verified where it has sums; the places of those that have none."""
-        self._rank.transfer.check([blocks for op in ops for blocks in op.blocks], unique=True)
-        leases: dict[int, Lease] = {}
-        for place, op in enumerate(ops):
-            lease = self._rank.lease(op.boot, op.offset, plan) if not op.word else None  # it waits for no word
-            if lease is not None and op.sums and not ranges_hold(lease.views(), op.sums[self._rank.number]):
-                log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
-                lease.close()
-            elif lease is not None:
-                leases[place] = lease
-        return leases, set(range(len(ops))) - leases.keys()
-
-    def _scatter(self, jobs: Sequence[CopyJob]) -> list[CopyEvent]:
-        for job in jobs:
-            if not job.lease.pieces:
-                self._rank.transfer.scatter(job.lease, job.blocks, b"")
-        locked = [job for job in jobs if job.lease.pieces]
-        return [self._rank.transfer.start_scatter(locked)] if locked else []
-
-
-class DeviceStores:
-    """Gathers of one rank; `settler` waits for them, and sums them, beside the engine's thread."""
-
-    def __init__(self, rank: Rank, settler: Copier) -> None:
-        self._rank = rank
-        self._settler = settler
-        self._copies: list[Copy] | None = None
-        self._events: list[CopyEvent] = []
-        self._saved: set[int] = set()
-        self._last: CopyEvent | None = None
+    def gather(self, copies: Sequence[Copy]) -> DeviceGathering:
+        """As `Copies.gather`."""
+        return DeviceGathering(self, copies, self.mode.stores_layerwise(len(copies) * self.shard().nbytes))
 
     def before_writes(self) -> None:
-        """On the device, what is launched from here on comes after all stores: it may write to their blocks."""
-        if self._last is not None and not self._last.done():
-            self._last.order()  # the last of its stream
+        """As `Copies.before_writes`."""
+        if self.last_gather is not None and not self.last_gather.done():
+            self.last_gather.order()  # it is the last of its lane
 
-    def save_layer(self, plan: StepPlan, number: int) -> None:
-        """Starts the stores of a layer that has been launched; where it comes in parts, again each time."""
-        self._begin(plan)
-        self._gather(number)
-        self._saved.add(number)
+    def close(self) -> None:
+        """As `Copies.close`."""
+        for settler in self.settlers or ():
+            settler.close()
 
-    def finish(self, plan: StepPlan) -> Storing:
-        """The step has been launched: starts what is left of its stores."""
-        copies = self._begin(plan)
-        for number in set(self._rank.shard.numbers.values()) - self._saved if self._saved else (None,):
-            self._gather(number)
-        gather = self._rank.transfer.gather
-        staged = {one.place: gather(one.blocks, one.lease, one.seal) for one in copies if not one.lease.pieces}
-        job = self._settler.submit(partial(self._settle, copies, self._events, staged))
-        self._copies, self._events, self._saved = None, [], set()
-        return Storing(copies, job)
 
-    def _begin(self, plan: StepPlan) -> list[Copy]:
-        """The plan's gathers with their memory, checked once; none without the plan's pool."""
-        if self._copies is None:
-            self._rank.transfer.check([blocks for op in plan.stores for blocks in op.blocks], unique=False)
-            found = [(n, op, self._rank.lease(plan.boot, op.offset, plan)) for n, op in enumerate(plan.stores)]
-            self._copies = [Copy(n, op.blocks, lease, op.seal) for n, op, lease in found if lease is not None]
-        return self._copies
+class DeviceScattering:
+    """`Scattering`: every copy has been started once this exists; chunks with sums were verified before."""
 
-    def _gather(self, only: int | None) -> None:
-        jobs = [CopyJob(copy.blocks, copy.lease) for copy in self._copies or () if copy.lease.pieces]
-        if jobs:
-            self._last = self._rank.transfer.start_gather(jobs, only)
-            self._events.append(self._last)
+    def __init__(self, owner: DeviceCopies, copies: Sequence[Copy], layerwise: bool, beside: bool) -> None:
+        self._owner = owner
+        self._copies = copies
+        self._faults: dict[int, Fault] = {}
+        self._events: list[CopyEvent] = []
+        self._layers: dict[int, list[CopyEvent]] = {}
+        self._waited: set[int] = set()
+        staged, locked = self._sort()
+        self._late = [index for index in locked if layerwise and copies[index].layerwise]
+        whole = [index for index in locked if index not in self._late]
+        with ExitStack() as failing:
+            failing.callback(self._wait)  # what was started uses its memory, whatever is raised
+            for index in staged:
+                owner.transfer.scatter(copies[index].memory, copies[index].blocks, b"")
+                self._rotate(index, None)
+            events = self._start(whole, None)
+            if not beside or any(copies[index].rotation for index in whole):
+                for event in events:
+                    event.order()
+                self._rotate_behind(whole, None)
+            if self._late:
+                self._layers = {number: self._start(self._late, number) for number in owner.order}
+            failing.pop_all()
+        settlers = owner.settlers
+        self._job: Future[bool] | None = settlers.scatters.submit(self._wait) if settlers is not None else None
 
-    def _settle(
-        self, copies: Iterable[Copy], events: Iterable[CopyEvent], staged: Mapping[int, bytes]
-    ) -> dict[int, bytes]:
-        wait(events)
-        sums = dict(staged)
-        for copy in copies:
-            if copy.place not in staged:
-                sums[copy.place] = seal_ranges(self._rank.shard.ranges, copy.lease.views()) if copy.seal else b""
+    @property
+    def faults(self) -> Mapping[int, Fault]:
+        """As `Scattering.faults`."""
+        return self._faults
+
+    def wait(self, number: int) -> None:
+        """As `Scattering.wait`: what is launched from here on comes after the range's copies."""
+        if number in self._layers:
+            for event in self._layers[number]:
+                event.order()
+            if number not in self._waited:
+                self._rotate_behind(self._late, number)
+            self._waited.add(number)
+
+    def layers_ran(self) -> None:
+        """As `Scattering.layers_ran`."""
+        if self._layers.keys() - self._waited:
+            self._owner.mode.never_layerwise()
+            fail(self._faults, self._copies, self._late, Fault.LOST)
+
+    def done(self, limit_s: float = 0.0) -> bool:
+        """As `Scattering.done`."""
+        return _done(self._job, self._events, limit_s)
+
+    def end(self) -> Mapping[int, Fault]:
+        """As `Scattering.end`."""
+        if self._job is None:
+            self._wait()
+        elif result_of(self._job) is None:
+            fail(self._faults, self._copies, range(len(self._copies)), Fault.LOST)
+        given_up = [index for index, copy in enumerate(self._copies) if copy.memory.failed]
+        fail(self._faults, self._copies, given_up, Fault.LOST)
+        return self._faults
+
+    def _sort(self) -> tuple[list[int], list[int]]:
+        """The copies that are to be made: through a staging copy, and by the device itself."""
+        for index, copy in enumerate(self._copies):
+            progress = copy.memory.arrival
+            if index in self._faults:
+                continue
+            if progress is not None and not progress.has(len(self._owner.transfer.shard.ranges)):
+                fail(self._faults, self._copies, [index], Fault.LOST)
+            elif copy.sums and not ranges_hold(copy.memory.views(), copy.sums):
+                fail(self._faults, self._copies, [index], Fault.DIFFERS)
+        right = [index for index in range(len(self._copies)) if index not in self._faults]
+        staged = [index for index in right if not self._copies[index].memory.pieces]
+        if any(self._copies[index].rotation for index in staged):
+            # a text is rotated as one; the pool is still being locked, or cannot be
+            staged = [index for index in right if index in staged or self._copies[index].rotation]
+        return staged, [index for index in right if index not in staged]
+
+    def _start(self, indexes: Sequence[int], number: int | None) -> list[CopyEvent]:
+        """Starts to copy range `number` (None: all) of these."""
+        first, transfer = len(self._events), self._owner.transfer
+        on_the_way = [n for n in indexes if self._copies[n].rotation and transfer.rotates_on_the_way]
+        plain = self._jobs([n for n in indexes if n not in on_the_way])
+        if plain:
+            self._events.append(transfer.start_scatter(plain, number))
+        rotations = [(n, rotation) for n in on_the_way if (rotation := self._copies[n].rotation) is not None]
+        for _, text in groupby(rotations, lambda pair: id(pair[1].text)):
+            chunks = list(text)
+            if [rotation.chunk for _, rotation in chunks] != [*range(len(chunks))]:
+                raise ValueError("chunks of a text that is rotated are copied from its first one on, in their order")
+            jobs = self._jobs([n for n, _ in chunks])
+            for batch in chunks[0][1].text.batches(number, len(jobs)):
+                self._events.append(transfer.start_rotated(jobs, batch))
+        return self._events[first:]
+
+    def _jobs(self, indexes: Iterable[int]) -> list[CopyJob]:
+        return [CopyJob(self._copies[index].blocks, self._copies[index].memory) for index in indexes]
+
+    def _rotate_behind(self, indexes: Iterable[int], number: int | None) -> None:
+        """Rotates what the transfer could not rotate on its way."""
+        if not self._owner.transfer.rotates_on_the_way:
+            for index in indexes:
+                self._rotate(index, number)
+
+    def _rotate(self, index: int, number: int | None) -> None:
+        rotation = self._copies[index].rotation
+        if rotation is not None:
+            rotation.text.in_place(rotation.chunk, range(number, number + 1) if number is not None else None)
+
+    def _wait(self) -> bool:
+        return wait(self._events)
+
+
+class DeviceGathering:
+    """`Gathering`: a layer's copy starts behind the layer."""
+
+    def __init__(self, owner: DeviceCopies, copies: Sequence[Copy], layerwise: bool) -> None:
+        self._owner = owner
+        self._copies = copies
+        self._layerwise = layerwise
+        self._locked = [CopyJob(copy.blocks, copy.memory) for copy in copies if copy.memory.pieces]
+        self._events: list[CopyEvent] = []
+        self._saved: set[int] = set()
+        self._staged: dict[int, bytes] = {}
+        self._job: Future[dict[int, bytes]] | None = None
+        self._finished = False
+        self._sums: dict[int, bytes] = {}
+
+    def save(self, number: int) -> None:
+        """As `Gathering.save`."""
+        if self._layerwise:
+            self._start(number)
+            self._saved.add(number)
+
+    def finish(self) -> None:
+        """As `Gathering.finish`."""
+        for number in set(self._owner.order) - self._saved if self._saved else (None,):
+            self._start(number)
+        gather = self._owner.transfer.gather
+        self._staged = {
+            index: gather(copy.blocks, copy.memory, copy.seal)
+            for index, copy in enumerate(self._copies)
+            if not copy.memory.pieces
+        }
+        self._finished = True
+        if self._owner.settlers is not None:
+            self._job = self._owner.settlers.gathers.submit(self._settle)
+
+    def done(self, limit_s: float = 0.0) -> bool:
+        """As `Gathering.done`."""
+        return _done(self._job, self._events, limit_s)
+
+    def end(self) -> dict[int, bytes]:
+        """As `Gathering.end`."""
+        if self._job is not None:
+            return result_of(self._job) or {}
+        if self._finished and not self._sums:
+            self._sums = self._settle()
+        wait(self._events)
+        return self._sums
+
+    def _start(self, number: int | None) -> None:
+        if self._locked:
+            self._owner.last_gather = self._owner.transfer.start_gather(self._locked, number)
+            self._events.append(self._owner.last_gather)
+
+    def _settle(self) -> dict[int, bytes]:
+        wait(self._events)
+        sums = dict(self._staged)
+        for index, copy in enumerate(self._copies):
+            if index not in sums:
+                ranges = self._owner.transfer.shard.ranges
+                sums[index] = seal_ranges(ranges, copy.memory.views()) if copy.seal else b""
         return sums
 
 
-def wait(events: Iterable[CopyEvent]) -> None:
-    """Returns once all are complete."""
+def wait(events: Iterable[CopyEvent]) -> bool:
+    """True once all are complete."""
     for event in events:
         event.wait()
+    return True
 
 
-def died(job: Future[None] | Future[dict[int, bytes]]) -> bool:
-    """Whether a job was lost before the end of its copies was seen.
-
-    TimeoutError after COPY_LIMIT_S: whatever they may still write, nobody goes on as if they had ended.
-    """
-    try:
-        job.result(COPY_LIMIT_S)
-    except CopyFailed:
-        return True
-    return False
+def _done(job: Future[T] | None, events: Iterable[CopyEvent], limit_s: float) -> bool:
+    return all_done([job], limit_s) if job is not None else all(event.done() for event in events)

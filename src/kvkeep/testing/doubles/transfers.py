@@ -97,10 +97,10 @@ class HeldCopier:
 
     waiting: dict[bool, deque[Callable[[], None]]] = field(default_factory=lambda: {False: deque(), True: deque()})
 
-    def submit(self, call: Callable[[], T], beside: bool = False) -> Future[T]:
+    def submit(self, call: Callable[[], T], background: bool = False) -> Future[T]:
         """As `Copier.submit`."""
         job: HeldFuture[T] = HeldFuture(self)
-        self.waiting[beside].append(lambda: job.set_result(call()))
+        self.waiting[background].append(lambda: job.set_result(call()))
         return job
 
     def run(self, count: int) -> None:

@@ -18,10 +18,11 @@ import torch
 
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout
+from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.link import Link, Source
 from kvkeep.engine.plan import Report, Scheduled
-from kvkeep.engine.rank.device_worker import DeviceWorker
+from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
@@ -42,13 +43,13 @@ ANSWER_LIMIT_S = 10.0
 NAMESPACE = b"fake engine's ns"
 
 Wrap = Callable[[int, Transfer], Transfer]
-MakeRank = Callable[[int, Transfer, PoolDoor, CopyMode], Worker | DeviceWorker | RankProcess]
+MakeRank = Callable[[int, Transfer, PoolDoor, CopyMode], Worker | RankProcess]
 MakeTransfer = Callable[[Sequence[GroupCaches], int], Transfer]
 
 
 def rank_here(rank: int, transfer: Transfer, door: PoolDoor, choice: CopyMode) -> Worker:
     """A rank's half in this process, whose copies end at once."""
-    return Worker(rank, transfer, door, choice=choice)
+    return Worker(rank, CpuCopies(transfer, mode=choice), MappedPool(door))
 
 
 class FakeEngine:

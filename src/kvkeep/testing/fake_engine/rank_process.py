@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 
 from kvkeep.core.layout import ShardLayout
+from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp, Trip
+from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.results import Results
 from kvkeep.engine.rank.worker import Worker
 from kvkeep.memory.pool import Lease
@@ -43,7 +45,7 @@ class RankProcess:
             self._sock.close()
             status = FAULT
             try:
-                status = _served(Worker(rank, transfer, door), theirs)
+                status = _served(Worker(rank, CpuCopies(transfer), MappedPool(door)), theirs)
             finally:
                 if status == FAULT:
                     traceback.print_exc()
