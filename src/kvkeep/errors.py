@@ -79,9 +79,19 @@ class StoreGone(WireError):
 
 
 class TierError(KVKeepError):
-    """A tier failed; whoever walks the tiers goes on without it."""
+    """A tier failed; whoever walks the tiers goes on without it.
+
+    `tier` is its name and `operation` the verb that failed, "" where that is not known. `retryable`: the same call may
+    succeed later although nobody repairs anything.
+    """
 
     code = "tier"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, tier: str = "", operation: str = "") -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.operation = operation
 
 
 class TierUnavailable(TierError):
@@ -94,12 +104,14 @@ class TierBusy(TierError):
     """A tier works and has too much to do: kvkeep asks more of it than it lets wait."""
 
     code = "tier-busy"
+    retryable = True
 
 
 class TierOwned(TierUnavailable):
     """A tier's directory is locked by another process."""
 
     code = "tier-owned"
+    retryable = True
 
 
 class CorruptChunk(TierError):

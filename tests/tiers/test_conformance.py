@@ -22,11 +22,11 @@ LIMIT = 64 << 20
 
 
 async def memory(_: Path) -> Tier:
-    return await open_record_tier(MemoryPlace())
+    return await open_record_tier("memory", MemoryPlace())
 
 
 async def memory_with_codec(_: Path) -> Tier:
-    return await open_record_tier(MemoryPlace(), ZlibCodec())
+    return await open_record_tier("memory", MemoryPlace(), ZlibCodec())
 
 
 def disk(

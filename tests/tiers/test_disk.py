@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.config import Disk, Durability
+from kvkeep.config import Config, Disk, Durability
 from kvkeep.core.policies.queue import lru
 from kvkeep.errors import TierBusy, TierOwned, TierUnavailable
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
@@ -425,5 +425,29 @@ def test_its_policy_learns_which_lookups_found_nothing(run: Any, opened: Any, mo
             assert await tier.contains([write.key for write in WRITES[:4]]) == [True, True, False, False]
             assert await tier.contains([WRITES[0].key]) == [True]
             assert missed == [WRITES[2].key], "the key at which a lookup ends, once"
+
+    run(test)
+
+
+@pytest.mark.parametrize(("policy", "evicted"), [("lru", 1), ("fifo", 0), ("mru", 0), ("lfu", 1)])
+def test_the_policy_of_the_settings_says_which_record_goes_also_after_a_restart(
+    run: Any, root: Path, policy: str, evicted: int
+) -> None:
+    """Three records fill the directory; the first has been used since: who makes way for a fourth?"""
+
+    async def test() -> None:
+        config = Config(disk_path=str(root), disk_size=4 * RECORD - 4096, disk_min_free=0, disk_policy=policy)
+        [disk] = config.tiers
+        tier = await open_disk(disk)
+        await tier.looked_through()
+        assert await tier.store(WRITES[:3]) == [Stored.STORED] * 3
+        assert await holds(tier, WRITES[0])
+        await tier.aclose()
+        tier = await open_disk(disk)
+        await tier.looked_through()
+        assert await tier.store(WRITES[3:4]) == [Stored.STORED]
+        assert [number for number in range(4) if not await holds(tier, WRITES[number])] == [evicted]
+        assert tier.figures().evicted == 1
+        await tier.aclose()
 
     run(test)

@@ -75,7 +75,7 @@ class FaultyPlace:
 
 async def opened(place: Any, codec: Codec | None = None) -> RecordTier:
     clock = count(1)
-    return await open_record_tier(place, codec, lambda: next(clock))
+    return await open_record_tier("memory", place, codec, lambda: next(clock))
 
 
 async def there(tier: RecordTier) -> list[bool]:
@@ -204,7 +204,7 @@ def test_without_epochs_nothing_of_before_is_given(run: Any, octets: bytes | Non
         if octets is not None:
             place.kept["epochs"] = octets
         await tier.aclose()
-        tier = await open_record_tier(place, None, lambda: 1 << 60)
+        tier = await open_record_tier("memory", place, None, lambda: 1 << 60)
         assert await there(tier) == [False] * 4
         assert await tier.store(WRITES) == [Stored.STORED] * 4
 

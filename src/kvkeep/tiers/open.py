@@ -13,10 +13,10 @@ from typing import Final
 
 from kvkeep.config import Disk
 from kvkeep.config import Tier as TierSettings
-from kvkeep.errors import TierError, TierOwned
+from kvkeep.errors import TierError
 from kvkeep.memory.limits import size_text
 from kvkeep.tiers.disk.disk import DiskTier, open_disk
-from kvkeep.tiers.tier import OPENING, Tier
+from kvkeep.tiers.tier import OPENING, Tier, operation
 
 log = logging.getLogger("kvkeep.store")
 
@@ -68,8 +68,11 @@ async def _owned(disk: Disk, waits: Callable[[str], None]) -> DiskTier:
     later_s, pause_s, said = loop.time() + SOON_S, SOON_PAUSE_S, False
     while True:
         try:
-            return await open_disk(disk)
-        except TierOwned as error:
+            with operation(disk.kind, "open"):
+                return await open_disk(disk)
+        except TierError as error:
+            if not error.retryable:
+                raise
             if not said:
                 log.warning("no disk tier until its directory is free: %s", error)
             said = True

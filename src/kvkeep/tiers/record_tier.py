@@ -24,7 +24,7 @@ from kvkeep.tiers.place_epochs import PlaceEpochs, read_epochs
 from kvkeep.tiers.record import fits, header_nbytes, key_in_name, record_name
 from kvkeep.tiers.records import Records
 from kvkeep.tiers.tasks import in_thread, outlast
-from kvkeep.tiers.tier import Bytes, Read, Stored, Write
+from kvkeep.tiers.tier import Bytes, Read, Stored, Write, operation
 
 log = logging.getLogger("kvkeep.tiers")
 
@@ -54,8 +54,9 @@ class _RecordRead:
 
 @dataclass(eq=False)
 class RecordTier:
-    """The verbs of `Tier` over a place; make it with `open_record_tier`."""
+    """The verbs of `Tier` over a place; make it with `open_record_tier`. `name` is the tier's in its errors."""
 
+    name: str
     place: Place
     records: Records
     epochs: PlaceEpochs
@@ -66,12 +67,17 @@ class RecordTier:
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """As `Tier.contains`."""
-        self._check()
-        return [nbytes > 0 for nbytes in await self.place.sizes([record_name(key) for key in keys])]
+        with operation(self.name, "contains"):
+            self._check()
+            return [nbytes > 0 for nbytes in await self.place.sizes([record_name(key) for key in keys])]
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """As `Tier.load`; `arrived` is called once for each chunk, when all of it is there."""
-        self._check()
+        with operation(self.name, "load"):
+            self._check()
+            return await self._load(reads)
+
+    async def _load(self, reads: Sequence[Read]) -> list[bytes | None]:
         answers: list[bytes | None] = [None] * len(reads)
         bad: list[bytes] = []
         readings = await self._begin_reads(reads, bad)
@@ -96,7 +102,11 @@ class RecordTier:
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """As `Tier.store`. What is cleared before this returns is not kept."""
-        self._check()
+        with operation(self.name, "store"):
+            self._check()
+            return await self._store(writes)
+
+    async def _store(self, writes: Sequence[Write]) -> list[Stored]:
         answers: list[Stored | asyncio.Future[Stored]] = []
         fresh: list[_Writing] = []
         for write in writes:
@@ -112,7 +122,7 @@ class RecordTier:
                 fresh.append(writing)
                 answers.append(writing.outcome)
         try:
-            await self._store(fresh)
+            await self._write(fresh)
         finally:
             doomed = [record_name(one.write.key) for one in fresh if one.doomed and not one.outcome.done()]
             if doomed:  # this was cancelled, and the place may have them
@@ -123,18 +133,20 @@ class RecordTier:
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """As `Tier.delete`; also what is being written."""
-        self._check()
-        for key in keys:
-            if key in self._writing:
-                self._writing[key].doomed = True
-        await self.place.delete([record_name(key) for key in keys])
+        with operation(self.name, "delete"):
+            self._check()
+            for key in keys:
+                if key in self._writing:
+                    self._writing[key].doomed = True
+            await self.place.delete([record_name(key) for key in keys])
 
     async def clear(self, namespace: bytes | None) -> None:
         """As `Tier.clear`; goes on if cancelled. TierUnavailable where it is not durable: then it holds for now."""
-        self._check()
-        task = self._begin(self._clear(namespace))
-        await asyncio.wait([task])
-        task.result()
+        with operation(self.name, "clear"):
+            self._check()
+            task = self._begin(self._clear(namespace))
+            await asyncio.wait([task])
+            task.result()
 
     async def aclose(self) -> None:
         """As `Tier.aclose`."""
@@ -166,7 +178,7 @@ class RecordTier:
     def _verify(self, readings: Sequence[_RecordRead]) -> list[bytes | None]:
         return [self.records.verify(one.header, one.payload, one.read, one.epoch) for one in readings]
 
-    async def _store(self, fresh: Sequence[_Writing]) -> None:
+    async def _write(self, fresh: Sequence[_Writing]) -> None:
         """Write what is not there yet, and take back what was deleted or cleared meanwhile."""
         if not self.epochs.durable:
             await self._try_to_keep_epochs()
@@ -241,18 +253,19 @@ class RecordTier:
 
 
 async def open_record_tier(
-    place: Place, codec: Codec | None = None, clock_ns: Callable[[], int] = time.time_ns
+    name: str, place: Place, codec: Codec | None = None, clock_ns: Callable[[], int] = time.time_ns
 ) -> RecordTier:
     """A tier over a place, which it owns from here on; deletes first what a clear of an earlier run left behind.
 
     TierError where the place does not answer.
     """
-    epochs = await read_epochs(place, clock_ns)
-    for name in epochs.now.unsettled:
-        await forget(place, "" if name == EVERYTHING else f"{name}/")
-    if epochs.now.unsettled:
-        await epochs.settle()
-    return RecordTier(place, Records(codec), epochs)
+    with operation(name, "open"):
+        epochs = await read_epochs(place, clock_ns)
+        for namespace in epochs.now.unsettled:
+            await forget(place, "" if namespace == EVERYTHING else f"{namespace}/")
+        if epochs.now.unsettled:
+            await epochs.settle()
+    return RecordTier(name, place, Records(codec), epochs)
 
 
 async def forget(place: Place, prefix: str) -> None:

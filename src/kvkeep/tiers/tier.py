@@ -10,12 +10,15 @@ over the padded range by whoever gathered it and carried unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from kvkeep.errors import TierError
 
 OPENING = "it is still being opened"  # why a tier is not there, for as long as nothing is known to be in its way
 
@@ -82,3 +85,13 @@ class Tier(Protocol):
 
     async def aclose(self) -> None:
         """Ends the tier: nothing touches lent memory any more, and it is not waited for a device that hangs."""
+
+
+@contextmanager
+def operation(tier: str, verb: str) -> Iterator[None]:
+    """Every TierError that leaves this block names the tier and what was asked of it."""
+    try:
+        yield
+    except TierError as error:
+        error.tier, error.operation = error.tier or tier, error.operation or verb
+        raise

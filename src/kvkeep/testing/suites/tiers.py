@@ -219,19 +219,23 @@ async def check_end(tier: Tier) -> None:
     await tier.aclose()
     await tier.aclose()
     one = write_of(key(1))
-    calls: list[Callable[[], Awaitable[object]]] = [
-        lambda: tier.contains([one.key]),
-        lambda: tier.load([memory_for(one.key)[0]]),
-        lambda: tier.store([one]),
-        lambda: tier.delete([one.key]),
-        lambda: tier.clear(None),
-    ]
-    for number, call in enumerate(calls):
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "contains": lambda: tier.contains([one.key]),
+        "load": lambda: tier.load([memory_for(one.key)[0]]),
+        "store": lambda: tier.store([one]),
+        "delete": lambda: tier.delete([one.key]),
+        "clear": lambda: tier.clear(None),
+    }
+    for verb, call in calls.items():
+        failure: TierUnavailable | None = None
         try:
             await call()
-        except TierUnavailable:
-            continue
-        raise AssertionError(f"verb {number} works after the end")
+        except TierUnavailable as error:
+            failure = error
+        assert failure is not None, f"{verb} works after the end"
+        assert failure.tier, "an error does not name its tier"
+        assert failure.operation == verb, "an error does not name what was asked"
+        assert not failure.retryable, "a tier that has ended never works again"
 
 
 async def _ignored(call: Awaitable[object]) -> None:

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from kvkeep.config import Disk
+from kvkeep.core.policies.policy import UNKNOWN_COST
 from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
@@ -195,7 +196,7 @@ class Drive:
             return
         if found and self.started.epoch_file.found_version != VERSION:
             log.warning(_OLD_FORMAT, holding.shelf.root, len(found), self.started.epoch_file.found_version, VERSION)
-        await self._take_in(found)
+        await self._take_in(found if evicts_oldest(holding.options.policy) else found[::-1])
         holding.complete = True
         await self.loads.no_guesses()
         holding.ledger.settle()
@@ -332,6 +333,14 @@ async def _in_time(starting: asyncio.Future[StartedDirectory | None], limit_s: f
     started = starting.result()
     assert started is not None, "the first job was not taken"
     return started
+
+
+def evicts_oldest(policy_name: str) -> bool:
+    """Whether of two keys a policy evicts the one that came first: then it takes keys back in their order."""
+    policy = policy_by_name(policy_name)
+    for key in (b"first", b"second"):
+        policy.insert(key, 1, UNKNOWN_COST)
+    return policy.evict() == b"first"
 
 
 def _give_back(starting: asyncio.Future[StartedDirectory | None]) -> None:

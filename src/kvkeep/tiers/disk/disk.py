@@ -21,7 +21,9 @@ from kvkeep.tiers.disk.directio import Files, posix_files
 from kvkeep.tiers.disk.directory import Drive, open_drive
 from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tasks import outlast
-from kvkeep.tiers.tier import Read, Stored, Write
+from kvkeep.tiers.tier import Read, Stored, Write, operation
+
+DISK = "disk"
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -66,24 +68,29 @@ class DiskTier:
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """As `Tier.contains`."""
-        return await self._spread(keys, _itself, lambda drive: drive.loads.contains)
+        with operation(DISK, "contains"):
+            return await self._spread(keys, _itself, lambda drive: drive.loads.contains)
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """As `Tier.load`."""
-        return await self._spread(reads, _key_of, lambda drive: drive.loads.load)
+        with operation(DISK, "load"):
+            return await self._spread(reads, _key_of, lambda drive: drive.loads.load)
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """As `Tier.store`."""
-        return await self._spread(writes, _key_of, lambda drive: drive.store)
+        with operation(DISK, "store"):
+            return await self._spread(writes, _key_of, lambda drive: drive.store)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """As `Tier.delete`."""
-        await self._spread(keys, _itself, lambda drive: partial(_deleted, drive))
+        with operation(DISK, "delete"):
+            await self._spread(keys, _itself, lambda drive: partial(_deleted, drive))
 
     async def clear(self, namespace: bytes | None) -> None:
         """As `Tier.clear`; TierUnavailable where it may not be durable: it then holds until this process ends."""
-        self._check()
-        await _all([drive.clear(namespace) for drive in self.drives])
+        with operation(DISK, "clear"):
+            self._check()
+            await _all([drive.clear(namespace) for drive in self.drives])
 
     async def aclose(self) -> None:
         """As `Tier.aclose`."""
