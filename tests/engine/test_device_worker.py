@@ -129,7 +129,7 @@ def loading(*ops: LoadOp, step: int = 1) -> StepPlan:
 
 
 def scatter(chunk: int, *block_ids: int, boot: bytes = FIRST, **facts: object) -> LoadOp:
-    return LoadOp(boot, "r", 0, chunk * CHUNK_NBYTES, (Blocks(0, 0, block_ids),), **facts)  # type: ignore[arg-type]
+    return LoadOp(boot, "r", 0, chunk * CHUNK_NBYTES, blocks=(Blocks(0, 0, block_ids),), **facts)  # type: ignore[arg-type]
 
 
 def chunk_of(pool: Region, chunk: int) -> np.ndarray:

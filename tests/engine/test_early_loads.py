@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def rank() -> Iterator[Rank]:
 
 
 def early(offset: int, *block_ids: int, word: int = WORD, written: bool = False) -> LoadOp:
-    return scatter(offset, *block_ids)._replace(word=word, written=written)
+    return replace(scatter(offset, *block_ids), word=word, written=written)
 
 
 def plan_of(*ops: LoadOp, wait_s: float = LONG_S) -> StepPlan:
@@ -203,7 +204,7 @@ def test_only_what_was_measured_is_sure_and_it_is_measured_again_and_again() -> 
 
 
 SET = Config(early_loads=True, transfer_mode="layerwise")
-INFO = RankInfo(0, 1, "", None, {}, early=True)
+INFO = RankInfo(0, 1, "", None, facts={}, early=True)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ INFO = RankInfo(0, 1, "", None, {}, early=True)
         ),
         (SET, [INFO], True, "beside its steps"),
         (SET, [INFO, INFO], False, "one rank"),
-        (SET, [RankInfo(0, 1, "", None, {})], False, "a core that it leaves free"),
+        (SET, [RankInfo(0, 1, "", None, facts={})], False, "a core that it leaves free"),
     ],
 )
 def test_where_it_cannot_be_the_log_says_why(

@@ -245,14 +245,14 @@ class Rank:
         self.worker = Worker(0, CpuCopies(transfer), MappedPool(self.door))
 
     def stores(self, boot: bytes, step: int, *block_ids: int) -> bool:
-        self.worker.start_stores(StepPlan(step, boot, (0,), (), (StoreOp(0, (Blocks(0, 0, block_ids),), True),)))
+        self.worker.start_stores(StepPlan(step, boot, (0,), stores=(StoreOp(0, (Blocks(0, 0, block_ids),), True),)))
         (done,) = self.worker.results.take_report().stores
         assert done.step == step
         return 0 in done.sums
 
     def loads(self, boot: bytes, step: int, *block_ids: int) -> bool:
-        op = LoadOp(boot, "r", 0, 0, (Blocks(0, 0, block_ids),))
-        plan = StepPlan(step, b"", (0,), (op,), ())
+        op = LoadOp(boot, "r", 0, 0, blocks=(Blocks(0, 0, block_ids),))
+        plan = StepPlan(step, b"", (0,), loads=(op,))
         self.worker.start_loads(plan)
         self.worker.start_stores(plan)
         (done,) = self.worker.results.take_report().loads
@@ -313,9 +313,9 @@ def test_a_plan_with_wrong_blocks_is_refused_before_anything_is_copied(thread_li
     boot = thread_line.started().welcome.boot
     assert rank.stores(boot, 1, 1, 2)
     before = rank.cache.clone()
-    ops = [LoadOp(boot, "r", 0, 0, (Blocks(0, 0, ids),)) for ids in ((3, 4), (5, 3))]
+    ops = [LoadOp(boot, "r", 0, 0, blocks=(Blocks(0, 0, ids),)) for ids in ((3, 4), (5, 3))]
     with pytest.raises(BlockError, match="named twice"):
-        rank.worker.start_loads(StepPlan(2, boot, (0,), tuple(ops), ()))
+        rank.worker.start_loads(StepPlan(2, boot, (0,), loads=tuple(ops)))
     assert torch.equal(rank.cache, before)
 
 

@@ -36,8 +36,8 @@ def blocks_of(ops: list[LoadOp]) -> list[tuple[int, tuple[Blocks, ...]]]:
 def test_whole_chunks_are_loaded_block_by_block_from_their_own_places() -> None:
     ops = load_ops(shard((4, 0)), "r", match(2), (0, 32), [table(40, 4)])
     assert ops == [
-        LoadOp(b"boot", "r", 0, 1000, (Blocks(0, 0, (1, 2, 3, 4)),)),
-        LoadOp(b"boot", "r", 16, 1001, (Blocks(0, 0, (5, 6, 7, 8)),)),
+        LoadOp(b"boot", "r", 0, 1000, blocks=(Blocks(0, 0, (1, 2, 3, 4)),)),
+        LoadOp(b"boot", "r", 16, 1001, blocks=(Blocks(0, 0, (5, 6, 7, 8)),)),
     ]
 
 

@@ -86,7 +86,7 @@ class Bench:
         for upto, blocks in left:
             for group, block in enumerate(blocks):
                 self.state[group][block] = sum(tokens[:upto]) + group if block else -1
-        scheduled = [Scheduled(name, len(tokens), tokens, 0, left)]
+        scheduled = [Scheduled(name, len(tokens), tokens, 0, states=left)]
         self.run(self.planner.plan_step(scheduled, lambda _: [table, [], []]))
         self.planner.ended(name)
 
@@ -187,7 +187,7 @@ def test_a_state_that_is_there_is_not_stored_again(bench: Bench) -> None:
     bench.match(request, 0)
     table = list(range(1, 11))
     bench.planner.admitted(request, 0, lambda: [table, [], []])
-    scheduled = [Scheduled("three", 150, PROMPT, 0, [(64, (10, 11))])]
+    scheduled = [Scheduled("three", 150, PROMPT, 0, states=[(64, (10, 11))])]
     bench.run(bench.planner.plan_step(scheduled, lambda _: [table, [], []]))
     bench.planner.ended("three")
     assert (bench.stored(), bench.figures.count("skipped_states")) == (1, 0)
@@ -246,7 +246,7 @@ def test_a_store_that_answers_no_reservation_of_a_state_costs_one_deadline() -> 
     client.wait = lambda call, limit_s: (waits.append(limit_s), wait(call, limit_s))[1]  # type: ignore[method-assign]
     for _ in range(8):
         clock.advance(0.2)
-        scheduled = [Scheduled("writer", len(PROMPT), PROMPT, 0, [(64, (10, 11))])]
+        scheduled = [Scheduled("writer", len(PROMPT), PROMPT, 0, states=[(64, (10, 11))])]
         assert bench.planner.plan_step(scheduled, lambda _: [list(range(1, 20)), [], []]).state_offsets
     assert len(waits) == 4 + 1, "the chunks' answer, then four states until the deadline was over"
     gate.set()

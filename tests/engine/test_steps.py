@@ -28,7 +28,7 @@ class Bench:
         step, chunk = self.steps.begin(), OpenChunk(number, 7, 0, 0, [2], sealed_in=number)
         assert step.number == number
         if load:
-            ops = tuple(LoadOp(BOOT, "r", start, 0, ()) for start in (0, 8))
+            ops = tuple(LoadOp(BOOT, "r", start, 0, blocks=()) for start in (0, 8))
             step.add_load(self.record, Load(BOOT, (70 + number,), (0, 15), ops, (b"first", b"second"), (1, 2, 3)), 0)
         step.add_gather(self.record, chunk, True)
         self.steps.launch(step)
@@ -139,7 +139,7 @@ def test_a_step_without_copies_awaits_nothing() -> None:
 def test_a_step_that_only_loads_ends_with_the_last_rank_s_loads() -> None:
     bench = Bench()
     step = bench.steps.begin()
-    step.add_load(bench.record, Load(BOOT, (71,), (0, 8), (LoadOp(BOOT, "r", 0, 0, ()),), (b"first",), (1,)), 0)
+    step.add_load(bench.record, Load(BOOT, (71,), (0, 8), (LoadOp(BOOT, "r", 0, 0, blocks=()),), (b"first",), (1,)), 0)
     bench.steps.launch(step)
     assert bench.take(LoadsDone(1, 0, ())).leases == []
     assert bench.steps.busy

@@ -84,7 +84,7 @@ def gather(offset: int, *block_ids: int, seal: bool = True) -> StoreOp:
 
 
 def scatter(offset: int, *block_ids: int, request: str = "r", boot: bytes = FIRST, sums: bytes = b"") -> LoadOp:
-    return LoadOp(boot, request, 0, offset, (Blocks(0, 0, block_ids),), (sums, sums) if sums else ())
+    return LoadOp(boot, request, 0, offset, blocks=(Blocks(0, 0, block_ids),), sums=(sums, sums) if sums else ())
 
 
 def test_what_is_stored_comes_back_from_this_rank_s_part_of_the_chunk(rank: Rank) -> None:

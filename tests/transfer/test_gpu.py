@@ -368,7 +368,7 @@ def test_attention_reads_what_was_loaded_and_the_pool_is_another_requests_once_t
     seen = torch.zeros_like(one.cache)
     for turn in range(1, TURNS):
         one.region.array[: one.shard.nbytes] = turn % 251
-        plan = StepPlan(turn, BOOT, (0,), loads=(LoadOp(BOOT, "r", 0, 0, (ALL,)),))
+        plan = StepPlan(turn, BOOT, (0,), loads=(LoadOp(BOOT, "r", 0, 0, blocks=(ALL,)),))
         busy()
         one.cache.fill_(255)  # late: an earlier step still writes there
         one.worker.before_writes()
@@ -392,7 +392,7 @@ def test_a_step_waits_for_no_copy():
     over = torch.cuda.Event()
     over.record()
     one.worker.start_stores(plan)
-    one.worker.start_loads(StepPlan(2, BOOT, (0,), trips=(Trip(3, (LoadOp(BOOT, "r", 0, 0, (ALL,)),)),)))
+    one.worker.start_loads(StepPlan(2, BOOT, (0,), trips=(Trip(3, (LoadOp(BOOT, "r", 0, 0, blocks=(ALL,)),)),)))
     one.worker.before_writes()
     one.worker.poll(StepPlan())
     assert not one.worker.results.take_report(), "told before its copy was over"

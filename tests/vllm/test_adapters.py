@@ -248,7 +248,7 @@ def test_a_load_for_what_another_adapter_computes_fails_and_no_other_does(engine
     rank, engine = rank_of(CONFIG), engines(CONFIG)
     right = engine.load(1)
     rank.take()
-    ops = {name: LoadOp(b"boot", name, 0, 0, ()) for name in ("right", "wrong", "absent", "plain")}
+    ops = {name: LoadOp(b"boot", name, 0, 0, blocks=()) for name in ("right", "wrong", "absent", "plain")}
     plan = StepPlan(1, b"boot", loads=tuple(ops.values()), trips=tuple(Trip(9, (op, op)) for op in ops.values()))
     expected = {"right": Expected(1, (right,)), "wrong": Expected(1, ("ff",)), "absent": Expected(2, (right,))}
     assert plan.loaded == set(ops)

@@ -194,7 +194,7 @@ def test_ranks_that_differ_are_all_in_the_identity():
     from kvkeep.engine.plan import RankInfo
 
     def together(*sets: str) -> dict[str, str]:
-        ranks = [RankInfo(rank, 1, "", None, {"isa": isa, "dtype": "f"}) for rank, isa in enumerate(sets)]
+        ranks = [RankInfo(rank, 1, "", None, facts={"isa": isa, "dtype": "f"}) for rank, isa in enumerate(sets)]
         return of_all_ranks(ranks)
 
     assert together("amx", "amx") == {"isa": "amx", "dtype": "f"}

@@ -1,31 +1,33 @@
-"""What planner and workers exchange every step: the plan down, the reports up.
+"""What planner and workers exchange every step: the plan goes down, reports come up.
 
-Data only. Knows nothing about how an engine carries it. Offsets are those of whole chunks in the pool; a worker adds
-`shard_offsets[rank]`. Everything here survives the engine's own serialisation.
+Data only; an engine carries it and may serialise it. Offsets are those of whole chunks in the pool; a worker adds its
+`shard_offsets[rank]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from kvkeep.core.layout import ShardLayout
 from kvkeep.transfer.transfer import Blocks
 
 
-class LoadOp(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LoadOp:
     """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified.
 
-    `boot` says for which start of the store `offset` holds; `written`: the step itself writes to one of its blocks, so
-    that all of them must be there before it. `state`: not a chunk is scattered but the state at the claim's end.
-    `word`: the chunk may still be being read, and where its progress word is in the pool's region (0: it is all there).
+    `boot`: the start of the store whose pool `offset` is in. `written`: the step itself writes to one of its blocks, so
+    all of them must be there before it. `state`: scatter the state at the claim's end, and not a chunk. `word`: a tier
+    may still be reading the chunk, and this is the byte of its progress in the pool's region (0: all of it is there).
     """
 
     boot: bytes
     request: str
     start: int
     offset: int
+    _: KW_ONLY
     blocks: tuple[Blocks, ...]
     sums: tuple[bytes, ...] = ()
     written: bool = False
@@ -34,17 +36,14 @@ class LoadOp(NamedTuple):
 
 
 class Trip(NamedTuple):
-    """One request's loads beside the steps, reported under a number of their own."""
+    """One request's loads beside the steps; they have a step number of their own, under which they are reported."""
 
     number: int
     loads: tuple[LoadOp, ...]
 
 
 class StoreOp(NamedTuple):
-    """Gather blocks into one chunk; with `seal` they are its last ones and its ranges are summed.
-
-    `state`: what is gathered is a state, whole.
-    """
+    """Gather blocks into one chunk; `seal`: they are its last ones, so sum its ranges. `state`: gather a state."""
 
     offset: int
     blocks: tuple[Blocks, ...]
@@ -54,15 +53,16 @@ class StoreOp(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step's copies, the same for all ranks; `boot` says for which start of the store the stores' offsets hold.
+    """One step's copies, the same for all ranks; `boot`: the start of the store whose pool the stores' offsets are in.
 
-    `trips` start with the step and end when they end; `idle`: the step computes nothing. `state_offsets` are to states
-    what `shard_offsets` are to chunks. For what is still being read all its loads together wait `wait_s` at most.
+    `trips` start with the step and may go on after it; `idle`: the step computes nothing. `state_offsets` are to states
+    what `shard_offsets` are to chunks. Where chunks are still being read, all loads together wait `wait_s` at most.
     """
 
     step: int = 0
     boot: bytes = b""
     shard_offsets: tuple[int, ...] = ()
+    _: KW_ONLY
     loads: tuple[LoadOp, ...] = ()
     stores: tuple[StoreOp, ...] = ()
     trips: tuple[Trip, ...] = ()
@@ -72,16 +72,16 @@ class StepPlan:
 
     @property
     def loaded(self) -> set[str]:
-        """The requests that it loads for."""
+        """The requests that the step loads for."""
         return {op.request for op in self.loads} | {trip.loads[0].request for trip in self.trips}
 
     def offset_of(self, op: LoadOp | StoreOp, rank: int) -> int:
-        """Where a rank's part of what the op copies is in the pool."""
+        """The offset of a rank's part of the op's chunk, or state, in the pool."""
         return op.offset + (self.state_offsets if op.state else self.shard_offsets)[rank]
 
 
 class LoadsDone(NamedTuple):
-    """One rank has finished a step's loads; `failed` are the places of those that failed in the plan."""
+    """One rank has finished a step's loads; `failed` are the indexes, in the plan, of those that failed."""
 
     step: int
     rank: int
@@ -89,7 +89,7 @@ class LoadsDone(NamedTuple):
 
 
 class StoresDone(NamedTuple):
-    """One rank has finished a step's stores: sums (empty if not sealed) by place in the plan, if done."""
+    """One rank has finished a step's stores: the sums (b"" unless sealed) of each, by its index in the plan."""
 
     step: int
     rank: int
@@ -113,17 +113,18 @@ class Report:
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What a worker publishes before the planner exists: who it is, where it takes the pool, how its shard is arranged.
+    """What a worker publishes before the planner exists: its rank, its process, its door, how its shard is arranged.
 
     `refusal` says why its cache cannot be kept (empty: it can); `facts` are the parts of the identity that only the
-    worker knows. `states` arranges its part of a state (None: the model has none). `early`: by
-    layer its copies wait for what is still being read.
+    worker knows. `states` arranges its part of a state (None: the model has none). `early`: its layerwise loads can
+    wait for chunks that are still being read.
     """
 
     rank: int
     pid: int
     door: str
     shard: ShardLayout | None
+    _: KW_ONLY
     facts: dict[str, str]
     refusal: str = ""
     states: ShardLayout | None = None
@@ -131,10 +132,10 @@ class RankInfo:
 
 
 class Scheduled(NamedTuple):
-    """One request of a step: how many of its `tokens` are final and have their KV once the step is done.
+    """One request of a step: once the step is done, the first `final` of its `tokens` are final and have their KV.
 
-    The step computes them from `start` on. `states` are those that are there when it is done: tokens, then the block of
-    each group of states.
+    The step computes tokens from `start` on. `states` lists the states that exist once it is done: how many tokens each
+    is behind, and its block in each group of states.
     """
 
     request: str

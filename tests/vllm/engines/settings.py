@@ -39,7 +39,7 @@ def name_of(config: VllmConfig) -> str:
     """The namespace of an engine with this configuration; what its workers would say is the same for all."""
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
     caches = KVCacheConfig(num_blocks=10, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    ranks = [RankInfo(0, 1, "", None, dict.fromkeys(FACTS, "same"))]
+    ranks = [RankInfo(0, 1, "", None, facts=dict.fromkeys(FACTS, "same"))]
     return namespace(identity(config, caches, ranks, 256, ("weights", "files"), ChainKind())).hex()
 
 

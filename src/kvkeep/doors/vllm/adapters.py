@@ -196,7 +196,7 @@ def _hashed(tensor: torch.Tensor) -> str:
 
 
 def _failing(loads: tuple[LoadOp, ...], wrong: set[str]) -> tuple[LoadOp, ...]:
-    return tuple(op._replace(boot=NOWHERE) if op.request in wrong else op for op in loads)
+    return tuple(replace(op, boot=NOWHERE) if op.request in wrong else op for op in loads)
 
 
 def _watch(told: weakref.WeakMethod[Any]) -> None:

@@ -102,7 +102,9 @@ class Requests:
             if request is not None:
                 start = request.num_computed_tokens
                 final = min(start + count, request.num_tokens)
-                steps.append(Scheduled(name, final, request.all_token_ids, start, left_behind(handed.get(name, ()))))
+                steps.append(
+                    Scheduled(name, final, request.all_token_ids, start, states=left_behind(handed.get(name, ())))
+                )
         return steps
 
     def step_over(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> list[str]:

@@ -138,7 +138,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self.refusal or not self.config.enabled:
             why = self.refusal or "enabled = false"
             log.warning("kvkeep: nothing is kept: %s", why)
-            self._info = RankInfo(rank, os.getpid(), "", None, {}, why)
+            self._info = RankInfo(rank, os.getpid(), "", None, facts={}, refusal=why)
             return
         tokens = facts.chunk_tokens(self.config.chunk_tokens, self._kv_cache_config)
         opened = self._reached(kv_caches, tokens)
@@ -149,7 +149,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         found = vllm_identity.worker_facts(self._vllm_config, kv_caches, opened.transfer.shard)
         states = opened.states.shard if opened.states is not None else None
         self._info = RankInfo(
-            rank, os.getpid(), door.path, opened.transfer.shard, found, states=states, early=self.worker.early
+            rank, os.getpid(), door.path, opened.transfer.shard, facts=found, states=states, early=self.worker.early
         )
 
     def _reached(self, kv_caches: Mapping[str, torch.Tensor], tokens: int) -> Opened:

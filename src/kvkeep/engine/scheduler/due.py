@@ -5,6 +5,8 @@ Knows nothing about steps under way. A load leaves with the next plan, or is dro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.plan import LoadOp
@@ -63,10 +65,10 @@ class DueLoads:
         """The op with its word, or with each rank's part of the chunk's sums where the store wants it verified."""
         sums = match.sums.get(chunk - match.first)
         if not sums:
-            return op._replace(word=match.words.get(chunk - match.first, 0))
+            return replace(op, word=match.words.get(chunk - match.first, 0))
         parts, start = [], 0
         for shard in self._layout.shards:
             end = start + SUM_NBYTES * len(shard.ranges)
             parts.append(sums[start:end])
             start = end
-        return op._replace(sums=tuple(parts))
+        return replace(op, sums=tuple(parts))

@@ -37,7 +37,7 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
         # the last block has room for tokens that the step computes
         written = number == (end - 1) // tokens and not aligned(shard, end)
         offset = match.offsets[place]
-        ops.append(LoadOp(match.boot, request, max(start, number * tokens), offset, blocks, written=written))
+        ops.append(LoadOp(match.boot, request, max(start, number * tokens), offset, blocks=blocks, written=written))
     return ops
 
 

@@ -211,12 +211,12 @@ class Planner:
             step.number,
             boot,
             offsets,
-            tuple(ops),
-            tuple(stores),
-            tuple(trips),
-            not scheduled,
-            of_states,
-            self._options.deadline_s,
+            loads=tuple(ops),
+            stores=tuple(stores),
+            trips=tuple(trips),
+            idle=not scheduled,
+            state_offsets=of_states,
+            wait_s=self._options.deadline_s,
         )
 
     def step_over(self) -> None:

@@ -52,7 +52,7 @@ class States:
         place = end // shard.chunk_tokens - 1
         own = tables[len(tables) - len(shard.groups) :]
         blocks = tuple(Blocks(group, 0, (table[place],)) for group, table in enumerate(own))
-        return LoadOp(match.boot, request, start, state.offset, blocks, self._sums(state.sums), state=True)
+        return LoadOp(match.boot, request, start, state.offset, blocks=blocks, sums=self._sums(state.sums), state=True)
 
     def store_ops(
         self,

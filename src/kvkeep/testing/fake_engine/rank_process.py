@@ -130,9 +130,8 @@ def _plan_of(sent: Mapping[str, Any]) -> StepPlan:
     )
 
 
-def _loads_of(sent: Sequence[Sequence[Any]]) -> tuple[LoadOp, ...]:
-    ops = starmap(LoadOp, sent)
-    return tuple(one._replace(blocks=_blocks_of(one.blocks), sums=tuple(one.sums)) for one in ops)
+def _loads_of(sent: Sequence[Mapping[str, Any]]) -> tuple[LoadOp, ...]:
+    return tuple(LoadOp(**{**op, "blocks": _blocks_of(op["blocks"]), "sums": tuple(op["sums"])}) for op in sent)
 
 
 def _blocks_of(sent: Sequence[Sequence[Any]]) -> tuple[Blocks, ...]:
