@@ -75,7 +75,6 @@ SIDES = {
             Pair("freelist", "TensorMemoryAllocator 256KiB alloc+free pair, empty arena"),
             Pair("freelist-holes", "TensorMemoryAllocator 256KiB churn (free 1 random+alloc 1) with 4096 equal holes"),
             Pair("freelist-fail", "TensorMemoryAllocator 512KiB allocate that must fail, 4096 holes of 256KiB"),
-            Pair("slots", "PagedTensorMemoryAllocator 256KiB alloc+free pair, empty arena"),
         ),
     ),
     "index": Side(

@@ -18,7 +18,7 @@ from kvkeep.bench.rows import Case, write
 from kvkeep.cli.main import app
 
 KEYS = ["keys-array", "keys-list", "keys-one-more-chunk"]
-ALLOC = ["freelist", "freelist-holes", "freelist-fail", "slots"]
+ALLOC = ["freelist", "freelist-holes", "freelist-fail"]
 
 
 def invoke(*arguments: str):

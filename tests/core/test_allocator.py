@@ -7,17 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvkeep.core.allocator import Allocator, Extent, FreeList, Slots
-from kvkeep.core.mixed import Mixed, SlotSteps
+from kvkeep.core.allocator import Allocator, Extent, FreeList
 from kvkeep.core.units import ALIGN_NBYTES
 from kvkeep.testing.suites.allocators import CHECKS, AllocatorCase, check_refused
 
 PAGE = ALIGN_NBYTES
 SLOT = 3 * PAGE
-
-
-def steps(inner: Allocator, step_nbytes: int, count: int) -> SlotSteps:
-    return SlotSteps(inner, step_nbytes, count * SLOT)
 
 
 def grown(allocator: Allocator, count: int) -> Allocator:
@@ -30,13 +25,6 @@ ANY_SIZE = (PAGE, PAGE + 1, 2 * PAGE, SLOT + 1, 5 * PAGE)
 CASES = {
     "free list": AllocatorCase(lambda count: FreeList(count * SLOT), SLOT, ANY_SIZE, PAGE, FreeList.check),
     "grown free list": AllocatorCase(lambda count: grown(FreeList(), count), SLOT, ANY_SIZE, PAGE, FreeList.check),
-    "slots": AllocatorCase(lambda count: Slots(SLOT, count), SLOT, (1, PAGE), PAGE, Slots.check),
-    "grown slots": AllocatorCase(lambda count: grown(Slots(SLOT), count), SLOT, (1, PAGE), PAGE, Slots.check),
-    "mixed": AllocatorCase(lambda count: Mixed(SLOT, count * SLOT), SLOT, ANY_SIZE, PAGE, Mixed.check),
-    "mixed, another size": AllocatorCase(lambda count: Mixed(PAGE, count * SLOT), SLOT, ANY_SIZE, PAGE, Mixed.check),
-    "steps": AllocatorCase(lambda count: steps(FreeList(), 2 * PAGE, count), SLOT, ANY_SIZE, PAGE),
-    "steps of slots": AllocatorCase(lambda count: steps(Slots(SLOT), 2 * PAGE, count), SLOT, (1, PAGE), PAGE),
-    "steps of mixed": AllocatorCase(lambda count: steps(Mixed(SLOT), 7 * PAGE, count), SLOT, ANY_SIZE, PAGE),
 }
 
 
@@ -132,88 +120,15 @@ def test_leavings_of_swallowed_holes_stay_fewer_than_a_multiple_of_the_holes():
         assert len(fill(free_list, PAGE)) == len(extents)
 
 
-# ---- slots
-
-
-def test_the_slot_freed_last_is_lent_first():
-    slots = Slots(SLOT, 8)
-    first, second, _ = (slots.allocate(SLOT) for _ in range(3))
-    slots.free(second)
-    slots.free(first)
-    assert [slots.allocate(SLOT) for _ in range(3)] == [first, second, Extent(3 * SLOT, SLOT)]
-
-
-def test_more_than_a_slot_never_fits():
-    slots = Slots(SLOT, 8)
-    assert slots.extent_nbytes(SLOT + 1) is None
-    assert slots.allocate(SLOT + 1) is None
-    assert slots.used_nbytes == 0
-
-
-# ---- mixed and steps
-
-
-def test_an_idle_chunk_is_lent_again_before_holes_and_the_last_one_first():
-    mixed = Mixed(SLOT, 4 * SLOT)
-    first, second, _ = (mixed.allocate(SLOT) for _ in range(3))
-    mixed.free(first)
-    mixed.free(second)
-    assert [mixed.allocate(SLOT), mixed.allocate(SLOT - 1)] == [second, first]
-    assert mixed.allocate(SLOT).offset == 3 * SLOT
-
-
-def test_idle_chunks_make_room_for_what_is_larger_than_one():
-    mixed = Mixed(SLOT, 4 * SLOT)
-    chunks = fill(mixed, SLOT)
-    for chunk in chunks[1:3]:
-        mixed.free(chunk)
-    assert mixed.allocate(2 * SLOT) == Extent(SLOT, 2 * SLOT)
-    assert mixed.free_nbytes == 0
-    assert mixed.check() == ""
-
-
-def test_a_partial_chunk_leaves_the_idle_ones_alone_while_there_is_a_hole():
-    mixed = Mixed(SLOT, 4 * SLOT)
-    chunk = mixed.allocate(SLOT)
-    mixed.free(chunk)
-    assert mixed.allocate(PAGE) == Extent(SLOT, PAGE)
-    assert mixed.allocate(SLOT) == chunk
-
-
-def test_space_grows_only_when_there_is_no_room():
-    stepped = steps(FreeList(), 2 * SLOT, 5)
-    reached = []
-    for _ in range(5):
-        stepped.allocate(SLOT)
-        reached.append(stepped.nbytes // SLOT)
-    assert reached == [2, 2, 4, 4, 5]
-    assert stepped.allocate(1) is None
-
-
-def test_nothing_grows_for_what_can_never_fit():
-    stepped = steps(FreeList(), SLOT, 5)
-    assert stepped.allocate(5 * SLOT + 1) is None
-    assert stepped.nbytes == 0
-    assert stepped.free_nbytes == 5 * SLOT
-
-
-def test_a_freed_extent_is_lent_before_the_space_grows():
-    stepped = steps(Slots(SLOT), SLOT, 5)
-    first = stepped.allocate(SLOT)
-    stepped.free(first)
-    assert stepped.allocate(SLOT) == first
-    assert stepped.nbytes == SLOT
-
-
 # ---- any sequence of calls, against a map of bytes
 
 
 class AllocatorMachine(RuleBasedStateMachine):
     """The model is the list of lent extents; no two may share a page, and a refusal must be true."""
 
-    @initialize(make=st.sampled_from([FreeList, lambda: Slots(SLOT), lambda: Mixed(SLOT)]), npages=st.integers(1, 40))
-    def start(self, make, npages):
-        self.allocator = make()
+    @initialize(npages=st.integers(1, 40))
+    def start(self, npages):
+        self.allocator = FreeList()
         self.allocator.grow(npages * PAGE)
         self.npages = npages
         self.lent: list[Extent] = []
@@ -251,9 +166,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         if hasattr(self, "allocator"):
             assert self.allocator.check() == ""
             assert self.allocator.used_nbytes == sum(extent.nbytes for extent in self.lent)
-            granule = SLOT if isinstance(self.allocator, Slots) else PAGE
-            whole = self.npages * PAGE // granule * granule
-            assert self.allocator.used_nbytes + self.allocator.free_nbytes == whole
+            assert self.allocator.used_nbytes + self.allocator.free_nbytes == self.npages * PAGE
 
     def longest_hole(self) -> int:
         ends = [0, *(extent.offset + extent.nbytes for extent in sorted(self.lent))]

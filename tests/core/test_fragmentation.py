@@ -10,7 +10,6 @@ import pytest
 
 from kvkeep.core.allocator import Allocator, FreeList
 from kvkeep.core.index import NO_ROOM, Index, IndexEntry
-from kvkeep.core.mixed import Mixed
 from kvkeep.core.policies.queue import lru
 
 TRACE = Path(__file__).parents[1] / "data" / "mooncake_conversation_500.txt.gz"
@@ -61,9 +60,3 @@ def test_chunks_of_several_sizes_share_a_pool_without_a_refusal(pages, requests)
     assert outcome.refused == 0
     assert outcome.evictions > 1000, "the trace does not press on the pool"
     assert outcome.least_used > (0.99 if len(set(pages)) == 1 else 0.8)
-
-
-@pytest.mark.parametrize("pages", SIZES)
-def test_setting_whole_chunks_apart_changes_nothing_of_it(pages, requests):
-    plain = replayed(FreeList(POOL_NBYTES), pages, requests)
-    assert replayed(Mixed(pages[0] * PAGE, POOL_NBYTES), pages, requests) == plain

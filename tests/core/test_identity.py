@@ -12,9 +12,7 @@ from kvkeep.core.identity import (
     GroupIdentity,
     Identity,
     described,
-    differing,
     namespace,
-    of_mapping,
     told_apart,
 )
 
@@ -84,6 +82,14 @@ def test_namespace_is_the_digest_of_the_canonical_map():
     assert namespace(replaced()) == expected
 
 
+def differing(here: Identity, there: Identity) -> list[str]:
+    return told_apart(described(here), described(there))
+
+
+def shown_fields(group: GroupIdentity) -> dict[str, str]:
+    return {name: repr(value) for name, value in msgspec.structs.asdict(group).items()}
+
+
 def test_namespace_stays_what_it_was():
     # A change here makes every stored chunk unreachable: then SCHEMA must change too.
     assert namespace(IDENTITY).hex() == "c5c2332cd03ea454c77a7484154b73ff"
@@ -106,18 +112,6 @@ def test_every_field_of_a_group_changes_the_namespace_and_is_named(name):
     assert differing(IDENTITY, changed) == [f"groups[1].{name}: {before!r} here, {other(before)!r} there"]
 
 
-@pytest.mark.parametrize("name", PLAIN_FIELDS)
-def test_described_identities_differ_as_they_do_themselves(name):
-    changed = replaced(**{name: other(getattr(IDENTITY, name))})
-    assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
-
-
-@pytest.mark.parametrize("name", GroupIdentity.__struct_fields__)
-def test_so_do_their_groups(name):
-    changed = replaced(groups=(FULL, msgspec.structs.replace(SLIDING, **{name: other(getattr(SLIDING, name))})))
-    assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
-
-
 def with_settings(**changes: str) -> Identity:
     return replaced(settings={**IDENTITY.settings, **changes})
 
@@ -127,8 +121,6 @@ def test_every_setting_changes_the_namespace_and_is_named():
     assert len({namespace(one) for one in (IDENTITY, other, more)}) == 3
     assert differing(IDENTITY, other) == ["optimization_level: 2 here, 3 there"]
     assert differing(IDENTITY, more) == ["new: nothing here, true there"]
-    for changed in (other, more):
-        assert told_apart(described(IDENTITY), described(changed)) == differing(IDENTITY, changed)
 
 
 @pytest.mark.parametrize("text", ["", "two\nlines", "[" + "1, " * 400 + "2]"])
@@ -137,7 +129,6 @@ def test_a_setting_of_any_text_is_one_short_line_and_is_told_from_others(text):
     assert len(described(longer[0])) < len(described(IDENTITY)) + 60
     (line,) = differing(*longer)
     assert line.startswith("new: ")
-    assert told_apart(described(longer[0]), described(longer[1])) == [line]
 
 
 def test_a_field_that_only_one_text_has_is_named():
@@ -146,7 +137,6 @@ def test_a_field_that_only_one_text_has_is_named():
 
 def test_equal_identities_do_not_differ():
     assert differing(IDENTITY, replaced()) == []
-    assert told_apart(described(IDENTITY), described(replaced())) == []
 
 
 def test_none_is_not_its_text():
@@ -154,7 +144,10 @@ def test_none_is_not_its_text():
 
 
 def test_the_number_and_the_order_of_groups_count():
-    assert differing(IDENTITY, replaced(groups=(FULL,))) == ["groups: 2 here, 1 there"]
+    assert differing(IDENTITY, replaced(groups=(FULL,))) == [
+        "groups: 2 here, 1 there",
+        *(f"groups[1].{name}: {shown} here, nothing there" for name, shown in shown_fields(SLIDING).items()),
+    ]
     swapped = replaced(groups=(SLIDING, FULL))
     assert namespace(swapped) != namespace(IDENTITY)
     assert [line.split(":")[0] for line in differing(IDENTITY, swapped)] == [
@@ -176,37 +169,6 @@ def test_long_tuples_with_the_same_ends_are_told_apart():
     here, there = line.removeprefix("groups[0].layers: ").removesuffix(" there").split(" here, ")
     assert here.startswith("4 from 'a' to 'd'")
     assert here != there
-
-
-def test_a_mapping_is_read_back():
-    fields = msgspec.to_builtins(IDENTITY)
-    assert of_mapping(fields) == IDENTITY
-    assert of_mapping(msgspec.json.decode(msgspec.json.encode(IDENTITY))) == IDENTITY
-
-
-@pytest.mark.parametrize("name", Identity.__struct_fields__)
-def test_a_missing_field_is_refused(name):
-    fields = msgspec.to_builtins(IDENTITY)
-    del fields[name]
-    with pytest.raises(msgspec.ValidationError, match=name):
-        of_mapping(fields)
-
-
-def test_an_unknown_field_is_refused_in_the_record_and_in_a_group():
-    with pytest.raises(msgspec.ValidationError, match="news"):
-        of_mapping({**msgspec.to_builtins(IDENTITY), "news": 1})
-    group = {**msgspec.to_builtins(FULL), "news": 1}
-    with pytest.raises(msgspec.ValidationError, match="news"):
-        of_mapping({**msgspec.to_builtins(IDENTITY), "groups": [group]})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("schema", 1), ("schema", 0), ("chain", "other"), ("hash_name", "sha256"), ("tp", "1"), ("model", None)],
-)
-def test_another_schema_or_a_wrong_value_is_refused(name, value):
-    with pytest.raises(msgspec.ValidationError, match=name):
-        of_mapping({**msgspec.to_builtins(IDENTITY), name: value})
 
 
 def test_described_has_a_line_for_every_field():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvkeep.core.allocator import FreeList, Slots
+from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import BUSY, NO_ROOM, PRESENT, Index, IndexEntry
 from kvkeep.core.policies.queue import fifo, lru
 from kvkeep.core.policies.ranked import lfu, mru
@@ -21,7 +21,7 @@ KEYS = [namespace + bytes([digest]) * 32 for namespace in NAMESPACES for digest 
 
 
 def make(count: int, policy=lru) -> Index:
-    return Index(Slots(SIZE, count), policy())
+    return Index(FreeList(count * SIZE), policy())
 
 
 def write(index: Index, keys: list[bytes], nbytes: int = SIZE) -> list[IndexEntry]:
@@ -226,7 +226,7 @@ def test_evicts_nothing_for_what_cannot_fit():
 def test_more_than_the_allocator_can_ever_lend_evicts_nothing():
     index = make(4)
     write(index, KEYS[:4])
-    assert index.reserve(KEYS[5:6], SIZE + 1, owner=1) == [NO_ROOM]
+    assert index.reserve(KEYS[5:6], 4 * SIZE + 1, owner=1) == [NO_ROOM]
     assert present(index) == KEYS[:4]
 
 
@@ -331,11 +331,10 @@ class Model:
 class IndexMachine(RuleBasedStateMachine):
     """One size, lru: then every answer, every victim and every number is determined."""
 
-    @initialize(slots=st.booleans(), capacity=st.integers(1, 7))
-    def start(self, slots, capacity):
+    @initialize(capacity=st.integers(1, 7))
+    def start(self, capacity):
         self.capacity = capacity
-        allocator = Slots(SIZE, capacity) if slots else FreeList(capacity * SIZE)
-        self.index = Index(allocator, lru())
+        self.index = Index(FreeList(capacity * SIZE), lru())
         self.live: dict[bytes, Model] = {}  # the first is evicted first
         self.dead: list[Model] = []
         self.evictions = 0

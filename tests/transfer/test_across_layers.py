@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from kvkeep.memory.pool import Lease
-from kvkeep.testing.doubles.device import MemmoveDriver
+from kvkeep.testing.doubles.device import InlineStream, MemmoveDriver
 from kvkeep.transfer.device.device import DeviceTransfer, Direction
 from kvkeep.transfer.device.memcpy import MemcpyCopier
-from kvkeep.transfer.device.streams import InlineStream
 from kvkeep.transfer.device.tables import CopyJob, Int64Array
 from kvkeep.transfer.pages import GroupCaches, across_layers, group_rows
 from kvkeep.transfer.transfer import Blocks

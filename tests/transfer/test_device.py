@@ -18,12 +18,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import LeaseExpired
 from kvkeep.memory.pool import Lease
+from kvkeep.testing.doubles.device import InlineStream
 from kvkeep.testing.suites.transfers import CHECKS, TransferCase
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device.device import DeviceTransfer, Direction
 from kvkeep.transfer.device.kernels import TILE_NBYTES, KernelCopier, copy_pages, refusal
 from kvkeep.transfer.device.memcpy import MemcpyCopier
-from kvkeep.transfer.device.streams import CopyEvent, InlineStream
+from kvkeep.transfer.device.streams import CopyEvent
 from kvkeep.transfer.device.tables import CopyJob, PageCopier, Part
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.transfer import Blocks

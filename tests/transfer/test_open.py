@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from kvkeep.testing.doubles.device import InlineStream
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.device import probe as probe_module
 from kvkeep.transfer.device.choice import Wish
 from kvkeep.transfer.device.memcpy import MemcpyCopier
 from kvkeep.transfer.device.probe import PAGE_SIZES, probe, scattered
-from kvkeep.transfer.device.streams import InlineStream
 from kvkeep.transfer.device.tables import PageCopier, Part
 from kvkeep.transfer.open import open_transfer
 from kvkeep.transfer.pages import GroupCaches

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds
 from kvkeep.core import cbor
-from kvkeep.core.allocator import Allocator, FreeList, Slots
+from kvkeep.core.allocator import Allocator, FreeList
 from kvkeep.core.index import Index, IndexEntry
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.policies.queue import lru
@@ -69,7 +69,6 @@ def alloc_rows(runs: int) -> list[Row]:
         ("freelist", "<= 4 us", cycle(FreeList(1 << 40), sizes)),
         ("freelist-holes", "<= 4 us", cycle(holes, sizes)),
         ("freelist-fail", "<= 5 us", failing(full, 1 << 40)),
-        ("slots", "<= 1.5 us", cycle(Slots(PAGE, ROUNDS), [PAGE] * ROUNDS)),
     ]
     return [
         Case(name, "us", "set and pop in a dict", goal=goal).row(

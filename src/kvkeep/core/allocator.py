@@ -1,7 +1,7 @@
 """Lends extents of one address space and takes them back.
 
-It knows NOTHING about the bytes behind an offset (memory or a file), which it never touches, keys, leases, or
-who asks. It is not thread-safe: one thread owns it.
+Knows nothing about the bytes behind an offset (memory or a file), keys, leases, or who asks. Not thread-safe: one
+thread owns it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Allocator(Protocol):
         """Bytes that are lent, rounding included."""
         ...
 
-    def extent_nbytes(self, nbytes: int) -> int | None:
-        """Bytes that an extent for nbytes takes; None: no extent can ever hold them."""
+    def extent_nbytes(self, nbytes: int) -> int:
+        """Bytes that an extent for nbytes takes."""
         ...
 
     def allocate(self, nbytes: int) -> Extent | None:
@@ -196,77 +196,3 @@ class FreeList:
             heapify(starts)
         self._sizes = sorted(self._starts)
         self._listed = len(self._holes)
-
-
-class Slots:
-    """Extents of one size: the slot freed last is lent first, then untouched ones from low to high; O(1)."""
-
-    def __init__(self, slot_nbytes: int, count: int = 0) -> None:
-        if slot_nbytes <= 0:
-            raise ValueError(f"a slot of {slot_nbytes} bytes")
-        self._slot_nbytes = slot_nbytes
-        self._lent = bytearray(count)  # one flag a slot
-        self._tail_nbytes = 0  # grown, but not yet a whole slot
-        self._used_nbytes = 0
-        self._untouched = 0  # offset of the first slot that was never lent
-        self._freed: list[int] = []  # offsets, lent last in, first out
-
-    @property
-    def free_nbytes(self) -> int:
-        """Bytes in whole slots that are not lent."""
-        return len(self._lent) * self._slot_nbytes - self._used_nbytes
-
-    @property
-    def used_nbytes(self) -> int:
-        """Bytes in lent slots."""
-        return self._used_nbytes
-
-    def extent_nbytes(self, nbytes: int) -> int | None:
-        """Bytes of a slot; None: nbytes is larger than that."""
-        if nbytes <= 0:
-            raise ValueError(f"an extent holds at least one byte, not {nbytes}")
-        return self._slot_nbytes if nbytes <= self._slot_nbytes else None
-
-    def allocate(self, nbytes: int) -> Extent | None:
-        """Lend a whole slot; None: all are lent, or nbytes is larger than a slot."""
-        size = self.extent_nbytes(nbytes)
-        if size is None:
-            return None
-        if self._freed:
-            offset = self._freed.pop()
-        elif self._untouched < len(self._lent) * size:
-            offset = self._untouched
-            self._untouched += size
-        else:
-            return None
-        self._lent[offset // size] = 1
-        self._used_nbytes += size
-        return Extent(offset, size)
-
-    def free(self, extent: Extent) -> None:
-        """Take a lent slot back."""
-        offset, nbytes = extent
-        size = self._slot_nbytes
-        slot, within = divmod(offset, size)
-        if nbytes != size or within or not 0 <= slot < len(self._lent) or not self._lent[slot]:
-            raise AssertionError(f"free of {extent}, which is not lent")
-        self._lent[slot] = 0
-        self._used_nbytes -= size
-        self._freed.append(offset)
-
-    def grow(self, nbytes: int) -> None:
-        """Append nbytes; what is less than a slot counts once a later call completes it."""
-        if nbytes <= 0:
-            raise ValueError(f"cannot grow by {nbytes} bytes")
-        count, self._tail_nbytes = divmod(self._tail_nbytes + nbytes, self._slot_nbytes)
-        self._lent.extend(bytes(count))
-
-    def check(self) -> str:
-        """Say which slot is not lent, freed or untouched, or more than one of them; empty where all is well."""
-        size = self._slot_nbytes
-        lent = [slot * size for slot, flag in enumerate(self._lent) if flag]
-        untouched = range(self._untouched, len(self._lent) * size, size)
-        slots = sorted([*lent, *self._freed, *untouched])
-        if slots != list(range(0, len(self._lent) * size, size)):
-            return "a slot is lent twice or lost"
-        return "" if len(lent) * size == self._used_nbytes else "used bytes do not add up"

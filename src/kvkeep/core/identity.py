@@ -6,7 +6,6 @@ a digest of the identity. Knows nothing about how the fields are found out: engi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -69,29 +68,9 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     codec: str | None  # only a lossy one
 
 
-def of_mapping(mapping: Mapping[str, object]) -> Identity:
-    """Read an identity from its fields as they come off a wire or a file.
-
-    Raises msgspec.ValidationError, naming the field, for one that is unknown, missing or of a wrong type, and
-    for another schema: what this version does not understand it must not take for equal.
-    """
-    return msgspec.convert(dict(mapping), Identity)
-
-
 def namespace(identity: Identity) -> bytes:
     """Return the first 16 bytes of the SHA-256 of the canonical CBOR map of field names to values."""
     return sha256(cbor.encode(msgspec.to_builtins(identity))).digest()[:NAMESPACE_NBYTES]
-
-
-def differing(here: Identity, there: Identity) -> list[str]:
-    """Name the fields that differ, with both values, as in "kv_dtype: 'bfloat16' here, 'float16' there".
-
-    Fields of a group are named "groups[1].window", settings as the engine names them. Empty exactly if the
-    identities are equal.
-    """
-    ours, theirs = _shown_fields(here), _shown_fields(there)
-    named = ours.keys() & theirs.keys() | here.settings.keys() | there.settings.keys()
-    return [line for line in _apart(ours, theirs) if line.partition(": ")[0] in named]
 
 
 def described(identity: Identity) -> str:
@@ -100,22 +79,23 @@ def described(identity: Identity) -> str:
 
 
 def told_apart(here: str, there: str) -> list[str]:
-    """Do as `differing` for two texts that `described` made, perhaps in other processes or versions; else for any."""
-    return _apart(_said(here), _said(there))
+    """Name the fields in which two texts differ, with both values, as in "kv_dtype: 'bfloat16' here, 'float16' there".
 
-
-def _said(text: str) -> dict[str, str]:
-    """Read a field a line; what is no name and a value is nothing."""
-    parts = (line.split(None, 1) for line in text.splitlines())
-    return {part[0]: part[1] for part in parts if len(part) == 2}
-
-
-def _apart(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    Both texts are what `described` returned, perhaps in other processes or versions; a line that is no field is
+    ignored. A field of a group is called "groups[1].window", a setting what the engine calls it.
+    """
+    ours, theirs = _fields_said(here), _fields_said(there)
     return [
         f"{name}: {ours.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
         for name in dict.fromkeys([*ours, *theirs])
         if ours.get(name) != theirs.get(name)
     ]
+
+
+def _fields_said(text: str) -> dict[str, str]:
+    """Read a field a line; a line that is not a name and a value is no field."""
+    parts = (line.split(None, 1) for line in text.splitlines())
+    return {part[0]: part[1] for part in parts if len(part) == 2}
 
 
 def _shown_fields(identity: Identity) -> dict[str, str]:

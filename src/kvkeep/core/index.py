@@ -336,8 +336,6 @@ class Index:
     def _lend(self, count: int, nbytes: int, keys: Iterable[bytes]) -> list[Extent]:
         """Allocate count extents, evicting what keys does not name; fewer if they cannot all fit."""
         each_nbytes = self._allocator.extent_nbytes(nbytes)
-        if each_nbytes is None:
-            return []
         extents = self._take(count, each_nbytes)
         if len(extents) == count:
             return extents

@@ -32,29 +32,6 @@ class CopyStream(Protocol):
         """Lets `start` launch copies that run after everything launched on the current stream until now."""
 
 
-class CompletedCopy:
-    """The event of copies that were complete at once."""
-
-    def done(self) -> bool:
-        """True."""
-        return True
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-    def order(self) -> None:
-        """Nothing to order."""
-
-
-class InlineStream:
-    """Copies that are made while they are started: on a CPU."""
-
-    def run(self, start: Callable[[], None]) -> CopyEvent:
-        """As `CopyStream.run`."""
-        start()
-        return CompletedCopy()
-
-
 class CudaCopyEvent:
     """Copies that are complete when an event is."""
 
