@@ -39,7 +39,7 @@ class Engines:
         sizes = [chunks] if shared else [chunks // ENGINES] * ENGINES
         stores = [Store(Index(FreeList(n * CHUNK), policy_by_name(policy)), n * CHUNK, 1.0) for n in sizes]
         self.stores = [stores[n % len(stores)] for n in range(ENGINES)]
-        self.sessions = [store.open(Opening("engine", b"n" * 16, "", CHUNK, ())) for store in self.stores]
+        self.sessions = [store.open(Opening("engine", b"n" * 16, "", CHUNK, holders=())) for store in self.stores]
 
     def request(self, engine: int, blocks: list[int]) -> int:
         """A prompt's lookup, then its missing chunks; how many chunks were hits."""

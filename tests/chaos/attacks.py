@@ -30,7 +30,9 @@ LIMIT_S = 20.0
 
 
 def hello(namespace: bytes = b"f" * 16) -> m.Hello:
-    return m.Hello(m.VERSION, "fuzz", namespace, "", CHUNK, [os.getpid()], sizes=[CHUNK])
+    return m.Hello(
+        name="fuzz", namespace=namespace, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()], sizes=[CHUNK]
+    )
 
 
 def connected(path: str) -> socket.socket:
@@ -72,7 +74,13 @@ def message(rng: random.Random) -> bytes:
     digests = b"".join(bytes([rng.randrange(40)]) * 32 for _ in range(rng.randrange(6)))
     sums = [bytes(16) if rng.random() < 0.9 else b"s"] * rng.randrange(4)
     kinds: list[Callable[[], m.ToStore]] = [
-        lambda: m.Fetch(number, digests, rng.choice((0.0, -1.0, 1e300, float("nan"), 0.01)), 0.0, rng.random() < 0.5),
+        lambda: m.Fetch(
+            call=number,
+            digests=digests,
+            deadline_s=rng.choice((0.0, -1.0, 1e300, float("nan"), 0.01)),
+            limit_s=0.0,
+            early=rng.random() < 0.5,
+        ),
         lambda: m.Reserve(number, digests),
         lambda: m.Commit(number, rng.randrange(3000), [number, 0, 1], sums),
         lambda: m.Release(rng.randrange(3000)),
@@ -146,7 +154,7 @@ def own_ends(path: str, _: random.Random) -> None:
 
 def flood(path: str, rng: random.Random) -> None:
     """Several clients at once send what costs them nothing; one of them does not read the answers."""
-    asks = (m.AskStats(1, check=True), m.Clear(1), m.Discard(bytes(32)), m.Fetch(1, b""), m.AskStats(1))
+    asks = (m.AskStats(1, check=True), m.Clear(1), m.Discard(bytes(32)), m.Fetch(call=1, digests=b""), m.AskStats(1))
     with ExitStack() as ends:
         left: dict[int, tuple[socket.socket, bytearray]] = {}
         poll = select.poll()

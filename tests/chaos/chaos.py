@@ -103,7 +103,14 @@ class ChaosStore:
         return self.process.wait(30.0)
 
     def client(self) -> Client:
-        hello = m.Hello(m.VERSION, "chaos", b"chaos" + bytes(11), "", NEW_NBYTES, [], sizes=[NEW_NBYTES])
+        hello = m.Hello(
+            name="chaos",
+            namespace=b"chaos" + bytes(11),
+            identity="",
+            chunk_nbytes=NEW_NBYTES,
+            holders=[],
+            sizes=[NEW_NBYTES],
+        )
         return Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
 
     def figures(self) -> dict[str, int]:

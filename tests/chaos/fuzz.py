@@ -120,7 +120,9 @@ def played(
     store: subprocess.Popen[bytes], path: str, asked: argparse.Namespace
 ) -> tuple[m.Stats, Behaving, Attackers, int]:
     """All attacks on a store; what it says when they are over, who took part, how many descriptors more it has open."""
-    good = m.Hello(m.VERSION, "good", GOOD, "", CHUNK, [], verify_every=1, sizes=[CHUNK])
+    good = m.Hello(
+        name="good", namespace=GOOD, identity="", chunk_nbytes=CHUNK, holders=[], verify_every=1, sizes=[CHUNK]
+    )
     behaving = Behaving(Joining(listening(store, path), good).wait(LIMIT_S))
     opened = descriptors(store.pid)
     attackers = Attackers(path, asked.seed, -(-asked.frames // BATCH))

@@ -19,6 +19,7 @@ from kvkeep.cli import serve as serve_module
 from kvkeep.cli.main import app
 from kvkeep.config import STORE_SETTINGS, Config, Disk, Durability
 from kvkeep.store.systemd import notify
+from kvkeep.telemetry import Figure
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
@@ -45,7 +46,7 @@ def served(folder: Path, *options: str) -> tuple[subprocess.Popen[str], Path]:
 
 
 def keep(path: Path, *numbers: int, who: tuple[bytes, str] = (b"n", "")) -> Client:
-    hello = m.Hello(m.VERSION, "test", who[0] * 16, who[1], CHUNK, [], sizes=[CHUNK])
+    hello = m.Hello(name="test", namespace=who[0] * 16, identity=who[1], chunk_nbytes=CHUNK, holders=[], sizes=[CHUNK])
     client = Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
     granted = client.wait(client.reserve([bytes([number]) * 32 for number in numbers]), LIMIT_S)
     assert isinstance(granted, m.Granted)
@@ -183,7 +184,13 @@ def test_names_and_problems_of_others_are_shown_and_never_obeyed(
     evil = "[/x] [bold]m \x1b[31m\nforged"
     shown = "[/x] [bold]m \\x1b[31m\\nforged"
     known = [m.Known(b"a" * 16, evil, f"a  {evil}", 1), m.Known(b"b" * 16, evil, "a  b", 2)]
-    answer = m.Stats(1, {"pool_nbytes": 1 << 30, "chunks": 12345, evil: 7}, evil, known, {"disk": f"busy {evil}"})
+    answer = m.Stats(
+        call=1,
+        rows=[Figure("pool_nbytes", "", 1 << 30), Figure("chunks", "", 12345), Figure(evil, "disk", 7)],
+        problem=evil,
+        known=known,
+        out={"disk": f"busy {evil}"},
+    )
     monkeypatch.setattr(serve_module, "ask_stats", lambda path, check: answer)
     result = CliRunner().invoke(app, ["stats", "--socket=/[/x]"], env={"COLUMNS": "300"})
     assert result.exit_code == 1

@@ -16,7 +16,7 @@ from kvkeep.engine.copies.copies import Copies
 from kvkeep.engine.copies.cpu import CpuCopies, Timing
 from kvkeep.engine.copies.device import DeviceCopies
 from kvkeep.engine.copies.mode import CopyMode, SizeMode
-from kvkeep.engine.link import Source
+from kvkeep.engine.link import StoreSource
 from kvkeep.testing.doubles.device import LOCKS, HeldDevice
 from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.transfer.cpu import ReferenceTransfer
@@ -67,7 +67,7 @@ LAYOUTS: dict[str, Callable[[], list[GroupCaches]]] = {
 class Library:
     """An engine over `groups` and the store behind it."""
 
-    def __init__(self, engine: CacheEngine, groups: list[GroupCaches], source: Source) -> None:
+    def __init__(self, engine: CacheEngine, groups: list[GroupCaches], source: StoreSource) -> None:
         self.engine, self.groups, self.source = engine, groups, source
 
     def fill(self, seed: int) -> None:
@@ -122,7 +122,7 @@ class Library:
 @contextmanager
 def library(
     groups: list[GroupCaches],
-    source: Source | None = None,
+    source: StoreSource | None = None,
     wrap: Wrap = lambda one: one,
     layers: Sequence[str] = (),
     keys: Mapping[str, Keys] | None = None,

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from kvkeep.core.key import none_hash
 from kvkeep.core.units import SUM_NBYTES
-from kvkeep.doors.library import connection as line
 from kvkeep.doors.library.digests import Prompts
 from kvkeep.errors import BlockError, StoreGone
 from kvkeep.testing.doubles.device import HeldDevice
@@ -25,6 +24,7 @@ from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.testing.doubles.transfers import FaultyTransfer
 from kvkeep.testing.fake_engine.model import FakeModel, GroupShape
 from kvkeep.transfer.pages import GroupCaches
+from kvkeep.wire import messages as m
 
 from .library import CHUNK, LAYOUTS, NB, Library, flash_attention, group, library, mla
 
@@ -303,7 +303,7 @@ def test_eviction_between_lookup_and_retrieve_is_a_miss_for_what_has_gone(small:
 def test_sums_of_many_chunks_go_in_several_messages(monkeypatch: pytest.MonkeyPatch):
     with library([group(flash_attention, 2)], verify_pool="always") as lib:
         lib.fill(1)
-        monkeypatch.setattr(line, "COMMIT_NBYTES", 2 * SUM_NBYTES * lib.engine.layers + 1)
+        monkeypatch.setattr(m, "COMMIT_NBYTES", 2 * SUM_NBYTES * lib.engine.layers + 1)
         assert lib.engine.store(range(7 * CHUNK), [HERE]) == 7 * CHUNK
         before = lib.pages()
         mask = lib.engine.retrieve(range(7 * CHUNK), [THERE])

@@ -27,7 +27,7 @@ from kvkeep.testing.doubles.store_thread import shared_store
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.wire.frames import framed
-from kvkeep.wire.messages import VERSION, Welcome, encoded
+from kvkeep.wire.messages import Welcome, encoded
 
 from .library import CHUNK, MODEL, Library, flash_attention, group, library, mla
 
@@ -152,7 +152,7 @@ class Impostor:
 
     def connect(self) -> socket.socket:
         ours, self.theirs = socket.socketpair()
-        welcome = Welcome(VERSION, b"b" * 16, 1, os.getpid(), 4096)
+        welcome = Welcome(boot=b"b" * 16, session=1, pid=os.getpid(), pool_nbytes=4096)
         with tempfile.TemporaryFile() as file:
             file.truncate(4096)
             socket.send_fds(self.theirs, [framed(encoded(welcome))], [file.fileno()] * 2)

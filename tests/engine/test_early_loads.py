@@ -25,6 +25,7 @@ from kvkeep.errors import WireError
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.progress import FAILED, WORDS_NBYTES, arrival_at
 from kvkeep.memory.region import Region
+from kvkeep.telemetry import by_flat_name
 from kvkeep.testing.doubles.faulty_files import flip_bit, record_paths
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.testing.fake_engine.engine import FakeEngine
@@ -285,8 +286,8 @@ def test_a_restarted_engine_is_promised_what_is_still_on_disk(tmp_path: Path) ->
         right = answers(first, PROMPTS)
     with engine(tmp_path / "disk") as again:
         assert answers(again, PROMPTS) == right
-        counts = again.planner.figures.snapshot()
-        assert counts["fetched_disk_chunks"] == 10 * len(PROMPTS)
+        counts = by_flat_name(again.planner.figures.rows())
+        assert counts["disk_fetched_chunks"] == 10 * len(PROMPTS)
         # a busy machine has read some of them before they are promised
         assert 0 < counts["early_chunks"] <= 10 * (len(PROMPTS) - 1), "the first one was measured"
         assert (counts["early_failed_chunks"], counts["failed_tokens"]) == (0, 0)
@@ -300,7 +301,7 @@ def test_bad_records_are_computed_again_and_the_next_lookup_waits(tmp_path: Path
     flip_bit(path_of(tmp_path / "disk", PROMPTS[2], place), 8 * (4096 + 4096 + 100))  # in its second layer
     with engine(tmp_path / "disk") as again:
         assert answers(again, PROMPTS) == right
-        counts = again.planner.figures.snapshot()
+        counts = by_flat_name(again.planner.figures.rows())
         assert counts["early_failed_chunks"] == 1
         assert 0 < counts["early_chunks"] <= 10 * 4, "the first and the one after the failure were waited for"
         assert answers(again, PROMPTS[2:3]) == right[2:3], "and what was bad is there again"

@@ -60,13 +60,13 @@ def test_a_tier_that_is_slower_is_not_waited_for_but_tried_now_and_then() -> Non
 def test_steps_that_overlap_are_not_counted_twice() -> None:
     clock, estimate = ManualClock(), Estimate()
     paces = Paces(estimate, clock)
-    paces.begun([(0, 100)])
+    paces.begin([(0, 100)])
     clock.advance(1.0)
-    paces.begun([(100, 200)])
+    paces.begin([(100, 200)])
     clock.advance(1.0)
-    paces.over()
+    paces.end()
     clock.advance(1.0)
-    paces.over()
+    paces.end()
     assert estimate.compute_s(0, 64) == pytest.approx(64 * 0.02)
     assert estimate.compute_s(128, 228) == pytest.approx(1.0)
 
@@ -75,10 +75,10 @@ def test_a_step_is_shared_out_by_tokens_and_one_that_says_nothing_is_left_out() 
     clock, estimate = ManualClock(), Estimate()
     paces = Paces(estimate, clock)
     for spans in ([(0, 100), (5000, 5100)], []):
-        paces.begun(spans)
+        paces.begin(spans)
         clock.advance(2.0)
-        paces.over()
-    paces.over()
+        paces.end()
+    paces.end()
     assert estimate.compute_s(0, 100) == pytest.approx(1.0)
     assert estimate.compute_s(5000, 5100) == pytest.approx(1.0)
 
@@ -88,7 +88,7 @@ def test_steps_with_few_tokens_are_the_pace_of_those_that_run() -> None:
     paces = Paces(Estimate(), clock)
     assert paces.step_s is None
     for spans, seconds in (([(0, 1000)], 9.0), ([(1000, 1001), (7, 8)], 0.5), ([], 9.0)):
-        paces.begun(spans)
+        paces.begin(spans)
         clock.advance(seconds)
-        paces.over()
+        paces.end()
     assert paces.step_s == pytest.approx(0.5)

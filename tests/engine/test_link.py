@@ -27,7 +27,7 @@ from kvkeep.engine.link import (
     Link,
     PrivateSource,
     SharedSource,
-    Source,
+    StoreSource,
 )
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp
 from kvkeep.engine.pool import MappedPool
@@ -53,14 +53,22 @@ LIMIT_S = 20.0
 
 
 def hello(resumes: int) -> Hello:
-    return Hello(VERSION, "link", b"n" * 16, "", CHUNK, [os.getpid()], 0, resumes)
+    return Hello(
+        name="link",
+        namespace=b"n" * 16,
+        identity="",
+        chunk_nbytes=CHUNK,
+        holders=[os.getpid()],
+        verify_every=0,
+        resumes=resumes,
+    )
 
 
 @dataclass
 class Watched:
     """A source that remembers the sockets it gave out, so that a test can wait for what comes without sleeping."""
 
-    inner: Source
+    inner: StoreSource
     socks: list[socket.socket] = field(default_factory=list)
     fails: bool = False
     tries: int = 0

@@ -23,7 +23,7 @@ from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.region import Region
 from kvkeep.testing.doubles.device import LOCKS
 from kvkeep.testing.doubles.transfers import ManualClock
-from kvkeep.wire.messages import VERSION, Hello
+from kvkeep.wire.messages import Hello
 from kvkeep.wire.pool_socket import MAX_WAITING, HandedPool, PoolDoor, send_pool
 
 SHARD = ShardLayout(1, (GroupLayout(1, 0, (LayerLayout("l", (mmap.PAGESIZE,)),)),))
@@ -300,7 +300,15 @@ def test_a_store_whose_pool_does_not_fit_beside_a_dead_one_comes_back(monkeypatc
     source = PrivateSource(Config(pool_size=POOL_NBYTES, log_level="error"))
 
     def hello(resumes: int) -> Hello:
-        return Hello(VERSION, "t", b"n" * 16, "", mmap.PAGESIZE, [os.getpid()], 0, resumes)
+        return Hello(
+            name="t",
+            namespace=b"n" * 16,
+            identity="",
+            chunk_nbytes=mmap.PAGESIZE,
+            holders=[os.getpid()],
+            verify_every=0,
+            resumes=resumes,
+        )
 
     link = Link(source, hello, [door.path], clock)
     link.start(LIMIT_S)

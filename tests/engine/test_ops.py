@@ -9,6 +9,7 @@ from kvkeep.engine.plan import LoadOp
 from kvkeep.engine.scheduler.ops import advance, aligned, load_ops, rewind, store_op
 from kvkeep.engine.scheduler.request import Match, OpenChunk
 from kvkeep.transfer.transfer import Blocks
+from kvkeep.wire.messages import StoreLease
 
 LAYERS = (LayerLayout("l", (64,)),)
 
@@ -19,7 +20,7 @@ def shard(*groups: tuple[int, int], chunk_tokens: int = 16) -> ShardLayout:
 
 
 def match(chunks: int, first: int = 0) -> Match:
-    return Match(b"boot", first, 1, tuple(range(1000, 1000 + chunks)), {}, chunks)
+    return Match(first, StoreLease(b"boot", 1), offsets=range(1000, 1000 + chunks), hits=chunks)
 
 
 def table(tokens: int, block_tokens: int, base: int = 1) -> list[int]:
@@ -125,7 +126,7 @@ def test_a_load_begins_on_a_boundary_of_every_group(computed: int, groups: list[
 
 
 def opened(number: int, groups: int = 1) -> OpenChunk:
-    return OpenChunk(number, 7, 0, 4096, [0] * groups)
+    return OpenChunk(number, StoreLease(b"boot", 7), 0, 4096, next_slots=[0] * groups)
 
 
 def test_a_group_without_a_window_is_gathered_once_when_it_is_full() -> None:
@@ -137,7 +138,7 @@ def test_a_group_without_a_window_is_gathered_once_when_it_is_full() -> None:
     advance(chunk, op, step=3)
     assert chunk.sealed_in == 3
     rewind(chunk)
-    assert (chunk.next_places, chunk.sealed_in) == ([0], 0)
+    assert (chunk.next_slots, chunk.sealed_in) == ([0], 0)
     assert store_op(shard((4, 0)), chunk, 40, tables) == op
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,10 +18,10 @@ from kvkeep.engine.plan import LoadsDone, Report, Scheduled, StepPlan, StoresDon
 from kvkeep.engine.scheduler.lookups import Request
 from kvkeep.engine.scheduler.planner import Planner, PlannerOptions
 from kvkeep.engine.scheduler.request import Match
-from kvkeep.telemetry import Figures, Miss
+from kvkeep.telemetry import Figures, Miss, by_flat_name
 from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.testing.doubles.transfers import ManualClock
-from kvkeep.wire.messages import VERSION, Hello, Matched, Stats
+from kvkeep.wire.messages import Hello, Matched, Stats, StoreLease
 
 CHUNK, BLOCK, ROOM = 256, 16, 32
 LIMIT_S = 20.0
@@ -60,7 +60,15 @@ class Bench:
 
     def hello(self, resumes: int) -> Hello:
         holders = [os.getpid()]
-        return Hello(VERSION, "planner", OLD, "", self.layout.nbytes, holders, self.verify_every, resumes)
+        return Hello(
+            name="planner",
+            namespace=OLD,
+            identity="",
+            chunk_nbytes=self.layout.nbytes,
+            holders=holders,
+            verify_every=self.verify_every,
+            resumes=resumes,
+        )
 
     def watch(self) -> None:
         """Notes how many digests each fetch asks for, and how long each call may wait."""
@@ -299,7 +307,7 @@ def test_what_must_not_be_kept_is_neither_looked_up_nor_stored(
 
 
 def test_a_request_that_wants_every_token_computed_is_stored_and_not_looked_up(bench: Bench) -> None:
-    request = asking("r", range(600))._replace(reads=False)
+    request = replace(asking("r", range(600)), reads=False)
     bench.keep(range(256))
     bench.asked.clear()
     assert bench.match(request) == 0
@@ -758,7 +766,7 @@ def test_a_question_from_before_a_reset_is_not_answered_by_old_weights(hasty: Be
     ],
 )
 def test_claimed_tokens_by_source_add_up(sources: dict[str, int], tokens: int, split: dict[str, int]) -> None:
-    match = Match(b"", 0, 1, (), {}, sum(sources.values()), None, sources)
+    match = Match(0, StoreLease(b"", 1), hits=sum(sources.values()), sources=sources)
     assert match.tokens_by_source(tokens) == split
 
 
@@ -875,7 +883,7 @@ def test_a_link_that_comes_back_between_a_promise_and_its_plan_gives_nothing_bac
 
 def test_gauges_of_the_pool_follow_every_answer_and_every_store(bench: Bench) -> None:
     def gauges() -> list[int]:
-        now = bench.planner.figures.snapshot()
+        now = by_flat_name(bench.planner.figures.rows())
         return [now["pool_nbytes"], now["pool_used_nbytes"], now["pool_pinned_nbytes"]]
 
     pool = ROOM * bench.layout.nbytes
@@ -1030,7 +1038,7 @@ def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks()
         bench.planner._estimate.computed(0, 1000, 1.0)
         client = bench.link.client
         assert client is not None
-        answers = iter([None, Matched(1, 0, [], {}, {"disk": 2}, "", 0.01)])
+        answers = iter([None, Matched(call=1, sources={"disk": 2}, took_s=0.01)])
 
         def late(call: Any, limit_s: float) -> Any:
             bench.clock.advance(30.0)  # a long step of other requests
@@ -1059,7 +1067,15 @@ def test_a_step_without_a_forward_is_no_pace() -> None:
 def hashed(name: str, tokens: Sequence[int], hashes: list[bytes], fingerprint: bytes = b"") -> Request:
     """A request of an engine that hashes its blocks; the hashes of all tokens are there."""
     hashes[:] = Chain(BLOCK, none_hash()).extend(tokens)
-    return Request(name, tokens, len(tokens), none_hash(), None, False, BlockHashes(hashes, BLOCK, fingerprint))
+    return Request(
+        name,
+        tokens,
+        len(tokens),
+        none_hash(),
+        extra_keys=None,
+        preempted=False,
+        block_hashes=BlockHashes(hashes, BLOCK, fingerprint),
+    )
 
 
 def test_with_the_engines_block_hashes_a_prompt_and_what_was_generated_are_found_again() -> None:
@@ -1071,7 +1087,7 @@ def test_with_the_engines_block_hashes_a_prompt_and_what_was_generated_are_found
         bench.figures()
         bench.done(bench.plan(writer, 300))
         for tokens in (range(500), range(520)):  # the hashes grow in place as tokens are generated
-            grown = hashed("writer", tokens, hashes)._replace(prompt_tokens=300)
+            grown = replace(hashed("writer", tokens, hashes), prompt_tokens=300)
             bench.done(bench.plan(grown, len(tokens)))
         bench.planner.ended("writer")
         assert bench.match(hashed("reader", range(600), [])) == 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from kvkeep.testing.doubles.store_thread import ThreadSource
 from kvkeep.testing.doubles.transfers import ManualClock
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
-from kvkeep.wire.messages import VERSION, Hello, Stats
+from kvkeep.wire.messages import Hello, Stats
 from kvkeep.wire.pool_socket import PoolDoor
 
 CHUNK, BLOCK, NUM_BLOCKS = 32, 16, 64
@@ -59,8 +59,18 @@ class Bench:
 
     def hello(self, resumes: int) -> Hello:
         chunks, states = self.layouts
-        holders, sizes = [os.getpid()], (chunks.sizes, states.sizes)
-        return Hello(VERSION, "t", b"n" * 16, "", chunks.nbytes, holders, self.verify_every, resumes, *sizes)
+        holders = [os.getpid()]
+        return Hello(
+            name="t",
+            namespace=b"n" * 16,
+            identity="",
+            chunk_nbytes=chunks.nbytes,
+            holders=holders,
+            verify_every=self.verify_every,
+            resumes=resumes,
+            sizes=chunks.sizes,
+            state_sizes=states.sizes,
+        )
 
     def match(self, request: Request, computed: int = 0) -> int:
         while (given := self.planner.match(request, computed)) is None:
@@ -201,7 +211,7 @@ def test_a_state_that_is_bad_fails_the_request_and_is_not_given_again(bench: Ben
     assert record.match is not None
     assert record.match.state is not None
     bad = record.match.state._replace(sums=bytes(32))
-    record.match = record.match._replace(state=bad)
+    record.match = replace(record.match, state=bad)
     assert bench.load(request, 96) == {"reader": False}
     bench.planner.ended("reader")
     assert bench.match(asking("next", PROMPT)) == 64
@@ -215,7 +225,7 @@ def test_where_the_state_is_behind_a_chunk_whose_load_failed_that_is_the_reason(
     record = bench.planner._records["reader"]
     assert record.match is not None
     assert record.match.state is not None
-    record.match = record.match._replace(state=record.match.state._replace(sums=bytes(32)))
+    record.match = replace(record.match, state=record.match.state._replace(sums=bytes(32)))
     assert bench.load(request, 96) == {"reader": False}
     bench.planner.ended("reader")
     assert bench.match(asking("next", PROMPT)) == 0

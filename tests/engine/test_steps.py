@@ -9,9 +9,10 @@ import pytest
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.engine.plan import LoadOp, LoadsDone, Report, StoresDone
 from kvkeep.engine.scheduler.ops import rewind
-from kvkeep.engine.scheduler.request import OpenChunk, Record
+from kvkeep.engine.scheduler.request import OpenChunk, RequestRecord
 from kvkeep.engine.scheduler.steps import Done, Load, Steps
 from kvkeep.telemetry import Figures
+from kvkeep.wire.messages import StoreLease
 
 BOOT = b"b" * 16
 
@@ -22,14 +23,18 @@ class Bench:
     def __init__(self) -> None:
         self.figures = Figures()
         self.steps = Steps(2, self.figures)
-        self.record = Record("r", Chain(8, none_hash()), (), 100)
+        self.record = RequestRecord("r", Chain(8, none_hash()), 100)
 
     def step(self, number: int, load: bool = False) -> OpenChunk:
-        step, chunk = self.steps.begin(), OpenChunk(number, 7, 0, 0, [2], sealed_in=number)
+        step, chunk = self.steps.begin(), OpenChunk(number, StoreLease(BOOT, 7), 0, 0, next_slots=[2], sealed_in=number)
         assert step.number == number
         if load:
             ops = tuple(LoadOp(BOOT, "r", start, 0, blocks=()) for start in (0, 8))
-            step.add_load(self.record, Load(BOOT, (70 + number,), (0, 15), ops, (b"first", b"second"), (1, 2, 3)), 0)
+            step.add_load(
+                self.record,
+                Load((StoreLease(BOOT, 70 + number),), (0, 15), ops, (b"first", b"second"), blocks=(1, 2, 3)),
+                0,
+            )
         step.add_gather(self.record, chunk, True)
         self.steps.launch(step)
         return chunk
@@ -58,7 +63,7 @@ def test_a_chunk_that_one_rank_has_not_gathered_is_filled_again() -> None:
     bench = Bench()
     chunk = bench.step(1)
     assert bench.take(stored(1, 0), StoresDone(1, 1, {})).sealed == []
-    assert (chunk.sealed_in, chunk.next_places) == (0, [0])
+    assert (chunk.sealed_in, chunk.next_slots) == (0, [0])
     assert bench.figures.count("dropped_chunks") == 1
 
 
@@ -77,9 +82,9 @@ def test_nothing_of_a_step_with_a_failed_load_nor_of_one_planned_before_that_was
         done = [bench.take(*order)] if whole else [bench.take(one) for one in order]
         assert [sealed.chunk for one in done for sealed in one.sealed] == []
         assert (first.sealed_in, second.sealed_in) == (0, 0)
-        assert [digest for one in done for digest in one.failed_digests(BOOT)] == [b"second"]
+        assert [failed for one in done for failed in one.failed_chunks] == [(StoreLease(BOOT, 71), b"second")]
         assert [load for one in done for load in one.failed_loads] == [(bench.record, {1, 2, 3})]
-        assert [lease for one in done for lease in one.read_leases(BOOT)] == [71]
+        assert [lease for one in done for lease in one.leases] == [StoreLease(BOOT, 71)]
         assert (bench.figures.count("failed_tokens"), bench.figures.count("delivered_tokens")) == (7, 8)
         assert not bench.steps.busy
         assert bench.record.steps == 0
@@ -113,12 +118,11 @@ def test_a_late_report_of_old_blocks_does_not_undo_the_gather_of_the_new_ones() 
     assert bench.figures.count("dropped_chunks") == 1
 
 
-def test_leases_of_another_start_of_the_store_are_not_released() -> None:
+def test_a_load_that_is_over_gives_its_leases_to_be_released() -> None:
     bench = Bench()
     bench.step(1, load=True)
     done = bench.take(LoadsDone(1, 0, ()), LoadsDone(1, 1, ()))
-    assert done.read_leases(b"another") == []
-    assert done.read_leases(BOOT) == [71]
+    assert done.leases == [StoreLease(BOOT, 71)]
     assert bench.figures.count("delivered_tokens") == 15
 
 
@@ -139,9 +143,13 @@ def test_a_step_without_copies_awaits_nothing() -> None:
 def test_a_step_that_only_loads_ends_with_the_last_rank_s_loads() -> None:
     bench = Bench()
     step = bench.steps.begin()
-    step.add_load(bench.record, Load(BOOT, (71,), (0, 8), (LoadOp(BOOT, "r", 0, 0, blocks=()),), (b"first",), (1,)), 0)
+    step.add_load(
+        bench.record,
+        Load((StoreLease(BOOT, 71),), (0, 8), (LoadOp(BOOT, "r", 0, 0, blocks=()),), (b"first",), blocks=(1,)),
+        0,
+    )
     bench.steps.launch(step)
     assert bench.take(LoadsDone(1, 0, ())).leases == []
     assert bench.steps.busy
-    assert bench.take(LoadsDone(1, 1, ())).leases == [(BOOT, 71)]
+    assert bench.take(LoadsDone(1, 1, ())).leases == [StoreLease(BOOT, 71)]
     assert not bench.steps.busy

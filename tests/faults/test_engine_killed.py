@@ -29,7 +29,7 @@ from kvkeep.memory.region import Region
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
 from kvkeep.wire.start import join_shared
-hello = m.Hello(m.VERSION, "engine", b"n" * 16, "", 4096, [os.getpid()])
+hello = m.Hello(name="engine", namespace=b"n" * 16, identity="", chunk_nbytes=4096, holders=[os.getpid()])
 client = Joining(join_shared(sys.argv[1], 20.0), hello).wait(20.0)
 digests = [bytes([n]) * 32 for n in range(4)]
 region = Region.attach(os.dup(client.pool_fd))
@@ -71,7 +71,7 @@ def path(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def survivor(path: str) -> Iterator[Client]:
-    hello = m.Hello(m.VERSION, "survivor", b"n" * 16, "", CHUNK, [os.getpid()])
+    hello = m.Hello(name="survivor", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()])
     client = Joining(join_shared(path, LIMIT_S), hello).wait(LIMIT_S)
     yield client
     client.close()

@@ -47,7 +47,9 @@ def started(folder: Path, limit_nbytes: int = 1 << 20) -> Iterator[tuple[Child, 
     """A private store over `folder`, its client, and the pool as a worker maps it."""
     options = Disk(path=(str(folder),), size=limit_nbytes, min_free=0)
     child = start_private(Config(pool_size=ROOM * CHUNK, max_pinned_share=1.0, log_level="error", tiers=[options]))
-    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [os.getpid()], sizes=SIZES)
+    hello = m.Hello(
+        name="test", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()], sizes=SIZES
+    )
     client = Joining(child.sock, hello).wait(LIMIT_S)
     with Region.attach(os.dup(client.pool_fd)) as region:
         yield child, client, region

@@ -51,7 +51,7 @@ class Store:
         self.process.wait(LIMIT_S)
 
     def client(self) -> Client:
-        hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK_NBYTES, [])
+        hello = m.Hello(name="test", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK_NBYTES, holders=[])
         return Joining(join_shared(str(self.path), LIMIT_S), hello).wait(LIMIT_S)
 
     def figures(self, right: Callable[[dict[str, int]], bool] = lambda _: True) -> dict[str, int]:

@@ -57,7 +57,9 @@ print("ended", flush=True)
 
 
 def joined(path: Path) -> Client:
-    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [os.getpid()], sizes=[CHUNK])
+    hello = m.Hello(
+        name="test", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()], sizes=[CHUNK]
+    )
     return Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
 
 

@@ -23,7 +23,9 @@ CHUNK, LIMIT_S = 4096, 20.0
 
 
 def joined(process: subprocess.Popen[bytes], path: Path) -> Client:
-    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [os.getpid()], sizes=[CHUNK])
+    hello = m.Hello(
+        name="test", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()], sizes=[CHUNK]
+    )
     while process.poll() is None:
         try:
             return Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)

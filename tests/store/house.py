@@ -55,7 +55,7 @@ class House:
         self.session = self.join()
 
     def join(self, name: str = "n") -> Session:
-        return self.store.open(Opening("test", name.encode() * 16, "", CHUNK, (), 0, SIZES))
+        return self.store.open(Opening("test", name.encode() * 16, "", CHUNK, holders=(), verify_every=0, sizes=SIZES))
 
     def on(self, tier: GateTier, *numbers: int) -> None:
         for number in numbers:

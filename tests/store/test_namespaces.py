@@ -69,7 +69,7 @@ def test_what_is_kept_is_bounded():
 )
 def test_a_name_is_one_line_that_no_terminal_obeys(said: str, shown: str) -> None:
     store = Store(Index(FreeList(4096), lru()), 4096)
-    assert store.open(Opening(said, A, "", 4096, ())).opening.name == shown
+    assert store.open(Opening(said, A, "", 4096, holders=())).opening.name == shown
     names = Namespaces()
     names.name(A, said, "")
     assert names.known[A].name == shown
@@ -91,7 +91,7 @@ def test_an_identity_keeps_its_lines_and_is_cut_in_bytes(char: str) -> None:
     names.name(A, "m", said)
     again.recall({A: Named("m", said)})
     assert names.known[A].identity == again.known[A].identity == shown == plain_identity(shown)
-    assert store.open(Opening("m", A, said, 4096, ())).opening.identity == shown
+    assert store.open(Opening("m", A, said, 4096, holders=())).opening.identity == shown
 
 
 def test_one_that_is_told_apart_is_of_the_same_name_as_it_is_shown() -> None:

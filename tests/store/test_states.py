@@ -47,7 +47,9 @@ class House:
         self.store = Store(Index(FreeList(ROOM_NBYTES), policy_by_name("lru")), ROOM_NBYTES)
         self.walk = TierWalk(self.store, self.memory)
         self.walk.add("disk", self.tier)
-        self.session = self.store.open(Opening("test", b"n" * 16, "", 8192, (), 1, SIZES, STATE_SIZES))
+        self.session = self.store.open(
+            Opening("test", b"n" * 16, "", 8192, verify_every=1, sizes=SIZES, state_sizes=STATE_SIZES)
+        )
         assert self.session.states is not None
         self.states = self.session.states
 
@@ -271,4 +273,6 @@ def test_a_new_name_is_one_for_states_too(house: House) -> None:
 
 def test_sizes_of_states_that_are_not_padded_are_refused(house: House) -> None:
     with pytest.raises(WireError, match="state"):
-        house.store.open(Opening("test", b"n" * 16, "", 8192, (), 0, SIZES, (100,)))
+        house.store.open(
+            Opening("test", b"n" * 16, "", 8192, holders=(), verify_every=0, sizes=SIZES, state_sizes=(100,))
+        )

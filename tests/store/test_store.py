@@ -25,7 +25,7 @@ def make(chunks: int = 8, max_pinned_share: float = 1.0) -> Store:
 
 
 def opened(store: Store, namespace: bytes = NAMESPACES[0], verify_every: int = 0, nbytes: int = NBYTES) -> Session:
-    return store.open(Opening("engine", namespace, "{}", nbytes, (), verify_every))
+    return store.open(Opening("engine", namespace, "{}", nbytes, holders=(), verify_every=verify_every))
 
 
 def write(store: Store, session: Session, numbers: list[int]) -> list[int]:
@@ -503,7 +503,9 @@ def sized(ranges: int, count: int, verify_every: int = 1) -> tuple[Store, Sessio
     """A store with room for `count` chunks of so many ranges, and a session that says their sizes."""
     sizes = (4096,) * ranges
     store = Store(Index(FreeList(count * sum(sizes)), lru()), count * sum(sizes), 1.0)
-    return store, store.open(Opening("test", NAMESPACES[0], "", sum(sizes), (), verify_every, sizes))
+    return store, store.open(
+        Opening("test", NAMESPACES[0], "", sum(sizes), holders=(), verify_every=verify_every, sizes=sizes)
+    )
 
 
 def test_one_answer_carries_no_more_sums_than_a_frame_takes() -> None:
@@ -530,7 +532,18 @@ def test_nor_does_it_where_nobody_said_how_many_sums_there_are() -> None:
 def test_a_chunk_of_more_ranges_than_an_answer_could_carry_is_refused(ranges: tuple[int, int]) -> None:
     store, (of_chunk, of_state) = make(), ranges
     with pytest.raises(WireError, match="32769 ranges is over the bound of 32768"):
-        store.open(Opening("test", NAMESPACES[0], "", 4096 * of_chunk, (), 0, (4096,) * of_chunk, (4096,) * of_state))
+        store.open(
+            Opening(
+                "test",
+                NAMESPACES[0],
+                "",
+                4096 * of_chunk,
+                holders=(),
+                verify_every=0,
+                sizes=(4096,) * of_chunk,
+                state_sizes=(4096,) * of_state,
+            )
+        )
     assert not store.sessions
 
 
@@ -546,7 +559,9 @@ def test_sums_that_are_not_one_a_range_are_refused_before_anything_is_committed(
 
 def test_a_states_sums_are_one_for_each_of_its_own_ranges() -> None:
     store = make()
-    session = store.open(Opening("test", NAMESPACES[0], "", NBYTES, (), 1, (4096, 4096), (4096,)))
+    session = store.open(
+        Opening("test", NAMESPACES[0], "", NBYTES, holders=(), verify_every=1, sizes=(4096, 4096), state_sizes=(4096,))
+    )
     assert session.states is not None
     lease = store.reserve(session.states, DIGESTS[:1]).lease
     with pytest.raises(WireError, match="32 bytes of sums for 1 ranges"):
@@ -584,7 +599,7 @@ def joined(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: t
 
 def silent(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: tuple[int, ...]) -> Session:
     """Joins and asks for no chunk, as `kvkeep stats` does."""
-    return store.open(Opening("engine", namespace, "", NBYTES, (1,), owner=owner, **more))
+    return store.open(Opening("engine", namespace, "", NBYTES, holders=(1,), owner=owner, **more))
 
 
 def room_for(store: Store, session: Session, numbers: range) -> int:

@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.alive) < 4)
     @rule(namespace=st.sampled_from(NAMESPACES), every=st.integers(0, 3))
     def open(self, namespace: bytes, every: int) -> None:
-        session = self.store.open(Opening("m", namespace, "", CHUNK, (), every))
+        session = self.store.open(Opening("m", namespace, "", CHUNK, holders=(), verify_every=every))
         self.alive.append(Known(session, namespace))
 
     @precondition(lambda self: self.alive)

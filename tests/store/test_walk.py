@@ -86,7 +86,7 @@ def test_without_sizes_or_a_deadline_only_the_pool_is_looked_at(house: House) ->
     house.on(house.fast, 1)
     (found,) = house.ask(1, deadline_s=0.0)
     assert found.why is Why.ABSENT
-    plain = house.store.open(Opening("test", b"n" * 16, "", CHUNK, ()))
+    plain = house.store.open(Opening("test", b"n" * 16, "", CHUNK, holders=()))
     (found,) = house.ask(1, session=plain)
     assert found.why is Why.ABSENT
     assert house.fast.calls == []
@@ -374,7 +374,7 @@ def test_what_is_stored_reaches_every_tier(house: House) -> None:
 def test_sums_that_could_not_be_verified_are_not_written(loop: ManualLoop) -> None:
     """A session that says nothing of its ranges may commit any sums, also in a namespace in which others say it."""
     house = House(loop, tiers=0)
-    plain = house.store.open(Opening("test", house.session.namespace, "", CHUNK, ()))
+    plain = house.store.open(Opening("test", house.session.namespace, "", CHUNK, holders=()))
     house.put(2)
     got = house.store.reserve(plain, [digest(1)])
     entries = house.store.written(plain, got.lease, [0])
@@ -388,7 +388,7 @@ def test_sums_that_could_not_be_verified_are_not_written(loop: ManualLoop) -> No
 
 def test_a_tier_is_not_asked_for_a_chunk_whose_sums_are_of_another_shape(house: House) -> None:
     """It is a miss, as one of another size is: the pool has the key, so nothing could be brought under it."""
-    plain = house.store.open(Opening("test", house.session.namespace, "", CHUNK, ()))
+    plain = house.store.open(Opening("test", house.session.namespace, "", CHUNK, holders=()))
     got = house.store.reserve(plain, [digest(1)])
     assert house.store.commit(plain, got.lease, [0], [b"short"]) == [True]
     house.on(house.fast, 1)
@@ -407,7 +407,7 @@ def test_a_chunk_from_a_lower_tier_is_written_to_those_above(house: House) -> No
 def test_a_tier_that_comes_late_gets_what_the_pool_has(loop: ManualLoop) -> None:
     """What is new soon has its turn; what was stored without sums, by another shape or is gone by then is not written."""
     house = House(loop, room=200, tiers=0)
-    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, ()))
+    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, holders=()))
     other = house.join("o")
     house.put(500, session=plain)
     house.put(*range(70))
@@ -609,7 +609,7 @@ def test_a_tier_that_does_not_say_what_it_has_has_nothing_at_the_end(
 
 def test_what_nobody_could_find_again_is_not_lost_at_the_end(house: House) -> None:
     """Without sums no tier keeps it."""
-    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, ()))
+    plain = house.store.open(Opening("test", b"p" * 16, "", CHUNK, holders=()))
     house.put(1)
     house.put(2, session=plain)
     house.loop.turn()

@@ -70,7 +70,9 @@ class WalkMachine(RuleBasedStateMachine):
         self.sessions = [self.open(), self.open()]
 
     def open(self) -> Session:
-        return self.store.open(Opening("machine", b"n" * 16, "", CHUNK, (), 0, (RANGE, RANGE)))
+        return self.store.open(
+            Opening("machine", b"n" * 16, "", CHUNK, holders=(), verify_every=0, sizes=(RANGE, RANGE))
+        )
 
     def teardown(self) -> None:
         for tier in self.tiers:

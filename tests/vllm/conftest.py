@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
+from kvkeep.cli.ask import ask_stats
 from kvkeep.config import Config
-from kvkeep.wire.client import Joining
-from kvkeep.wire.messages import VERSION, Hello, Stats
-from kvkeep.wire.start import join_shared
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "build" / "models"
@@ -87,11 +85,7 @@ class SharedStore:
         return self.folder / "store"
 
     def stats(self) -> dict[str, Any]:
-        hello = Hello(VERSION, "tests/vllm", bytes(16), "", 1, [])
-        client = Joining(join_shared(str(self.path), 5.0), hello).wait(5.0)
-        answer = client.wait(client.stats(check=True), 10.0)
-        client.close()
-        assert isinstance(answer, Stats)
+        answer = ask_stats(str(self.path), check=True)
         return {**answer.figures, "problem": answer.problem}
 
 

@@ -119,7 +119,7 @@ def test_an_engine_that_was_restarted_reads_from_disk_what_the_last_one_kept(run
     keep = runs("restarted")
     assert [keep.external(step) for step in ("whole", "whole again")] == [1024, 1024]
     assert keep.reused("two at once") == 1024
-    assert keep.figure("fetched_disk_chunks") == 4 + 2  # the second of the two finds the first one's in the pool
+    assert keep.figure("disk_fetched_chunks") == 4 + 2  # the second of the two finds the first one's in the pool
     check_same(runs, "restarted", "whole", "whole again", "two at once", exact=False)
 
 

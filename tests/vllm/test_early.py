@@ -29,7 +29,7 @@ def test_every_answer_is_the_reference_and_came_from_disk_while_its_step_ran(run
     assert keep.external("two at once") == 1023 + 768
     assert keep.figure("early_chunks") >= 4 * 5, "all but the first one, which was measured"
     assert keep.figure("early_failed_chunks") == keep.figure("failed_tokens") == 0
-    assert keep.figure("fetched_disk_chunks") == 4 * 6 + 4 + 3
+    assert keep.figure("disk_fetched_chunks") == 4 * 6 + 4 + 3
 
 
 def test_bad_records_are_computed_again_and_nothing_of_their_step_is_kept(runs, job, model_folder):

@@ -104,11 +104,11 @@ def test_what_a_tier_does_not_give_is_computed_and_kept_again(engine: Any, name:
     hits = given(model, TIER.get(name, 0))
     case.check_answers(with_it=("long", "small"), after_it=("long",), from_disk=("long",))
     assert case.rise("with it", "external") == case.rise("with it", "delivered_tokens") == hits
-    assert case.rise("with it", "fetched_disk_chunks") == hits * CHUNKS[model] // (4 * QUARTER)
+    assert case.rise("with it", "disk_fetched_chunks") == hits * CHUNKS[model] // (4 * QUARTER)
     why = {"late": "tier_late", "gone": "tier_evicted", "the state is gone": "tier_evicted"}.get(name, "tier_failed")
     assert case.misses("with it") == {why: 1, "short": 1}
     case.check_whole("after it", "from disk")
-    assert case.rise("from disk", "fetched_disk_chunks") == CHUNKS[model]
+    assert case.rise("from disk", "disk_fetched_chunks") == CHUNKS[model]
     assert case.facts["held"] == {}
 
 
@@ -122,8 +122,8 @@ def test_a_read_that_hangs_is_waited_for_once_and_keeps_no_other_from_the_disk(e
         assert case.rise(part, "external") == 0
         assert case.misses(part) in ({"tier_failed": 1}, {"tier_left_alone": 1}), "nobody else does"
     case.check_whole("kept")
-    assert case.rise("kept", "fetched_disk_chunks") == 0, "what was computed is kept although its read hangs"
-    assert case.rise("another", "fetched_disk_chunks") > 0, "the tier is used again"
+    assert case.rise("kept", "disk_fetched_chunks") == 0, "what was computed is kept although its read hangs"
+    assert case.rise("another", "disk_fetched_chunks") > 0, "the tier is used again"
     assert case.facts["hung"] > 0, "while the read hangs"
     case.check_whole("from disk")
     assert case.facts["held"] == {}

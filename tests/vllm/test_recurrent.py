@@ -80,7 +80,7 @@ def test_a_prefix_without_a_state_says_so(runs):
 def test_after_a_restart_chunks_and_states_come_from_disk(runs):
     again, plain = runs("lfm2-restarted"), runs("lfm2-plain")
     assert [again.external(step) for step in ("whole", "extension", "two at once")] == [2560, 2688, 4608]
-    assert again.figure("fetched_disk_chunks") > 0
+    assert again.figure("disk_fetched_chunks") > 0
     check_same(again, "whole", plain, "whole warm")
     check_same(again, "extension", plain, "extension", exact=False)  # it ends at a later state than there was then
     check_same(again, "two at once", plain, "two at once warm")

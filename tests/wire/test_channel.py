@@ -43,7 +43,15 @@ ONE, TWO = b"1" * BOOT_NBYTES, b"2" * BOOT_NBYTES
 
 
 def hello(*holders: int, resumes: int = 0) -> m.Hello:
-    return m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, list(holders or (os.getpid(),)), 0, resumes)
+    return m.Hello(
+        name="test",
+        namespace=b"n" * 16,
+        identity="",
+        chunk_nbytes=CHUNK,
+        holders=list(holders or (os.getpid(),)),
+        verify_every=0,
+        resumes=resumes,
+    )
 
 
 def digest(number: int) -> bytes:

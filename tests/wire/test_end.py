@@ -39,7 +39,12 @@ def test_what_is_being_read_at_the_end_is_settled_though_nobody_hears_of_it(loop
     pool_fd = os.memfd_create("pool")
     server = Server(walk, bytes(16), pool_fd, theirs)
     serving = loop.create_task(server.serve())
-    joining = Joining(ours, m.Hello(m.VERSION, "engine", NAMESPACE, "", CHUNK, [os.getpid()], sizes=[CHUNK]))
+    joining = Joining(
+        ours,
+        m.Hello(
+            name="engine", namespace=NAMESPACE, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()], sizes=[CHUNK]
+        ),
+    )
     loop.turn()
     client = joining.poll()
     assert client is not None

@@ -26,6 +26,7 @@ from kvkeep.store.server import server as server_module
 from kvkeep.store.server.answers import Checks
 from kvkeep.store.server.lingering import Lingering
 from kvkeep.store.server.server import MAX_ERRANDS
+from kvkeep.telemetry import Figure
 from kvkeep.testing.doubles.store_thread import RunningStore, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -38,7 +39,7 @@ NAMESPACE = b"n" * 16
 
 
 def hello(name: str = "good", namespace: bytes = NAMESPACE) -> m.Hello:
-    return m.Hello(m.VERSION, name, namespace, "", CHUNK, [os.getpid()])
+    return m.Hello(name=name, namespace=namespace, identity="", chunk_nbytes=CHUNK, holders=[os.getpid()])
 
 
 @pytest.fixture
@@ -234,7 +235,9 @@ def test_without_descriptors_nobody_is_taken_in_for_a_while_and_the_log_says_so_
 # ---- cheap frames ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ask", [m.AskStats(1), m.Fetch(1, b""), m.Release(7)], ids=["stats", "fetch", "release"])
+@pytest.mark.parametrize(
+    "ask", [m.AskStats(1), m.Fetch(call=1, digests=b""), m.Release(7)], ids=["stats", "fetch", "release"]
+)
 def test_a_flood_of_frames_gives_others_their_turn(
     running: RunningStore, good: Client, raw: socket.socket, monkeypatch: pytest.MonkeyPatch, ask: m.ToStore
 ) -> None:
@@ -320,7 +323,7 @@ def test_whoever_asks_for_a_check_meanwhile_shares_the_next_one() -> None:
     def check() -> m.Stats:
         made.append(loop.now_s)
         loop.now_s += 0.01
-        return m.Stats(0, {"number": len(made)})
+        return m.Stats(call=0, rows=[Figure("number", "", len(made))])
 
     checks = Checks(check, loop)  # type: ignore[arg-type]
     checks.ask(told.append)
@@ -343,7 +346,8 @@ from kvkeep.wire import messages as m
 from kvkeep.wire.client import Joining
 from kvkeep.wire.start import join_shared
 for _ in range(3):
-    client = Joining(join_shared(sys.argv[1], 20.0), m.Hello(m.VERSION, "hog", b"h" * 16, "", 4096, [])).wait(20.0)
+    hello = m.Hello(name="hog", namespace=b"h" * 16, identity="", chunk_nbytes=4096, holders=[])
+    client = Joining(join_shared(sys.argv[1], 20.0), hello).wait(20.0)
     granted = client.wait(client.reserve([os.urandom(32) for _ in range(16)]), 20.0)
     print(sum(offset >= 0 for offset in granted.offsets))
     client.drop()

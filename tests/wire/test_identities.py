@@ -89,7 +89,7 @@ def lived(folder: Path, namespace: bytes, identity: str) -> str:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "pool of" in process.stderr.readline()
-        hello = m.Hello(m.VERSION, "vllm m", namespace, identity, 4096, [])
+        hello = m.Hello(name="vllm m", namespace=namespace, identity=identity, chunk_nbytes=4096, holders=[])
         client = Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
         while namespace not in read_identities(folder / "disk"):
             assert client.wait(client.stats(), LIMIT_S) is not None

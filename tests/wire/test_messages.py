@@ -11,11 +11,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.errors import WireError
+from kvkeep.telemetry import Figure, Miss
 from kvkeep.wire import messages as m
 
 SENT: list[m.ToStore] = [
-    m.Hello(1, "n", b"n" * 16, "{}", 4096, [1, 2], 64, 7),
-    m.Fetch(1, b"d" * 64, 0.5, 1.0, True),
+    m.Hello(
+        version=1,
+        name="n",
+        namespace=b"n" * 16,
+        identity="{}",
+        chunk_nbytes=4096,
+        holders=[1, 2],
+        verify_every=64,
+        resumes=7,
+        sizes=[4096],
+        state_sizes=[],
+    ),
+    m.Fetch(call=1, digests=b"d" * 64, deadline_s=0.5, limit_s=1.0, early=True),
     m.Reserve(2, b""),
     m.Commit(3, 9, [0, 1], [b"s", b""]),
     m.Release(9),
@@ -24,14 +36,31 @@ SENT: list[m.ToStore] = [
     m.Rename(b"n" * 16, "{}"),
     m.AskStats(5, True),
     m.Bye(),
+    m.Control(name="kvkeep stats"),
 ]
 ANSWERS: list[m.FromStore] = [
-    m.Welcome(1, b"b" * 16, 3, 44, 1 << 40),
-    m.Matched(1, 2, [0, 4096], {1: b"s"}, {"pool": 1, "disk": 1}, "absent", 0.1, None, {1: 1 << 30}),
-    m.Granted(2, 3, [m.PRESENT, m.BUSY, m.NO_ROOM, 0]),
+    m.Welcome(version=1, boot=b"b" * 16, session=3, pid=44, pool_nbytes=1 << 40),
+    m.Matched(
+        call=1,
+        lease=m.StoreLease(b"b" * 16, 2),
+        offsets=[0, 4096],
+        sums={1: b"s"},
+        sources={"pool": 1, "disk": 1},
+        why=Miss.TIER_LATE,
+        took_s=0.1,
+        state=m.HeldState(m.StoreLease(b"b" * 16, 3), 8192, b"", "disk"),
+        progress={1: 1 << 30},
+    ),
+    m.Granted(2, m.StoreLease(b"b" * 16, 3), [m.PRESENT, m.BUSY, m.NO_ROOM, 0]),
     m.Committed(3, [True, False], 8192, 0),
     m.Cleared(4, 5, "why"),
-    m.Stats(5, {"chunks": 1}, "no", [m.Known(b"n" * 16, "vllm m", "model  'm'", 3)], {"disk": "why"}),
+    m.Stats(
+        call=5,
+        rows=[Figure("chunks", "", 1), Figure("failures", "disk", 2)],
+        problem="no",
+        known=[m.Known(b"n" * 16, "vllm m", "model  'm'", 3)],
+        out={"disk": "why"},
+    ),
     m.Refused("wire", "why"),
 ]
 DECODERS: list[Callable[[bytes], Any]] = [m.decoded_by_store, m.decoded_by_client]

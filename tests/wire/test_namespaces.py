@@ -33,7 +33,7 @@ from kvkeep.wire.start import join_shared
 worker = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 planner = os.fork()
 if not planner:
-    hello = m.Hello(m.VERSION, "engine", b"n" * 16, "", 4096, [worker.pid])
+    hello = m.Hello(name="engine", namespace=b"n" * 16, identity="", chunk_nbytes=4096, holders=[worker.pid])
     client = Joining(join_shared(sys.argv[1], 20.0), hello).wait(20.0)
     granted = client.wait(client.reserve([bytes([1]) * 32, bytes([2]) * 32]), 20.0)
     with Region.attach(os.dup(client.pool_fd)) as region:
@@ -60,7 +60,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_unshare(), reason="no
 
 
 def client(path: Path) -> Client:
-    hello = m.Hello(m.VERSION, "test", b"n" * 16, "", CHUNK, [])
+    hello = m.Hello(name="test", namespace=b"n" * 16, identity="", chunk_nbytes=CHUNK, holders=[])
     return Joining(join_shared(str(path), LIMIT_S), hello).wait(LIMIT_S)
 
 

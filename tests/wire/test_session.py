@@ -24,6 +24,7 @@ from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.server import Server
 from kvkeep.store.store import Store
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.store_thread import RunningStore, ThreadSource, shared_store
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Answer, Call, Client, Joining
@@ -37,11 +38,11 @@ HOLDER = "import sys; sys.stdin.read()"
 CLIENT = """
 import sys
 from kvkeep.wire.client import Joining
-from kvkeep.wire.messages import VERSION, Hello
+from kvkeep.wire.messages import Hello
 from kvkeep.wire.start import join_shared
-client = Joining(
-    join_shared(sys.argv[1], 10.0), Hello(VERSION, "child", b"n" * 16, "", 4096, [int(pid) for pid in sys.argv[2:]])
-).wait(10.0)
+holders = [int(pid) for pid in sys.argv[2:]]
+hello = Hello(name="child", namespace=b"n" * 16, identity="", chunk_nbytes=4096, holders=holders)
+client = Joining(join_shared(sys.argv[1], 10.0), hello).wait(10.0)
 granted = client.wait(client.reserve([bytes([9]) * 32, bytes([8]) * 32]), 10.0)
 client.wait(client.commit(granted.lease, [0], [b"sum"]), 10.0)
 client.wait(client.fetch([bytes([9]) * 32]), 10.0)
@@ -51,7 +52,16 @@ sys.stdin.read()
 
 
 def hello(version: int = m.VERSION, holders: tuple[int, ...] = (), resumes: int = 0, nbytes: int = CHUNK) -> m.Hello:
-    return m.Hello(version, "test", b"n" * 16, "", nbytes, list(holders or (os.getpid(),)), 0, resumes)
+    return m.Hello(
+        version=version,
+        name="test",
+        namespace=b"n" * 16,
+        identity="",
+        chunk_nbytes=nbytes,
+        holders=list(holders or (os.getpid(),)),
+        verify_every=0,
+        resumes=resumes,
+    )
 
 
 def digests(*numbers: int) -> list[bytes]:
@@ -145,9 +155,13 @@ def test_bytes_that_one_client_writes_another_reads(connect: Callable[..., Clien
         for number, offset in enumerate(granted.offsets):
             mine.array[offset : offset + CHUNK] = number + 1
         call = other.fetch(digests(1, 2))
-        assert answer(other, call) == m.Matched(call.number, 0, [], {}, {}, "absent", used_nbytes=2 * CHUNK), (
-            "readable before the commit"
-        )
+        assert answer(other, call) == m.Matched(
+            call=call.number,
+            lease=m.StoreLease(other.welcome.boot, 0),
+            offsets=[],
+            why=Miss.NOT_STORED,
+            used_nbytes=2 * CHUNK,
+        ), "readable before the commit"
         done = answer(one, one.commit(granted.lease, [0, 1], [b"a", b"b"]))
         assert isinstance(done, m.Committed)
         assert (done.done, done.used_nbytes, done.pinned_nbytes) == ([True, True], 2 * CHUNK, 0)
@@ -220,7 +234,7 @@ def test_over_a_socket_pair_the_loop_ends_with_its_only_client() -> None:
         (framed(m.encoded(hello(nbytes=0))), "chunk_nbytes must be positive"),
         (framed(m.encoded(hello(holders=tuple(range(1, 252))))), "at most 250 processes"),
         (framed(m.encoded(hello())) * 2, "hello once"),
-        (framed(m.encoded(hello())) + framed(m.encoded(m.Fetch(1, b"x" * 33))), "whole number of digests"),
+        (framed(m.encoded(hello())) + framed(m.encoded(m.Fetch(call=1, digests=b"x" * 33))), "whole number of digests"),
         (framed(m.encoded(hello())) + framed(m.encoded(m.Rename(b"short", ""))), "a namespace has 16 bytes"),
     ],
 )
@@ -266,7 +280,9 @@ def test_an_invented_lease_changes_nothing(connect: Callable[..., Client]) -> No
     held = answer(one, one.fetch(digests(2)))
     assert isinstance(granted, m.Granted)
     assert isinstance(held, m.Matched)
-    for lease in (granted.lease, held.lease, 10**6, -1, 2**63):
+    boot = other.welcome.boot
+    invented = [m.StoreLease(boot, number) for number in (10**6, -1, 2**63)]
+    for lease in (granted.lease, held.lease, *invented):
         done = answer(other, other.commit(lease, [0, 2**62, -1], [b"", b"", b""]))
         assert isinstance(done, m.Committed)
         assert done.done == [False] * 3
@@ -357,7 +373,7 @@ def fake_store() -> Iterator[tuple[socket.socket, Joining]]:
     theirs.close()
 
 
-WELCOME = framed(m.encoded(m.Welcome(m.VERSION, bytes(16), 1, 1, CHUNK)))
+WELCOME = framed(m.encoded(m.Welcome(boot=bytes(16), session=1, pid=1, pool_nbytes=CHUNK)))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +439,7 @@ def test_a_store_that_breaks_the_protocol_is_lost(
 def test_answers_that_nobody_asked_for_are_left_alone(fake_store: tuple[socket.socket, Joining]) -> None:
     store, client = welcomed(fake_store)
     call = client.clear()
-    store.sendall(framed(m.encoded(m.Matched(99, 1, [0], {}))) + framed(m.encoded(m.Cleared(call.number, 3))))
+    store.sendall(framed(m.encoded(m.Matched(call=99, offsets=[0]))) + framed(m.encoded(m.Cleared(call.number, 3))))
     assert answer(client, call) == m.Cleared(call.number, 3)
     client.close()
 

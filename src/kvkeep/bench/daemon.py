@@ -23,7 +23,7 @@ from kvkeep.bench.rows import Case, Row, say
 from kvkeep.config import Config
 from kvkeep.errors import StoreGone
 from kvkeep.wire.client import Client, Joining
-from kvkeep.wire.messages import VERSION, Granted, Hello, Matched
+from kvkeep.wire.messages import Granted, Hello, Matched
 from kvkeep.wire.start import join_shared
 
 CLIENTS = 4
@@ -55,7 +55,14 @@ def serving(pool_nbytes: int) -> Iterator[tuple[Path, int]]:
 
 def hello(chunk_nbytes: int) -> Hello:
     """The first message of a benchmark's session, whose chunks have `chunk_nbytes`."""
-    return Hello(VERSION, "bench", bytes(16), "bench", chunk_nbytes, [os.getpid()], verify_every=64)
+    return Hello(
+        name="bench",
+        namespace=bytes(16),
+        identity="bench",
+        chunk_nbytes=chunk_nbytes,
+        holders=[os.getpid()],
+        verify_every=64,
+    )
 
 
 def joined(path: Path) -> socket.socket:

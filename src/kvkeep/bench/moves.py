@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +75,7 @@ class PieceMover:
                         self.blocks[layer, number] = piece[layer]
                 number += 1
 
-    def _chunks(self, offsets: list[int]) -> list[Octets]:
+    def _chunks(self, offsets: Sequence[int]) -> list[Octets]:
         assert len(offsets) == MOVED_CHUNKS
         assert min(offsets) >= 0
         return [self.pool[offset : offset + CHUNK_NBYTES] for offset in offsets]

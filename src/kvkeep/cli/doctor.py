@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvkeep.cli.ask import ask_stats
 from kvkeep.cli.plain import cell
-from kvkeep.cli.serve import ask_stats
 from kvkeep.config import Config, Disk
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.memory.limits import MemoryLimits, check_room, read_limits, size_text

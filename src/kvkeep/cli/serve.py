@@ -1,4 +1,4 @@
-"""`kvkeep serve`: the shared store of a host; `kvkeep stats`: what it holds. Neither imports torch."""
+"""`kvkeep serve` runs the shared store of a host; `kvkeep stats` shows what it holds. Neither imports torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvkeep.cli.ask import ask_stats
 from kvkeep.cli.plain import cell
 from kvkeep.config import STORE_SETTINGS, describe_settings
 from kvkeep.core.identity import told_apart
-from kvkeep.errors import StoreGone
 from kvkeep.memory.limits import amount_text
 from kvkeep.sources import load_config
 from kvkeep.store.process import run, write_log
-from kvkeep.wire.client import Joining
-from kvkeep.wire.messages import VERSION, Hello, Known, Stats
-from kvkeep.wire.start import join_shared
+from kvkeep.telemetry import flat_name
+from kvkeep.wire.messages import Known
 
-ANSWER_LIMIT_S = 5.0
 MAX_SHOWN_CHARS = 256  # of a name
 Socket = Annotated[Path, typer.Option("--socket", help="The store's Unix socket; its folder must be 0700.")]
 
@@ -62,24 +60,13 @@ def _with_settings(command: Callable[..., None]) -> inspect.Signature:
 serve.__signature__ = _with_settings(serve)  # type: ignore[attr-defined]  # what typer makes the options of
 
 
-def ask_stats(path: str, check: bool) -> Stats:
-    """What the store at a socket says of itself; StoreGone if it does not answer."""
-    hello = Hello(VERSION, "kvkeep stats", bytes(16), "", 1, [])
-    client = Joining(join_shared(path, ANSWER_LIMIT_S), hello).wait(ANSWER_LIMIT_S)
-    answer = client.wait(client.stats(check), ANSWER_LIMIT_S)
-    client.close()
-    if not isinstance(answer, Stats):
-        raise StoreGone(f"the store at {path} did not answer within {ANSWER_LIMIT_S:.0f} s")
-    return answer
-
-
 def stats(socket: Socket) -> None:
     """Shows what a shared store holds, and proves that its index adds up."""
     answer = ask_stats(str(socket), check=True)
     table = Table("figure", "value", title=cell(f"store at {socket}"))
-    for name, value in answer.figures.items():
+    for name, tier, value in answer.rows:
         text = amount_text(value) if name.endswith("_nbytes") else f"{value:,}"
-        table.add_row(cell(name.removesuffix("_nbytes").replace("_", " ")), text)
+        table.add_row(cell(flat_name(name, tier).removesuffix("_nbytes").replace("_", " ")), text)
     for name, why in answer.out.items():
         table.add_row(cell(name), cell(f"none: {why}"))
     table.add_row("index adds up", cell(answer.problem or "yes"))
@@ -90,13 +77,13 @@ def stats(socket: Socket) -> None:
 
 
 def show_namespaces(known: Sequence[Known], what: str) -> None:
-    """Shows who shares with whom: a namespace a row with its number of `what`, and by what it differs from the last."""
+    """Shows who shares with whom: a row a namespace, with how many `what` it has, and how it differs from the last."""
     if not known:
         return
     table = Table("namespace", "named last by", what, "differs from the row above", title="namespaces")
     above = ""
-    for one in known:
-        apart = told_apart(one.identity, above) if above else []
-        table.add_row(one.namespace.hex()[:8], cell(one.name[:MAX_SHOWN_CHARS]), f"{one.chunks:,}", cell(*apart))
-        above = one.identity
+    for row in known:
+        apart = told_apart(row.identity, above) if above else []
+        table.add_row(row.namespace.hex()[:8], cell(row.name[:MAX_SHOWN_CHARS]), f"{row.chunks:,}", cell(*apart))
+        above = row.identity
     Console().print(table)

@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from kvkeep.config import Config
+from kvkeep.core.layout import ChunkLayout
 from kvkeep.errors import ConfigError, KVKeepError, StoreGone
 from kvkeep.memory.limits import read_limits, size_text
 from kvkeep.wire.client import Client, Joining
@@ -34,7 +35,7 @@ END_LIMIT_S = DRAIN_S + 2.0
 SILENCE_LIMIT_S = 30.0
 
 
-class Source(Protocol):
+class StoreSource(Protocol):
     """Where stores come from: a new connected socket, and the end of what was made for it."""
 
     def connect(self) -> socket.socket:
@@ -106,7 +107,34 @@ class SharedSource:
         return self.wait_s
 
 
-def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
+def hello_of(
+    name: str,
+    named: tuple[bytes, str],
+    layouts: tuple[ChunkLayout, ChunkLayout | None],
+    holders: Sequence[int],
+    *,
+    verify_every: int = 0,
+    resumes: int = 0,
+) -> Hello:
+    """What an engine says of itself to a store: `named` is its namespace and what that is for people.
+
+    `layouts` are those of a chunk and, where the model has any, of a state. The rest is as in Hello.
+    """
+    (namespace, identity), (chunk, state) = named, layouts
+    return Hello(
+        name=name,
+        namespace=namespace,
+        identity=identity,
+        chunk_nbytes=chunk.nbytes,
+        holders=holders,
+        verify_every=verify_every,
+        resumes=resumes,
+        sizes=chunk.sizes,
+        state_sizes=state.sizes if state is not None else (),
+    )
+
+
+def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> StoreSource:
     """Where the store comes from that is configured; ConfigError if a private pool would hold no chunk."""
     if config.socket_path is not None:
         return SharedSource(config.socket_path, config.store_wait_s)
@@ -123,7 +151,7 @@ def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> Source:
 class Link:
     """`hello` says who we are at each connection; the pool is handed to every door of `doors` once a boot."""
 
-    source: Source
+    source: StoreSource
     hello: Callable[[int], Hello]
     doors: Sequence[str]
     clock: Callable[[], float] = time.monotonic

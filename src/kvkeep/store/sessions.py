@@ -6,7 +6,7 @@ Data only. Knows nothing about sockets, processes or the index's rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from kvkeep.core.index import IndexEntry
 from kvkeep.core.units import SUM_NBYTES
@@ -26,7 +26,8 @@ class Opening:
     namespace: bytes
     identity: str
     chunk_nbytes: int
-    holders: tuple[int, ...]
+    _: KW_ONLY
+    holders: tuple[int, ...] = ()
     verify_every: int = 0
     sizes: tuple[int, ...] = ()
     state_sizes: tuple[int, ...] = ()

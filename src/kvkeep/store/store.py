@@ -21,6 +21,7 @@ from kvkeep.errors import WireError
 from kvkeep.store.lent import Early
 from kvkeep.store.namespaces import Namespaces, plain_identity, plain_name
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
+from kvkeep.telemetry import Miss
 
 MAX_SUMS_NBYTES = 2 << 20  # of one answer: a frame has a bound
 MAX_RANGES = 32 << 10  # of a chunk, or of a state: a record holds more, and four chunks' sums fit an answer
@@ -30,16 +31,16 @@ MAX_UNSIZED_SUMS_NBYTES = 64 << 10  # of a chunk of which nobody said how many r
 class Why(Enum):
     """Why a fetched run is not longer."""
 
-    ABSENT = "absent"  # no tier has the next chunk
-    OPENING = "opening"  # no tier that is open has the next chunk, and one is still being opened
-    LEFT_ALONE = "left alone"  # no tier that works has the next chunk, and one has failed: it is not asked now
-    SHARE = "share"  # waiting requests of this session have pinned what they may
-    NO_ROOM = "no room"  # a tier has it, the pool has no room for it
-    BUSY = "busy"  # it is being written
-    NOT_LOADED = "not loaded"  # a tier had it, and it did not come or was bad
-    EVICTED = "evicted"  # a tier had it, and had it no more when it was to be read
-    DEADLINE = "deadline"  # it was still on its way
-    NO_STATE = "no state"  # the next chunks are of no use, for no state is at the end of any of them
+    ABSENT = Miss.NOT_STORED
+    OPENING = Miss.TIER_OPENING
+    LEFT_ALONE = Miss.TIER_LEFT_ALONE
+    SHARE = Miss.PINNED_SHARE
+    NO_ROOM = Miss.POOL_FULL
+    BUSY = Miss.WRITING
+    NOT_LOADED = Miss.TIER_FAILED
+    EVICTED = Miss.TIER_EVICTED
+    DEADLINE = Miss.TIER_LATE
+    NO_STATE = Miss.NO_STATE
 
 
 class Fetched(NamedTuple):

@@ -1,4 +1,4 @@
-"""A planner's end of the channel: calls go out at once, answers are collected when asked for; nothing blocks unasked.
+"""An engine's end of the channel to its store: send a call at once, collect its answer later, block only in `wait`.
 
 The socket is non-blocking and has one owner, so there is no thread and no lock. Knows nothing about requests or models.
 """
@@ -10,7 +10,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import msgspec
 
@@ -28,7 +28,7 @@ Answer = m.Matched | m.Granted | m.Committed | m.Cleared | m.Stats
 
 @dataclass(eq=False)
 class Call:
-    """One question on its way: `answer` is None until it is there; `failed` once it will never come."""
+    """A question to the store: `answer` is None until it is here; `failed`: it will never come."""
 
     number: int
     answer: Answer | None = None
@@ -37,7 +37,7 @@ class Call:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing to wait for any more."""
+        """Whether waiting is over: the answer is here, or will never come."""
         return self.failed or self.answer is not None
 
 
@@ -45,13 +45,15 @@ class Call:
 class Client:
     """A session with a store, from its welcome on.
 
-    `pool_fd` is the pool's descriptor, `life_fd` one that hangs up when the store has ended; both belong to the client.
+    `pool_fd` is the pool's descriptor, `life_fd` one that hangs up when the store has ended (-1: a control session has
+    neither). Both belong to the client.
     """
 
     sock: socket.socket
     welcome: m.Welcome
-    pool_fd: int
+    pool_fd: int = -1
     life_fd: int = -1
+    _: KW_ONLY
     clock: Callable[[], float] = time.monotonic
     alive: bool = True
     why_gone: str = ""
@@ -68,45 +70,58 @@ class Client:
     def fetch(
         self, digests: Sequence[bytes], deadline_s: float = 0.0, limit_s: float = 0.0, early: bool = False
     ) -> Call:
-        """Asks to pin the longest run from the first digest on; answered by Matched, at the latest after `deadline_s`.
+        """Asks to pin the longest run from the first digest on; Matched answers, at the latest after `deadline_s`.
 
-        Without a deadline only the pool is looked at. A tier that takes `limit_s`, if that is more, has failed.
+        Without a deadline the store looks in the pool only. A tier that takes `limit_s`, if that is more, has failed.
         `early`: the answer may cover chunks that are still being read.
         """
-        return self._ask(lambda call: m.Fetch(call, b"".join(digests), deadline_s, limit_s, early))
+        return self._ask(
+            lambda call: m.Fetch(
+                call=call, digests=b"".join(digests), deadline_s=deadline_s, limit_s=limit_s, early=early
+            )
+        )
 
     def reserve(self, digests: Sequence[bytes], states: bool = False) -> Call:
-        """Asks for room for chunks, or for the states at their ends; answered by Granted."""
+        """Asks for room for chunks, or for the states at their ends; Granted answers."""
         return self._ask(lambda call: m.Reserve(call, b"".join(digests), states))
 
-    def commit(self, lease: int, places: Sequence[int], sums: Sequence[bytes]) -> Call:
-        """Makes written chunks readable; answered by Committed."""
-        return self._ask(lambda call: m.Commit(call, lease, list(places), list(sums)))
+    def commit(self, lease: m.StoreLease, indexes: Sequence[int], sums: Sequence[bytes]) -> Call:
+        """Makes written chunks readable, by their indexes in the Reserve; Committed answers.
+
+        The sums must fit a frame (`messages.commit_parts`). Fails for a lease of another start of the store.
+        """
+        if not self.lent(lease):
+            return Call(0, failed=True)
+        return self._ask(lambda call: m.Commit(call, lease.number, list(indexes), list(sums)))
 
     def clear(self, everything: bool = False) -> Call:
-        """Drops the namespace's chunks, or all; answered by Cleared."""
+        """Drop the namespace's chunks, or all; Cleared answers."""
         return self._ask(lambda call: m.Clear(call, everything))
 
     def stats(self, check: bool = False) -> Call:
-        """Asks for the store's figures; answered by Stats."""
+        """Asks for the store's figures; Stats answers."""
         return self._ask(lambda call: m.AskStats(call, check))
 
-    def release(self, lease: int) -> None:
-        """Ends a lease (0: there is none)."""
-        if lease:
-            self._tell(m.Release(lease))
+    def lent(self, lease: m.StoreLease) -> bool:
+        """Whether the lease is of this start of the store: another one's memory is not this pool's."""
+        return lease.boot == self.welcome.boot
+
+    def release(self, lease: m.StoreLease) -> None:
+        """Ends a lease; without effect for no lease, and for one of another start of the store."""
+        if lease and self.lent(lease):
+            self._tell(m.Release(lease.number))
 
     def discard(self, digests: Sequence[bytes]) -> None:
-        """Says that these chunks must not be given out again."""
+        """Asks the store to give these chunks to nobody any more."""
         if digests:
             self._tell(m.Discard(b"".join(digests)))
 
     def rename(self, namespace: bytes, identity: str, lasting: bool = True) -> None:
-        """Moves the session's keys to another namespace from here on; one not `lasting` ends with the session."""
+        """Puts all keys from here on into another namespace; one that is not `lasting` ends with the session."""
         self._tell(m.Rename(namespace, identity, lasting))
 
     def abandon(self, call: Call) -> None:
-        """Nobody waits for this answer any more; a lease that it brings is released as soon as it is here."""
+        """Stops waiting for this answer: releases the lease that it brings as soon as it is here."""
         call.abandoned = True
         if call.answer is not None:
             self._dispose(call.answer)
@@ -137,7 +152,7 @@ class Client:
             self.lose(str(error))
 
     def lose(self, why: str) -> None:
-        """Gives the session up: every open call fails and nothing is sent any more."""
+        """Gives the session up: every open call fails, and nothing more is sent."""
         if not self.alive:
             return
         self.alive, self.why_gone = False, why
@@ -147,18 +162,18 @@ class Client:
         self.sock.close()
 
     def close(self) -> None:
-        """Says goodbye: the caller's word that none of its processes touches a lease any more."""
+        """Says goodbye, which promises that none of our processes touches a lease any more."""
         self._tell(m.Bye())
         self.drop()
 
     def drop(self) -> None:
-        """Closes the socket and the pool's descriptors without a word; idempotent."""
+        """Closes the socket and the descriptors without a goodbye; idempotent."""
         self.lose("closed")
         close_all((self.pool_fd, self.life_fd))
         self.pool_fd = self.life_fd = -1
 
     def take_pool(self) -> HandedPool:
-        """The pool, to whoever maps it or hands it on: a descriptor that is kept keeps a dead store's memory."""
+        """The pool's descriptors, which now belong to the caller: one that stays open keeps a dead store's memory."""
         handed = HandedPool(self.welcome.boot, self.pool_fd, self.life_fd)
         self.pool_fd = self.life_fd = -1
         return handed
@@ -211,7 +226,7 @@ class Client:
         if isinstance(answer, m.Refused):
             raise WireError(f"the store ended the session: {answer.text}")
         if isinstance(answer, m.Welcome):
-            raise WireError("a second welcome")
+            raise WireError("the store sent a second welcome")
         call = self._calls.pop(answer.call, None)
         if call is None:
             return
@@ -227,21 +242,29 @@ class Client:
 
 
 class Joining:
-    """A connection whose hello is out and whose welcome has not come yet; this process is always one of its holders."""
+    """A connection whose first message is out and whose welcome has not come yet.
 
-    def __init__(self, sock: socket.socket, hello: m.Hello) -> None:
+    This process is always one of an engine's holders. A control session has none.
+    """
+
+    def __init__(self, sock: socket.socket, first: m.Hello | m.Control) -> None:
         self._sock = sock
         self._frames = FrameReader()
         self._fds: list[int] = []
+        self._fds_due = 0
         self._sock.setblocking(False)
-        hello = msgspec.structs.replace(hello, holders=list(dict.fromkeys([os.getpid(), *hello.holders])))
-        pidfds = open_handles(hello.holders)
+        holders: list[int] = []
+        if isinstance(first, m.Hello):
+            holders = list(dict.fromkeys([os.getpid(), *first.holders]))
+            first = msgspec.structs.replace(first, holders=holders)
+            self._fds_due = 2
+        pidfds = open_handles(holders)
         try:
             # the first bytes of a socket: its buffer takes them all
-            socket.send_fds(self._sock, [framed(m.encoded(hello))], pidfds)
+            socket.send_fds(self._sock, [framed(m.encoded(first))], pidfds)
         except OSError as error:
             self.poll()  # a store that refuses says why before it closes
-            raise self._given_up(StoreGone(f"the store did not take our hello: {error}")) from error
+            raise self._give_up(StoreGone(f"the store did not take our hello: {error}")) from error
         finally:
             for fd in pidfds:
                 os.close(fd)
@@ -253,18 +276,18 @@ class Joining:
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
-            raise self._given_up(StoreGone(f"the store did not welcome us: {error}")) from error
+            raise self._give_up(StoreGone(f"the store did not welcome us: {error}")) from error
         self._fds += fds
         if not data:
-            raise self._given_up(StoreGone("the store ended before it welcomed us: its last lines say why"))
+            raise self._give_up(StoreGone("the store ended before it welcomed us: its last lines say why"))
         for payload in self._frames.feed(data):
             welcome = m.decoded_by_client(payload)
             if isinstance(welcome, m.Refused):
-                raise self._given_up(WireError(f"the store refused the session: {welcome.text}"))
-            if not isinstance(welcome, m.Welcome) or len(self._fds) != 2:
-                raise self._given_up(WireError("the store's welcome came without a pool"))
-            pool_fd, life_fd = self._fds
-            return Client(self._sock, welcome, pool_fd, life_fd)
+                hint = " (is it another version of kvkeep?)" if welcome.text.startswith("not a message") else ""
+                raise self._give_up(WireError(f"the store refused the session: {welcome.text}{hint}"))
+            if not isinstance(welcome, m.Welcome) or len(self._fds) != self._fds_due:
+                raise self._give_up(WireError("the store's welcome came without a pool"))
+            return Client(self._sock, welcome, *self._fds)
         return None
 
     def wait(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> Client:
@@ -277,7 +300,7 @@ class Joining:
             client = self.poll()
             if client is not None:
                 return client
-        raise self._given_up(StoreGone(f"the store did not welcome us within {limit_s} s"))
+        raise self._give_up(StoreGone(f"the store did not welcome us within {limit_s} s"))
 
     def close(self) -> None:
         """Gives the connection up; idempotent."""
@@ -286,6 +309,6 @@ class Joining:
             os.close(fd)
         self._fds.clear()
 
-    def _given_up(self, error: WireError) -> WireError:
+    def _give_up(self, error: WireError) -> WireError:
         self.close()
         return error

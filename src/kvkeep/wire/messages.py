@@ -1,62 +1,94 @@
-"""What planner and store say to each other.
+"""What an engine's planner, or a control session, and the store say to each other.
 
-Data only. Knows nothing about sockets or about what the store does. MessagePack by msgspec, each message a tagged
-array. A request that has an answer carries a `call` number, which the answer repeats. Many digests travel as one piece
-of bytes, 32 a digest. Numbers that come from a client (lease ids, indexes) are looked up by the store, never trusted.
+Data only: knows nothing about sockets or about what the store does. Each message is MessagePack (msgspec), a tagged
+array. A request that has an answer carries a `call` number, which the answer repeats. Digests travel as one
+piece of bytes, 32 bytes a digest. The store looks up every number that comes from a client (a lease's, an index), and
+trusts none.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from kvkeep.core.units import DIGEST_NBYTES
 from kvkeep.errors import WireError
+from kvkeep.telemetry import SOURCE_PATTERN, Figure, Miss, by_flat_name
 
-VERSION = 7
+VERSION = 8
+COMMIT_NBYTES = 1 << 20  # of sums in one Commit: well under a frame's bound
+SourceName = Annotated[str, msgspec.Meta(pattern=SOURCE_PATTERN)]
 
 
-class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True):
-    """A session's first message: `namespace` and `chunk_nbytes` hold for all its keys.
+class Hello(msgspec.Struct, frozen=True, tag=1, array_like=True, kw_only=True):
+    """An engine's first message: `namespace` and `chunk_nbytes` hold for all keys of its session.
 
-    `holders` are the pids of all processes that may touch its leases, as the client sees them; with it come pidfds of
-    them (SCM_RIGHTS), since the store may see other pids or none. `verify_every` says for every how many-th fetched
-    chunk its sums are wanted (0: never). `resumes` is an ended session of the same process whose leases nobody uses.
-    `sizes` are those of a chunk's ranges, padded, in order; without them its chunks are kept in the pool only. With
-    `state_sizes`, those of a state's ranges, its prefixes are of use only up to a chunk at whose end there is a state.
+    `holders` are the pids of all processes that may touch its leases, as the client sees them. Their pidfds come with
+    it (SCM_RIGHTS), since the store may see other pids or none. `verify_every`: send the sums of every n-th fetched
+    chunk, so that the worker verifies it (0: of none). `resumes` is an ended session of the same process whose leases
+    nobody uses. `sizes` are the padded sizes of a chunk's ranges, in order; without them its chunks stay in the pool
+    only. With `state_sizes`, those of a state's ranges, a prefix is of use only up to a chunk with a state at its end.
     """
 
-    version: int
+    version: int = VERSION
     name: str
     namespace: bytes
     identity: str
     chunk_nbytes: int
-    holders: list[int]
+    holders: Sequence[int]
     verify_every: int = 0
     resumes: int = 0
-    sizes: list[int] = []
-    state_sizes: list[int] = []
+    sizes: Sequence[int] = ()
+    state_sizes: Sequence[int] = ()
 
 
-class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """The answer to Hello. `boot` is new at every start of the store.
+class Control(msgspec.Struct, frozen=True, tag=18, array_like=True, kw_only=True):
+    """The first message of a tool such as `kvkeep stats`, which asks about the store and uses none of its memory.
 
-    With it come two descriptors (SCM_RIGHTS): the pool's, and one that hangs up when the store has ended.
+    Such a session has no namespace, no lease and no share of the pool, and gets no descriptor.
     """
 
-    version: int
+    version: int = VERSION
+    name: str
+
+
+class StoreLease(NamedTuple):
+    """The right to use memory that a store has lent: which start of the store (`boot`), and the lease's number there.
+
+    Falsy for no lease.
+    """
+
+    boot: bytes
+    number: int
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+
+NO_LEASE = StoreLease(b"", 0)
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=2, array_like=True, kw_only=True):
+    """The answer to Hello, and to Control. `boot` is new at every start of the store.
+
+    An engine's comes with two descriptors (SCM_RIGHTS): the pool's, and one that hangs up when the store has ended. A
+    control session's comes without, and its `session` is 0.
+    """
+
+    version: int = VERSION
     boot: bytes
     session: int
     pid: int
     pool_nbytes: int
 
 
-class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
+class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True, kw_only=True):
     """Pin the longest run of present chunks from the first digest on, brought from tiers for at most `deadline_s`.
 
-    A tier that takes longer than `limit_s` (at least `deadline_s`) is taken for one that has failed. `early`: the
-    answer may cover chunks that are still being read, for at most `limit_s` more.
+    A tier that takes longer than `limit_s` (at least `deadline_s`) counts as failed. `early`: the answer may cover
+    chunks that are still being read, for at most `limit_s` more.
     """
 
     call: int
@@ -67,33 +99,33 @@ class Fetch(msgspec.Struct, frozen=True, tag=3, array_like=True):
 
 
 class HeldState(NamedTuple):
-    """The state at the end of a run of chunks, held by a lease of its own; `sums` if the worker shall verify it."""
+    """The state at the end of a run of chunks, under a lease of its own; `sums` if the worker shall verify it."""
 
-    lease: int
+    lease: StoreLease
     offset: int
     sums: bytes
-    source: str
+    source: SourceName
 
 
-class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True):
-    """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (0: no chunk, no lease).
+class Matched(msgspec.Struct, frozen=True, tag=4, array_like=True, kw_only=True):
+    """The run that Fetch found: an offset in the pool for each chunk, held by `lease` (falsy where there is no chunk).
 
-    `sums` maps a place in the run to that chunk's sums, for the chunks that the worker shall verify. `sources` counts
-    its chunks by where they were; `why` says why the run is no longer ("" if it is all that was asked for). `took_s` is
-    how long the tiers were waited for. In a session that has states the run ends where `state` is. `words` are the
-    places of chunks still being read, each with where its word is in the pool's region (`kvkeep.memory.progress`).
-    `used_nbytes` and `pinned_nbytes` are of the pool, as in Committed.
+    `sums` maps a chunk's index in the run to its sums, for the chunks that the worker shall verify. `sources` counts
+    the chunks by where they were; `why` says why the run is no longer (None: it is all that was asked for). `took_s` is
+    how long the tiers were waited for. In a session that has states the run ends where `state` is. `progress` maps the
+    index of each chunk that is still being read to the offset of its progress word in the pool's region
+    (`kvkeep.memory.progress`). `used_nbytes` and `pinned_nbytes` are of the pool, as in Committed.
     """
 
     call: int
-    lease: int
-    offsets: list[int]
-    sums: dict[int, bytes]
-    sources: dict[str, int] = {}
-    why: str = ""
+    lease: StoreLease = NO_LEASE
+    offsets: Sequence[int] = ()
+    sums: dict[int, bytes] = {}
+    sources: dict[SourceName, int] = {}
+    why: Miss | None = None
     took_s: float = 0.0
     state: HeldState | None = None
-    words: dict[int, int] = {}
+    progress: dict[int, int] = {}
     used_nbytes: int = 0
     pinned_nbytes: int = 0
 
@@ -110,7 +142,7 @@ class Granted(msgspec.Struct, frozen=True, tag=6, array_like=True):
     """The answer to Reserve: for each digest an offset in the pool, or PRESENT, BUSY, NO_ROOM."""
 
     call: int
-    lease: int
+    lease: StoreLease
     offsets: list[int]
 
 
@@ -120,12 +152,12 @@ NO_ROOM = -3  # the pool has no room for it
 
 
 class Commit(msgspec.Struct, frozen=True, tag=7, array_like=True):
-    """All shards of these chunks of a Reserve (`places` in it) are written; `sums` one a chunk, shards in order."""
+    """All shards of these chunks are written: `indexes` in their Reserve, and each chunk's sums, shards in order."""
 
     call: int
     lease: int
-    places: list[int]
-    sums: list[bytes]
+    indexes: Sequence[int]
+    sums: Sequence[bytes]
 
 
 class Committed(msgspec.Struct, frozen=True, tag=8, array_like=True):
@@ -194,17 +226,22 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
     chunks: int
 
 
-class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True):
-    """The store's figures by name, and the tiers that are `out`: configured and not there, each with the reason.
+class Stats(msgspec.Struct, frozen=True, tag=15, array_like=True, kw_only=True):
+    """The store's figures, and the tiers that are `out`: configured but not there, each with the reason.
 
     If the check was asked for, `problem` has what it found, `known` the namespaces.
     """
 
     call: int
-    figures: dict[str, int]
+    rows: Sequence[Figure]
     problem: str = ""
-    known: list[Known] = []
+    known: Sequence[Known] = ()
     out: dict[str, str] = {}
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """The figures by name; those of a tier as TIER_NAME."""
+        return by_flat_name(self.rows)
 
 
 class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):
@@ -212,15 +249,16 @@ class Bye(msgspec.Struct, frozen=True, tag=16, array_like=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=17, array_like=True):
-    """The store ends the session, with the error's code and text."""
+    """The store ends the session, with the error's code and text. Of the same form in every version."""
 
     code: str
     text: str
 
 
-ToStore = Hello | Fetch | Reserve | Commit | Release | Discard | Clear | Rename | AskStats | Bye
+ToStore = Hello | Control | Fetch | Reserve | Commit | Release | Discard | Clear | Rename | AskStats | Bye
 FromStore = Welcome | Matched | Granted | Committed | Cleared | Stats | Refused
 
+_FIRST_TAGS = (Hello.__struct_config__.tag, Control.__struct_config__.tag)
 _encoder = msgspec.msgpack.Encoder()
 _to_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToStore)
 _from_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromStore)
@@ -247,6 +285,21 @@ def decoded_by_client(payload: bytes) -> FromStore:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"not a message: {error}") from error
     return message
+
+
+def version_in(payload: bytes) -> int | None:
+    """The version in a first message, whatever else that version of it has; None in any other message."""
+    try:
+        tag, version = msgspec.msgpack.decode(payload)[:2]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, ValueError, KeyError):
+        return None
+    return version if tag in _FIRST_TAGS and isinstance(version, int) else None
+
+
+def commit_parts(sums: Sequence[bytes]) -> Iterator[slice]:
+    """How chunks with these sums are divided among messages, so that each Commit fits a frame."""
+    step = max(1, COMMIT_NBYTES // max(map(len, sums), default=1))
+    return (slice(start, start + step) for start in range(0, len(sums), step))
 
 
 def split_digests(digests: bytes) -> list[bytes]:

@@ -21,6 +21,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
+from kvkeep.telemetry import by_flat_name, flat_name
+
 if "BLOCKS_OUTERMOST" in os.environ:
     # what GPU backends say of themselves, and the CPU's can: its kernel reads a block at whatever stride
     CPUAttentionBackend.supported_kv_cache_layouts = classmethod(lambda _: (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC))
@@ -105,7 +107,9 @@ class Engine:
                 for sample in family.samples:
                     if sample.name.endswith("_created"):
                         continue
-                    name = sample.name.removesuffix("_total")
+                    name, tier = sample.name.removesuffix("_total"), sample.labels.get("tier", "")
+                    if tier:
+                        name = f"kvkeep_{flat_name(name.removeprefix('kvkeep_'), tier)}"
                     found[name] = found.get(name, 0) + sample.value
         return found
 
@@ -117,7 +121,7 @@ class Engine:
             client = connector.planner._link.client
             stats = client.wait(client.stats(check=True), 10.0)
             self.facts["store"] = {**stats.figures, "problem": stats.problem}
-            self.facts["figures"] = connector.figures.snapshot()
+            self.facts["figures"] = by_flat_name(connector.figures.rows())
         self.facts["in one process"] = connector is not None
         halves = [connector, get_kv_transfer_group()] if connector is not None and has_kv_transfer_group() else []
         self.facts["adapters held"] = [len(half._adapters._fresh) for half in halves]

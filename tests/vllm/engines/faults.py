@@ -23,6 +23,7 @@ from kvkeep.core.identity import namespace
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.engine.copies.copies import Kind
 from kvkeep.engine.scheduler.estimate import Estimate
+from kvkeep.telemetry import by_flat_name
 from kvkeep.testing.doubles.faulty_files import flip_bit
 from kvkeep.testing.doubles.transfers import FaultyTransfer
 
@@ -114,7 +115,7 @@ class Faulted(Run):
     def accounts(self) -> dict[str, int]:
         """kvkeep's figures and what vLLM counts as its hits."""
         external = [one.value for one in self.llm.get_metrics() if one.name == "vllm:external_prefix_cache_hits"]
-        return {**self.connector.figures.snapshot(), "external": int(sum(external))}
+        return {**by_flat_name(self.connector.figures.rows()), "external": int(sum(external))}
 
     def held(self) -> dict[str, object]:
         """What is still in use when nothing should be, after whatever was under way."""

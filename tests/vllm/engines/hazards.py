@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvkeep.core.key import Chain, none_hash
 from kvkeep.engine.copies.copies import Kind
+from kvkeep.telemetry import by_flat_name
 from kvkeep.testing.doubles.transfers import FaultyTransfer
 
 BLOCK = 32
@@ -158,7 +159,7 @@ def failed_load(run: Run) -> dict[str, object]:
     run.finish()
     run.forget()
     facts |= {"p": run.answers[p], "r": run.answers[r], "q": run.ask(Q), "p_again": run.ask(P)}
-    return facts | {"stats": run.stats(), "figures": run.connector.figures.snapshot()}
+    return facts | {"stats": run.stats(), "figures": by_flat_name(run.connector.figures.rows())}
 
 
 def ended_before_recompute(run: Run, how: str) -> dict[str, object]:
@@ -248,7 +249,7 @@ def main() -> None:
         facts["partial"] = partial_load(run)
         metrics = {one.name: one.value for one in run.llm.get_metrics() if one.name.startswith("vllm:external_prefix")}
         facts["metrics"] = metrics
-        facts["figures"] = run.connector.figures.snapshot()
+        facts["figures"] = by_flat_name(run.connector.figures.rows())
     print("FACTS " + json.dumps(facts), flush=True)
     run.engine.engine_core.shutdown()
 

@@ -16,6 +16,7 @@ from hazards import P, Run
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvkeep.engine.copies.copies import Kind
+from kvkeep.telemetry import by_flat_name
 
 LIMIT_S = 20.0
 
@@ -46,7 +47,7 @@ def main() -> None:
     run.restore()
     run.llm.collective_rpc(hold_layers_back)
     warm = run.ask(P)
-    figures = run.connector.figures.snapshot()
+    figures = by_flat_name(run.connector.figures.rows())
     run.engine.engine_core.shutdown()
     (file,) = folder.iterdir()
     spans = [one for one in json.loads(file.read_text())["traceEvents"] if one["ph"] == "X"]

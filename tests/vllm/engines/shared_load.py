@@ -11,6 +11,8 @@ import sys
 
 from hazards import LONG, P, Run
 
+from kvkeep.telemetry import by_flat_name
+
 
 def main() -> None:
     run = Run(sys.argv[1], True, 1)
@@ -25,7 +27,7 @@ def main() -> None:
         answer = run.answers[stays]
     else:
         answer = run.ask(LONG, answer=24)
-    facts = {"long": answer, "stats": run.stats(), "figures": run.connector.figures.snapshot()}
+    facts = {"long": answer, "stats": run.stats(), "figures": by_flat_name(run.connector.figures.rows())}
     print("FACTS " + json.dumps(facts), flush=True)
     run.engine.engine_core.shutdown()
 

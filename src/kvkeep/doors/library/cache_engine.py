@@ -18,18 +18,19 @@ from typing import NamedTuple, Self, TypeVar
 from kvkeep.config import Config
 from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
+from kvkeep.core.layout import ChunkLayout
 from kvkeep.core.units import SUM_NBYTES
 from kvkeep.doors.library.connection import Connection, Held
 from kvkeep.doors.library.digests import Extra, Prompts
 from kvkeep.doors.library.span import Cut, Mask, Tables, cut
 from kvkeep.engine.copies.copies import ChunkRotation, Copies, Copy, Fault, Gathering, Scattering
-from kvkeep.engine.link import Link, Source
+from kvkeep.engine.link import Link, StoreSource, hello_of
 from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Lease
 from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.rope.keys import Rotator
 from kvkeep.transfer.transfer import Blocks
-from kvkeep.wire.messages import NO_ROOM, VERSION, Hello
+from kvkeep.wire.messages import NO_ROOM, Hello
 
 START_LIMIT_S = 30.0
 
@@ -75,7 +76,7 @@ class CacheEngine:
     `access` end with the engine.
     """
 
-    def __init__(self, access: CacheAccess, identity: Identity, source: Source, config: Config) -> None:
+    def __init__(self, access: CacheAccess, identity: Identity, source: StoreSource, config: Config) -> None:
         self.figures = Figures()
         self._copies = access.copies
         self._rotator = access.rotator
@@ -88,16 +89,13 @@ class CacheEngine:
         self._bypassed = not config.enabled
 
         def hello(resumes: int) -> Hello:
-            return Hello(
-                version=VERSION,
-                name=f"library {identity.model}",
-                namespace=namespace(identity),
-                identity=described(identity),
-                chunk_nbytes=shard.nbytes,
-                holders=[os.getpid()],
+            return hello_of(
+                f"library {identity.model}",
+                (namespace(identity), described(identity)),
+                (ChunkLayout((shard,)), None),
+                [os.getpid()],
                 verify_every=config.verify_every,
                 resumes=resumes,
-                sizes=[range_.padded_nbytes for range_ in shard.ranges],
             )
 
         link = Link(source, hello, [], access.clock)

@@ -18,16 +18,14 @@ from typing import NamedTuple
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.pool import MappedPool
-from kvkeep.engine.scheduler.lookups import REASONS, STORE_SHARE
+from kvkeep.engine.scheduler.lookups import STORE_SHARE
 from kvkeep.errors import KVKeepError, StoreGone, TierUnavailable
 from kvkeep.memory.page_lock import PinCalls
 from kvkeep.memory.pool import Lease
 from kvkeep.memory.progress import region_nbytes
 from kvkeep.telemetry import Miss
 from kvkeep.wire.client import Answer, Call, Client
-from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats
-
-COMMIT_NBYTES = 1 << 20  # of sums in one message: well under a frame's bound
+from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats, StoreLease, commit_parts
 
 
 @dataclass(eq=False)
@@ -35,7 +33,7 @@ class Held:
     """A lease of the store and the memory that it lends. Every user gives it back once; the last one ends it."""
 
     client: Client
-    lease: int
+    lease: StoreLease
     chunks: Sequence[Lease]
     uses: int = 1
 
@@ -120,7 +118,7 @@ class Connection:
             if answer is None:
                 return Miss.DEADLINE if client.alive else Miss.STORE_GONE
             if not answer.lease:
-                return REASONS.get(answer.why, Miss.NOT_STORED)
+                return answer.why or Miss.NOT_STORED
             return self._found(client, answer) or Miss.STORE_GONE
 
     def reserve(self, digests: Sequence[bytes]) -> Room | None:
@@ -135,13 +133,12 @@ class Connection:
 
     def commit(self, held: Held, places: Sequence[int], sums: Sequence[bytes]) -> int:
         """Makes written chunks readable, in as many messages as their sums need; how many of them are."""
-        done, step = 0, max(1, COMMIT_NBYTES // max(map(len, sums), default=1))
+        done = 0
         with self._client() as client:
-            for start in range(0, len(places), step):
+            for part in commit_parts(sums):
                 if client is not held.client:
                     break
-                part = slice(start, start + step)
-                ask = partial(Client.commit, lease=held.lease, places=places[part], sums=sums[part])
+                ask = partial(Client.commit, lease=held.lease, indexes=places[part], sums=sums[part])
                 answer = self._answer(client, ask)
                 if not isinstance(answer, Committed):
                     break
@@ -262,7 +259,7 @@ class Connection:
 
     def _found(self, client: Client, answer: Matched) -> FoundChunks | None:
         held = self._hold(client, answer.lease, answer.offsets)
-        return FoundChunks(held, held.chunks, answer.sums, REASONS.get(answer.why)) if held is not None else None
+        return FoundChunks(held, held.chunks, answer.sums, _cut_by(answer.why)) if held is not None else None
 
     def _part(self, found: FoundChunks, start: int, end: int) -> FoundChunks:
         """A part of a run for one more user of its lease."""
@@ -270,7 +267,7 @@ class Connection:
         sums = {place - start: one for place, one in found.sums.items() if start <= place < end}
         return FoundChunks(found.held, found.chunks[start:end], sums)
 
-    def _hold(self, client: Client, lease: int, offsets: Sequence[int]) -> Held | None:
+    def _hold(self, client: Client, lease: StoreLease, offsets: Sequence[int]) -> Held | None:
         """The lease with its memory; None if the store has ended since it answered, and its pool is gone."""
         boot = client.welcome.boot
         chunks = [chunk for offset in offsets if (chunk := self._mapped.lease(boot, offset, self._shard)) is not None]
@@ -281,3 +278,8 @@ class Connection:
             return None
         self._held += 1
         return Held(client, lease, chunks)
+
+
+def _cut_by(why: Miss | None) -> Miss | None:
+    """Why a run is no longer; None where its next chunk was never stored."""
+    return why if why is not Miss.NOT_STORED else None

@@ -23,7 +23,7 @@ from kvkeep.core.layout import VERSION as LAYOUT_VERSION
 from kvkeep.core.layout import chunk_tokens_for
 from kvkeep.doors.library.cache_engine import CacheAccess, CacheEngine
 from kvkeep.engine.copies.open import open_copies
-from kvkeep.engine.link import Source, source_of
+from kvkeep.engine.link import source_of
 from kvkeep.engine.rank.open import wish_of
 from kvkeep.transfer.device.device import DeviceTransfer
 from kvkeep.transfer.open import open_transfer
@@ -84,7 +84,7 @@ def open_cache(
     rotator = None if keys is None else Rotator(groups, opened.transfer.shard, keys)
     if rotator is not None and isinstance(opened.transfer, DeviceTransfer):
         opened.transfer.prepare_rotations(rotator.alike)
-    source: Source = source_of(config, opened.transfer.shard.nbytes, tokens)
+    source = source_of(config, opened.transfer.shard.nbytes, tokens)
     copies = open_copies(opened, config.transfer_mode, alone=model.ranks == 1, beside=False, layers=layers)
     with ExitStack() as failing:
         failing.callback(copies.close)

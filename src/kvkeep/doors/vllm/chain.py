@@ -88,10 +88,10 @@ class Requests:
             request.all_token_ids,
             request.num_prompt_tokens,
             self._roots[name],
-            extra_keys(request),
-            request.num_preemptions > 0,
-            self._hashes.get(name),
-            not request.skip_reading_prefix_cache,  # vLLM would not take what is offered
+            extra_keys=extra_keys(request),
+            preempted=request.num_preemptions > 0,
+            block_hashes=self._hashes.get(name),
+            reads=not request.skip_reading_prefix_cache,  # vLLM would not take what is offered
         )
 
     def scheduled(self, output: SchedulerOutput, left_behind: LeftBehind) -> list[Scheduled]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ from kvkeep.doors.vllm.loaded import Adapters
 from kvkeep.doors.vllm.log import join_log, leave_log
 from kvkeep.doors.vllm.messages import PlanMeta, RankMeta, ReportMeta
 from kvkeep.doors.vllm.metrics import Differences, KVKeepPromMetrics, KVKeepStats
-from kvkeep.engine.link import Link, source_of
+from kvkeep.engine.link import Link, hello_of, source_of
 from kvkeep.engine.plan import RankInfo, Report
 from kvkeep.engine.rank.open import early_loads, open_rank, wish_of
 from kvkeep.engine.rank.worker import Worker
@@ -55,13 +56,13 @@ from kvkeep.telemetry import Figures, Miss
 from kvkeep.transfer.open import open_transfer, open_with_states
 from kvkeep.transfer.pages import across_layers
 from kvkeep.transfer.transfer import Opened
-from kvkeep.wire.messages import VERSION, Hello
+from kvkeep.wire.messages import Hello
 from kvkeep.wire.pool_socket import PoolDoor
 
 log = logging.getLogger("kvkeep")
 
 START_LIMIT_S = 30.0
-HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.P2P}
+HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK}  # of any other tier: unspecified
 
 
 class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
@@ -250,17 +251,13 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def _link(self, ranks: list[RankInfo], layout: ChunkLayout, states: ChunkLayout | None) -> Link:
         def hello(resumes: int) -> Hello:
             assert self.identity is not None
-            return Hello(
-                version=VERSION,
-                name=f"vllm {self._vllm_config.model_config.model}",
-                namespace=namespace(self.identity),
-                identity=described(self.identity),
-                chunk_nbytes=layout.nbytes,
-                holders=[info.pid for info in ranks],
+            return hello_of(
+                f"vllm {self._vllm_config.model_config.model}",
+                (namespace(self.identity), described(self.identity)),
+                (layout, states),
+                [info.pid for info in ranks],
                 verify_every=self.config.verify_every,
                 resumes=resumes,
-                sizes=layout.sizes,
-                state_sizes=states.sizes if states is not None else [],
             )
 
         least_nbytes = layout.nbytes + (states.nbytes if states is not None else 0)
@@ -300,7 +297,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_external_cache_hit_sources(self, request: VllmRequest, num_external_tokens: int) -> dict[Any, int]:
         """Where the claimed tokens come from, for vLLM's own metrics."""
         claimed = self.planner.claimed_from(request.request_id) if self.planner is not None else {}
-        return {HIT_SOURCES[source]: count for source, count in claimed.items()}
+        counts: Counter[CacheHitSource] = Counter()
+        for source, tokens in claimed.items():
+            counts[HIT_SOURCES.get(source, CacheHitSource.EXTERNAL_UNSPECIFIED)] += tokens
+        return dict(counts)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The step's plan."""
@@ -345,7 +345,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The planner's figures since the last step; workers have none of their own."""
         if self.role is not KVConnectorRole.SCHEDULER:
             return None
-        return self._differences.since_last(self.figures.snapshot())
+        return self._differences.since_last(self.figures.rows())
 
     def reset_cache(self) -> bool | None:
         """The engine's cache is void or its weights are new: a new epoch begins, under a name that nobody else has."""

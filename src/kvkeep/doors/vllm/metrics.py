@@ -1,10 +1,11 @@
-"""kvkeep's figures in vLLM's own log and /metrics.
+"""kvkeep's figures in vLLM's log and at its /metrics.
 
-Knows nothing about what the figures mean: it carries what the planner counted, as differences since the last time.
+Passes on what the planner counted, as differences since the last time. Knows nothing about what the figures mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,17 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from kvkeep.telemetry import COUNTERS, GAUGES, Miss
+from kvkeep.telemetry import COUNTERS, GAUGES, TIER_COUNTERS, Figure, Miss
 
-MISSES = {f"miss_{why.name.lower()}": why.value for why in Miss}
+MISSES = {f"miss_{why.value}": why.meaning for why in Miss}
 
 
 @dataclass
 class KVKeepStats(KVConnectorStats):
-    """Counters since the last time and gauges as they are; `data` is {name: number}."""
+    """Counters since the last time and gauges as they are.
+
+    vLLM carries `data` from process to process: it maps a figure's name, or NAME:TIER, to its amount.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -31,13 +35,13 @@ class KVKeepStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Adds another interval's counters; its gauges replace ours."""
         merged = dict(self.data)
-        for name, number in other.data.items():
-            merged[name] = number if name in GAUGES else merged.get(name, 0) + number
+        for key, amount in other.data.items():
+            merged[key] = amount if key in GAUGES else merged.get(key, 0) + amount
         return KVKeepStats(merged)
 
     def reduce(self) -> dict[str, int | float]:
         """What the log shows: everything that is not zero."""
-        return {name: number for name, number in self.data.items() if number}
+        return {key: amount for key, amount in self.data.items() if amount}
 
     def is_empty(self) -> bool:
         """Whether there is nothing to say."""
@@ -45,22 +49,23 @@ class KVKeepStats(KVConnectorStats):
 
 
 class Differences:
-    """Turns the planner's running totals into what is new since the last look."""
+    """Turns the planner's running totals into the amounts since the last look."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
 
-    def since_last(self, totals: dict[str, int]) -> KVKeepStats | None:
+    def since_last(self, figures: Iterable[Figure]) -> KVKeepStats | None:
         """The new amounts; None if nothing has changed."""
+        totals = {f"{name}:{tier}" if tier else name: value for name, tier, value in figures}
         if totals == self._last:
             return None
-        data = {name: total if name in GAUGES else total - self._last.get(name, 0) for name, total in totals.items()}
+        data = {key: total if key in GAUGES else total - self._last.get(key, 0) for key, total in totals.items()}
         self._last = totals
         return KVKeepStats(data)
 
 
 class KVKeepPromMetrics(KVConnectorPromMetrics):
-    """One Prometheus metric a figure, named kvkeep_*, with vLLM's own labels."""
+    """One Prometheus metric a figure, named kvkeep_*, with vLLM's own labels and, for figures of tiers, `tier`."""
 
     def __init__(
         self,
@@ -71,26 +76,39 @@ class KVKeepPromMetrics(KVConnectorPromMetrics):
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _forget_earlier()
+        self._labels = per_engine_labelvalues
         self._metrics: dict[str, dict[int, Any]] = {}
         for names, kind in ((COUNTERS, Counter), (MISSES, Counter), (GAUGES, Gauge)):
             for name, text in names.items():
                 metric = metric_types[kind](name=f"kvkeep_{name}", documentation=text, labelnames=labelnames)
                 self._metrics[name] = create_metric_per_engine(metric, per_engine_labelvalues)
+        self._by_tier = {
+            name: metric_types[Counter](name=f"kvkeep_{name}", documentation=text, labelnames=[*labelnames, "tier"])
+            for name, text in TIER_COUNTERS.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Enters one engine's figures; a name that is not ours is left alone."""
-        for name, number in transfer_stats_data.items():
-            metric = self._metrics.get(name, {}).get(engine_idx)
+        """Enters an engine's figures; ignores names that are not kvkeep's, and engines that vLLM did not announce."""
+        for key, amount in transfer_stats_data.items():
+            name, _, tier = key.partition(":")
+            metric = self._metric(name, tier, engine_idx)
             if metric is None:
                 continue
             if name in GAUGES:
-                metric.set(number)
-            elif number > 0:
-                metric.inc(number)
+                metric.set(amount)
+            elif amount > 0:
+                metric.inc(amount)
+
+    def _metric(self, name: str, tier: str, engine_idx: int) -> Any:
+        if not tier:
+            return self._metrics.get(name, {}).get(engine_idx)
+        if name not in self._by_tier or engine_idx not in self._labels:
+            return None
+        return self._by_tier[name].labels(*self._labels[engine_idx], tier)
 
 
 def _forget_earlier() -> None:
-    """Takes the figures of an earlier engine of this process out of the registry, as vLLM does with its own."""
+    """Removes the figures of an earlier engine of this process from the registry, as vLLM does with its own."""
     for collector in list(REGISTRY._collector_to_names):
         if str(getattr(collector, "_name", "")).startswith("kvkeep_"):
             REGISTRY.unregister(collector)

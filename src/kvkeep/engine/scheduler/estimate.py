@@ -1,7 +1,7 @@
-"""Whether reading a prefix from a tier would be faster than computing it again, from what both took so far.
+"""Estimates whether reading a prefix from a tier would be faster than computing it, from what both took so far.
 
-Seconds, tokens and bytes go in, seconds come out. Knows nothing about requests or the store; the clock is handed in.
-What was never seen is not guessed at: then nothing is refused.
+Seconds, tokens and bytes go in, seconds come out. Without measurements there is no estimate, and no limit follows from
+it. Knows nothing about requests or the store; its caller hands in the clock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 WEIGHT = 0.3  # of the newest sample in a running mean
 LEAST_TOKENS = 64  # a step of fewer new tokens says little about prefill
-TRY_EVERY = 16  # one question in so many waits for a slow tier all the same, to see whether it still is
+TRY_EVERY = 16  # of so many lookups one waits for a slow tier all the same, to measure it again
 
 
 class Estimate:
@@ -24,22 +24,22 @@ class Estimate:
         self._trusted = 0
 
     def computed(self, start: int, end: int, seconds: float) -> None:
-        """One request's tokens [start, end) took this long; too few to say anything are ignored."""
+        """Measures computing: one request's tokens [start, end) took this long. Ignores spans of few tokens."""
         if end - start < LEAST_TOKENS or seconds <= 0:
             return
-        place = _place((start + end) // 2)
-        self._token_s[place] = _mean(self._token_s.get(place), seconds / (end - start))
+        bucket = _bucket((start + end) // 2)
+        self._token_s[bucket] = _mean(self._token_s.get(bucket), seconds / (end - start))
 
     def read(self, nbytes: int, chunk_nbytes: int, seconds: float) -> None:
-        """A lookup brought `nbytes` from tiers; none at all in this time counts as one chunk that took longer."""
+        """Measures reading: a lookup brought `nbytes` from tiers. None in this time counts as one slow chunk."""
         if seconds > 0:
             self._trusted = TRY_EVERY - 1
             self._byte_s = _mean(self._byte_s, seconds / max(nbytes, chunk_nbytes))
 
     def reads_within(self, limit_s: float, nbytes: int) -> bool:
-        """Whether `nbytes` will come from tiers in this time, so surely that nobody need look.
+        """Whether `nbytes` will surely come from tiers in this time.
 
-        Every so often the answer is no, whoever asks then measures it again.
+        Every TRY_EVERY-th answer is no, so that the caller measures it again.
         """
         if self._byte_s is None or not self._trusted or self._byte_s * nbytes > limit_s:
             return False
@@ -47,25 +47,25 @@ class Estimate:
         return True
 
     def doubt(self) -> None:
-        """What was to come in time did not: nothing is sure before it has been measured again."""
+        """Trusts no estimate of reads until the next measurement: a read that should have come in time did not."""
         self._trusted = 0
 
     def compute_s(self, start: int, end: int) -> float | None:
-        """What computing tokens [start, end) would take; None if that is not known.
+        """How long computing tokens [start, end) would take; None if nothing has been measured.
 
-        A range that was not seen takes what the nearest earlier one took, or the nearest later one.
+        A bucket without a measurement counts as the nearest earlier bucket, or else the nearest later one.
         """
         if not self._token_s or end <= start:
             return None
         total, here = 0.0, start
         while here < end:
             upto = min(end, 1 << here.bit_length())
-            total += (upto - here) * self._rate(_place(here))
+            total += (upto - here) * self._rate(_bucket(here))
             here = upto
         return total
 
     def worth_s(self, span: tuple[int, int], nbytes: int) -> float | None:
-        """How long tiers may be waited for, for these tokens of `nbytes`. None: no limit is known. 0: not at all."""
+        """How long to wait for tiers, for these tokens of `nbytes`. None: no limit is known. 0: not at all."""
         compute_s = self.compute_s(*span)
         if compute_s is None:
             return None
@@ -75,12 +75,12 @@ class Estimate:
         self._refused += 1
         return compute_s if self._refused % TRY_EVERY == 0 else 0.0
 
-    def _rate(self, place: int) -> float:
-        nearest = min(self._token_s, key=lambda one: (one > place, abs(one - place)))
+    def _rate(self, bucket: int) -> float:
+        nearest = min(self._token_s, key=lambda known: (known > bucket, abs(known - bucket)))
         return self._token_s[nearest]
 
 
-def _place(position: int) -> int:
+def _bucket(position: int) -> int:
     return position.bit_length()
 
 
@@ -89,7 +89,7 @@ def _mean(old: float | None, new: float) -> float:
 
 
 class Paces:
-    """Measures steps for an estimate; a step may be planned before the output of the last one is in."""
+    """Measures steps for an estimate; the next step may begin before the output of the last one is in."""
 
     def __init__(self, estimate: Estimate, clock: Callable[[], float]) -> None:
         self._estimate = estimate
@@ -99,12 +99,12 @@ class Paces:
         self.step_s: float | None = None
         """A running mean of the steps in which no request computed many tokens; None before the first."""
 
-    def begun(self, spans: Sequence[tuple[int, int]]) -> None:
-        """A step is about to compute these tokens; none if its time would say nothing."""
+    def begin(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Begins a step that computes these tokens; none if its time would say nothing about computing."""
         self._open.append((self._clock(), spans))
 
-    def over(self) -> None:
-        """The output of the oldest step is in: its time is shared out by tokens."""
+    def end(self) -> None:
+        """Ends the oldest step, whose output is in, and divides its time among its tokens."""
         now_s = self._clock()
         if self._open:
             begun_s, spans = self._open.popleft()

@@ -1,7 +1,7 @@
-"""Which chunks of which request are being filled, from the reservation to the commit.
+"""The chunks that requests fill, from the reservation to the commit.
 
-Knows nothing about lookups or loads. A chunk is reserved when its request is admitted, gathered by the steps that fill
-it, and committed when the step that sealed it is done; whatever is not committed is given up with its request.
+A chunk is reserved when its request is admitted, gathered by the steps that fill it, and committed when the step that
+sealed it is done. The rest is given up with its request. Knows nothing about lookups or loads.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import Scheduled, StoreOp
 from kvkeep.engine.scheduler.ops import Tables, advance, rewind, store_op
-from kvkeep.engine.scheduler.request import OpenChunk, Record
+from kvkeep.engine.scheduler.request import OpenChunk, RequestRecord
 from kvkeep.engine.scheduler.steps import Sealed, Step
 from kvkeep.telemetry import Figures
 from kvkeep.wire.client import Call, Client
-from kvkeep.wire.messages import BUSY, NO_ROOM, PRESENT, Committed, Granted
+from kvkeep.wire.messages import BUSY, NO_ROOM, PRESENT, Committed, Granted, StoreLease, commit_parts
 
 _SKIPPED = {PRESENT: "skipped_present_chunks", BUSY: "skipped_present_chunks", NO_ROOM: "skipped_full_chunks"}
 
 
 class Gathers:
-    """The chunks in the making of one engine.
+    """The chunks that one engine fills.
 
-    A step waits at most `patience_s` for reservations that it could use. A store that has not answered one within
-    `deadline_s` is left alone until it has caught up.
+    A step waits at most `patience_s` for reservations that it could use. A store that does not answer a reservation
+    within `deadline_s` is suspended until it has caught up.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Gathers:
         self._deadline_s = deadline_s
         self._commits: list[tuple[Call, bool]] = []
 
-    def wish(self, record: Record, client: Client, tokens: Sequence[int], present: range) -> None:
+    def wish(self, record: RequestRecord, client: Client, tokens: Sequence[int], present: range) -> None:
         """Asks for room for the whole chunks of `tokens` that are not `present` and were not asked for before."""
         if not record.stores or record.reservation is not None:
             return
@@ -46,15 +46,15 @@ class Gathers:
         if len(record.chain.digests) < upto:
             record.chain.extend(tokens)
             upto = min(upto, len(record.chain.digests))
-        numbers = [number for number in range(record.reserved_to, upto) if number not in present]
+        chunks = [chunk for chunk in range(record.reserved_to, upto) if chunk not in present]
         record.reserved_to = max(record.reserved_to, upto)
-        if numbers:
-            record.wanted = numbers
+        if chunks:
+            record.wanted = chunks
             record.reserved_at_s = self._link.clock()
-            record.reservation = client.reserve([record.chain.digests[number] for number in numbers])
+            record.reservation = client.reserve([record.chain.digests[chunk] for chunk in chunks])
 
-    def resumed(self, record: Record) -> None:
-        """The request has new blocks: its open chunks are filled from their start again."""
+    def refill(self, record: RequestRecord) -> None:
+        """Starts a request's open chunks again: it has new blocks."""
         for chunk in record.open.values():
             rewind(chunk)
 
@@ -62,48 +62,50 @@ class Gathers:
         self,
         step: Step,
         scheduled: Sequence[Scheduled],
-        records: Mapping[str, Record],
+        records: Mapping[str, RequestRecord],
         tables: Callable[[str], Tables],
         client: Client | None,
     ) -> list[StoreOp]:
-        """The step's gathers; a chunk whose blocks are gone is given up."""
+        """The step's gathers. Gives up a chunk whose blocks are gone."""
         ops: list[StoreOp] = []
         if client is None:
             return ops
         self._harvest(client)
         patience_s = self._patience_s
-        for one in scheduled:
-            record = records.get(one.request)
+        for request in scheduled:
+            record = records.get(request.request)
             if record is None or not record.stores:
                 continue
-            if record.reservation is not None and not self._granted(record, client, patience_s):
+            if record.reservation is not None and not self._opened(record, client, patience_s):
                 patience_s = 0.0  # one wait a step
             if record.open:
-                ops += self._request_ops(step, record, one.final, tables(one.request))
+                ops += self._request_ops(step, record, request.final, tables(request.request))
         return ops
 
     def commit(self, sealed: Sequence[Sealed], client: Client) -> None:
-        """Makes sealed chunks readable: one message a write lease."""
-        by_lease: dict[int, list[Sealed]] = {}
-        for one in sealed:
-            making = one.record.states if one.chunk.state else one.record.open
-            if making.pop(one.chunk.number, None) is one.chunk and one.record.boot == client.welcome.boot:
-                by_lease.setdefault(one.chunk.lease, []).append(one)
-        for lease, ones in by_lease.items():
-            call = client.commit(lease, [one.chunk.place for one in ones], [one.sums for one in ones])
-            self._commits.append((call, ones[0].chunk.state))
+        """Makes sealed chunks readable: a message a write lease, or several where their sums are long."""
+        by_lease: dict[StoreLease, list[Sealed]] = {}
+        for record, chunk, sums in sealed:
+            making = record.states if chunk.state else record.open
+            if making.pop(chunk.number, None) is chunk:
+                by_lease.setdefault(chunk.lease, []).append(Sealed(record, chunk, sums))
+        for lease, chunks in by_lease.items():
+            indexes, sums_of = [done.chunk.index for done in chunks], [done.sums for done in chunks]
+            for part in commit_parts(sums_of):
+                call = client.commit(lease, indexes[part], sums_of[part])
+                self._commits.append((call, chunks[0].chunk.state))
         self._harvest(client)
 
-    def stop(self, record: Record) -> None:
-        """The request may compute on wrong blocks from here on: nothing more of it is stored.
+    def stop(self, record: RequestRecord) -> None:
+        """Stores nothing more of a request, which may compute on wrong blocks from here on.
 
-        What it reserved comes back at its end, since a step under way may still be gathering into it.
+        Its reservations end with it, since a step under way may still gather into them.
         """
         record.stores = False
         record.open.clear()
         record.states.clear()
 
-    def forget(self, record: Record) -> None:
+    def forget(self, record: RequestRecord) -> None:
         """Drops what a store that is gone had reserved; its lease numbers mean nothing to another one."""
         record.reservation = None
         record.reserved_to = 0
@@ -111,22 +113,22 @@ class Gathers:
         record.open.clear()
         record.states.clear()
 
-    def give_up(self, record: Record, client: Client) -> None:
-        """Releases what the request reserved; what it did not commit is lost."""
+    def give_up(self, record: RequestRecord, client: Client) -> None:
+        """Releases a request's reservations; chunks that it did not commit are lost."""
         if record.reservation is not None:
             client.abandon(record.reservation)
             record.reservation = None
-        if record.boot == client.welcome.boot:
-            for lease in record.write_leases:
-                client.release(lease)
+        for lease in record.write_leases:
+            client.release(lease)
         record.write_leases.clear()
         record.open.clear()
         record.states.clear()
 
-    def _granted(self, record: Record, client: Client, patience_s: float) -> bool:
-        """Opens the chunks that were reserved; False if the answer has not come (the next step can still gather)."""
+    def _opened(self, record: RequestRecord, client: Client, patience_s: float) -> bool:
+        """Opens the chunks of a request's reservation; False: no answer yet, and the next step can still gather."""
         call = record.reservation
-        assert call is not None
+        if call is None:
+            return True
         answer = client.wait(call, patience_s)
         if not call.done:
             if self._link.clock() - record.reserved_at_s > self._deadline_s:
@@ -140,16 +142,15 @@ class Gathers:
             return True
         if answer.lease:
             record.write_leases.append(answer.lease)
-            record.boot = client.welcome.boot
         groups = len(self._shard.groups)
-        for place, (number, offset) in enumerate(zip(record.wanted, answer.offsets, strict=False)):
+        for index, (number, offset) in enumerate(zip(record.wanted, answer.offsets, strict=False)):
             if offset >= 0:
-                record.open[number] = OpenChunk(number, answer.lease, place, offset, [0] * groups)
+                record.open[number] = OpenChunk(number, answer.lease, index, offset, next_slots=[0] * groups)
             elif offset in _SKIPPED:
                 self._figures.add(_SKIPPED[offset])
         return True
 
-    def _request_ops(self, step: Step, record: Record, final: int, tables: Tables) -> list[StoreOp]:
+    def _request_ops(self, step: Step, record: RequestRecord, final: int, tables: Tables) -> list[StoreOp]:
         ops = []
         for chunk in list(record.open.values()):
             if chunk.sealed_in or final <= chunk.number * self._shard.chunk_tokens:
@@ -167,7 +168,7 @@ class Gathers:
         return ops
 
     def _harvest(self, client: Client) -> None:
-        """Counts the commits whose answer has come."""
+        """Counts the commits whose answers have come."""
         client.pump()
         waiting = []
         for call, states in self._commits:

@@ -1,8 +1,8 @@
-"""The states of recurrent layers: which of them a step leaves behind is stored, which a claim ends at is loaded.
+"""The states of recurrent layers: gathers those that a step leaves at chunks' ends, scatters that at a claim's end.
 
-A state stands for all tokens before it and cannot be cut: a claim ends exactly where one was stored, and its block is
-the one at the claim's end. It is kept apart from its chunk, under the same digest, since an engine leaves few of them
-behind. Knows nothing about lookups, or about how the engine keeps its own.
+A state stands for all tokens before it and cannot be cut, so a claim ends exactly where a state was stored. The store
+keeps it apart from its chunk, under the same digest, since an engine leaves few states behind. Knows nothing about
+lookups, or about how the engine keeps its states.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import LoadOp, Scheduled, StoreOp
 from kvkeep.engine.scheduler.ops import Tables
-from kvkeep.engine.scheduler.request import Match, OpenChunk, Record
+from kvkeep.engine.scheduler.request import Match, OpenChunk, RequestRecord
 from kvkeep.engine.scheduler.steps import Step
+from kvkeep.errors import BlockError
 from kvkeep.telemetry import Figures
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks
 from kvkeep.wire.client import Call, Client
@@ -46,30 +47,31 @@ class States:
     def load_op(self, request: str, match: Match, span: tuple[int, int], tables: Tables) -> LoadOp:
         """The scatter of the state at the end of tokens [start, end), into the block that ends there."""
         state, (start, end) = match.state, span
-        assert state is not None
         shard = self._layout.shards[0]
-        assert not end % shard.chunk_tokens, f"a claim of {end} tokens ends inside a state's block"
-        place = end // shard.chunk_tokens - 1
+        if state is None or end % shard.chunk_tokens:
+            raise BlockError(f"request {request}: no state was matched that ends with {end} tokens")
+        slot = end // shard.chunk_tokens - 1
         own = tables[len(tables) - len(shard.groups) :]
-        blocks = tuple(Blocks(group, 0, (table[place],)) for group, table in enumerate(own))
-        return LoadOp(match.boot, request, start, state.offset, blocks=blocks, sums=self._sums(state.sums), state=True)
+        blocks = tuple(Blocks(group, 0, (table[slot],)) for group, table in enumerate(own))
+        sums = self._sums(state.sums)
+        return LoadOp(match.lease.boot, request, start, state.offset, blocks=blocks, sums=sums, state=True)
 
     def store_ops(
         self,
         step: Step,
         scheduled: Sequence[Scheduled],
-        records: Mapping[str, Record],
+        records: Mapping[str, RequestRecord],
         client: Client,
         chunk_tokens: int,
     ) -> list[StoreOp]:
-        """The step's gathers of states at chunks' ends. They are gone after it: what has no room by then is skipped."""
+        """The step's gathers of states at chunks' ends; skips those without room, since the engine drops them."""
         asked = []
-        for one in scheduled:
-            record = records.get(one.request)
+        for request in scheduled:
+            record = records.get(request.request)
             if record is not None and record.stores:
-                left = _left_behind(record, one, chunk_tokens)
+                left = _left_behind(record, request, chunk_tokens)
                 if left:
-                    digests = [record.chain.digests[number] for number in left]
+                    digests = [record.chain.digests[chunk] for chunk in left]
                     asked.append((record, left, client.reserve(digests, states=True)))
         ops: list[StoreOp] = []
         patience_s = self._patience_s
@@ -78,14 +80,14 @@ class States:
             patience_s = patience_s if call.done else 0.0  # one wait a step
             self._heed(call)
             if isinstance(answer, Granted):
-                ops += self._granted(step, record, left, answer, client.welcome.boot)
+                ops += self._open(step, record, left, answer)
             else:
                 client.abandon(call)
                 self._figures.add("skipped_states", len(left))
         return ops
 
     def _heed(self, call: Call) -> None:
-        """Leaves a store alone that has answered no reservation of a state for `deadline_s`."""
+        """Suspends a store that has answered no reservation of a state for `deadline_s`."""
         if call.done:
             self._unanswered_since_s = None
         elif self._unanswered_since_s is None:
@@ -94,16 +96,16 @@ class States:
             self._unanswered_since_s = None
             self._link.suspend()
 
-    def _granted(
-        self, step: Step, record: Record, left: Mapping[int, tuple[int, ...]], answer: Granted, boot: bytes
+    def _open(
+        self, step: Step, record: RequestRecord, left: Mapping[int, tuple[int, ...]], answer: Granted
     ) -> list[StoreOp]:
+        """Opens the states for which there is room, and gathers them at once."""
         if answer.lease:
             record.write_leases.append(answer.lease)
-            record.boot = boot
         ops = []
-        for place, (number, offset) in enumerate(zip(left, answer.offsets, strict=False)):
+        for index, (number, offset) in enumerate(zip(left, answer.offsets, strict=False)):
             if offset >= 0:
-                chunk = OpenChunk(number, answer.lease, place, offset, [], step.number, state=True)
+                chunk = OpenChunk(number, answer.lease, index, offset, sealed_in=step.number, state=True)
                 record.states[number] = chunk
                 step.add_gather(record, chunk, seal=True)
                 blocks = tuple(Blocks(group, 0, (block,)) for group, block in enumerate(left[number]))
@@ -119,13 +121,13 @@ class States:
         return tuple(sums[end - size : end] for size, end in zip(sizes, ends, strict=True))
 
 
-def _left_behind(record: Record, one: Scheduled, chunk_tokens: int) -> dict[int, tuple[int, ...]]:
-    """The blocks of the states that a step leaves behind at the ends of chunks, by the chunk's number."""
+def _left_behind(record: RequestRecord, scheduled: Scheduled, chunk_tokens: int) -> dict[int, tuple[int, ...]]:
+    """The blocks of the states that a step leaves at the ends of chunks, by chunk."""
     kept = min(record.reserved_to, len(record.chain.digests))
     return {
         tokens // chunk_tokens - 1: block_ids
-        for tokens, block_ids in one.states
-        if 0 < tokens <= min(one.final, kept * chunk_tokens)
+        for tokens, block_ids in scheduled.states
+        if 0 < tokens <= min(scheduled.final, kept * chunk_tokens)
         and not tokens % chunk_tokens
         and NULL_BLOCK not in block_ids
     }

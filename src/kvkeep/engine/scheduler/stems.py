@@ -1,6 +1,6 @@
-"""Which requests begin with the same first block, so that one may read what is loaded into another's blocks.
+"""Which requests begin with the same first block: the engine may let one of them read the blocks of another.
 
-Knows nothing about digests or lookups: a request counts from its arrival on, whether or not it can be kept.
+A request counts from its arrival on, whether or not it can be kept. Knows nothing about digests or lookups.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 class Stems:
     """The first blocks of one engine's requests; `block_tokens` is the size of its smallest block.
 
-    A prompt may be shorter, and its request fill a block later: it shares with all whose block begins with its prompt.
+    A shorter prompt may fill its block later: it shares with all requests whose block begins with it.
     """
 
     def __init__(self, block_tokens: int) -> None:
@@ -22,14 +22,14 @@ class Stems:
         self._short: Counter[int] = Counter()  # how many prompts of each length below a block's
 
     def add(self, name: str, tokens: Sequence[int]) -> None:
-        """A request has arrived with these tokens; one that is known stays as it is."""
+        """Adds a request with these tokens; one that is known stays as it is."""
         if name not in self._stems:
             stem = self._stems[name] = tuple(tokens[: self._block_tokens])
             self._counts[stem] += 1
             self._short.update([len(stem)] if len(stem) < self._block_tokens else [])
 
     def drop(self, name: str) -> None:
-        """The request is over; one that is not known is no error."""
+        """Drops a request that is over; one that is not known is no error."""
         stem = self._stems.pop(name, None)
         if stem is not None:
             self._counts[stem] -= 1

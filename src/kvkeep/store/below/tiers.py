@@ -24,6 +24,7 @@ from kvkeep.store.below.reads import TierReads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.store.tasks import Tasks
+from kvkeep.telemetry import Figure
 from kvkeep.tiers.tier import OPENING, Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -186,14 +187,14 @@ class TierWalk:
         lost = sum(key not in held for key, _ in self._kept()) if self.reads else 0
         return Left(sum(key not in held for key in keys), lost)
 
-    def figures(self) -> dict[str, int]:
-        """What happened below the pool, by tier."""
-        figures = dict(self.promotions.figures)
+    def figures(self) -> list[Figure]:
+        """What happened below the pool, in all and by tier."""
+        figures = [Figure(name, "", count) for name, count in self.promotions.figures.items()]
         for reads, flush, told in zip(self.reads, self.flushes, self._told, strict=True):
             counts = dict(told()) | {f"flush_{name}": count for name, count in flush.figures.items()}
             counts |= {"flush_waiting": flush.waiting, "failures": reads.breaker.failures}
             counts |= {"under_way_nbytes": reads.under_way_nbytes, "quarantined_nbytes": reads.quarantined_nbytes}
-            figures |= {f"{reads.name}_{name}": count for name, count in counts.items()}
+            figures += [Figure(name, reads.name, count) for name, count in counts.items()]
         return figures
 
     def _promoted(self, promotion: Promotion) -> None:

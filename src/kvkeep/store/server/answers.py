@@ -1,4 +1,4 @@
-"""What the store answers to the messages of an open session that it can answer at once, and to checks of its index.
+"""The store's answers to an engine's messages, made at once, and the checks of its index.
 
 Knows nothing about sockets or frames.
 """
@@ -18,6 +18,7 @@ from kvkeep.store.below.fetches import Found
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
+from kvkeep.telemetry import Figure
 from kvkeep.wire import messages as m
 
 log = logging.getLogger("kvkeep.store")
@@ -29,9 +30,10 @@ _OUTCOMES = {Outcome.PRESENT: m.PRESENT, Outcome.BUSY: m.BUSY, Outcome.NO_ROOM: 
 
 @dataclass
 class Answers:
-    """Answers over `walk`; only the event loop's thread may ask."""
+    """Answers over `walk`, in the start of the store that `boot` names; only the event loop's thread may ask."""
 
     walk: TierWalk
+    boot: bytes
 
     @property
     def store(self) -> Store:
@@ -46,54 +48,76 @@ class Answers:
                 side = session.states if message.states else session
                 if side is None:
                     raise WireError("it has no states")
-                lease, places = store.reserve(side, m.split_digests(message.digests))
-                offsets = [_OUTCOMES[one] if isinstance(one, Outcome) else one for one in places]
-                return m.Granted(message.call, lease, offsets)
+                lease, got = store.reserve(side, m.split_digests(message.digests))
+                offsets = [_OUTCOMES[entry] if isinstance(entry, Outcome) else entry for entry in got]
+                return m.Granted(message.call, m.StoreLease(self.boot, lease), offsets)
             case m.Commit():
                 side = session.side_of(message.lease)
-                entries = store.written(side, message.lease, message.places)
-                done = store.commit(side, message.lease, message.places, message.sums)
+                entries = store.written(side, message.lease, message.indexes)
+                done = store.commit(side, message.lease, message.indexes, message.sums)
                 self.walk.committed(side, list(itertools.compress(entries, done)))
                 return m.Committed(message.call, done, *self.fill())
             case m.Release():
                 store.release(session.side_of(message.lease), message.lease)
             case m.Rename():
                 self._rename(session, message)
-            case m.AskStats():
-                return m.Stats(message.call, self.figures(), out=self.walk.out)
         return None
 
     def matched(self, call: int, found: Found) -> m.Matched:
         """The answer to a fetch."""
-        why = found.why.value if found.why is not None else ""
-        sources, words = dict(found.sources), dict(found.words)
-        return m.Matched(call, *found.fetched, sources, why, found.took_s, _state_of(found), words, *self.fill())
+        lease, offsets, sums = found.fetched
+        used_nbytes, pinned_nbytes = self.fill()
+        return m.Matched(
+            call=call,
+            lease=m.StoreLease(self.boot, lease),
+            offsets=offsets,
+            sums=sums,
+            sources=dict(found.sources),
+            why=found.why.value if found.why is not None else None,
+            took_s=found.took_s,
+            state=self._state_of(found),
+            progress=dict(found.words),
+            used_nbytes=used_nbytes,
+            pinned_nbytes=pinned_nbytes,
+        )
 
-    def named(self, session: Session, identity: str) -> None:
-        """Notes what a session's namespace is; an engine that will not find another's chunks is told why."""
+    def _state_of(self, found: Found) -> m.HeldState | None:
+        """The state at the end of a run, as a part of its answer."""
+        if found.state is None:
+            return None
+        (lease, offsets, sums), source = found.state
+        return m.HeldState(m.StoreLease(self.boot, lease), offsets[0], sums.get(0, b""), source)
+
+    def stats(self, call: int) -> m.Stats:
+        """The answer to a question for figures without a check."""
+        return m.Stats(call=call, rows=self.figures(), out=self.walk.out)
+
+    def name(self, session: Session, identity: str) -> None:
+        """Notes what a session's namespace is; the log says why this engine will not find another's chunks."""
         apart = self.store.namespaces.name(session.namespace, session.opening.name, identity)
         if apart:
             log.info("session %d shares nothing with the one before: %s", session.number, "; ".join(apart))
 
-    def figures(self) -> dict[str, int]:
-        """What the pool and the tiers hold and did, by name."""
-        return self.store.figures() | self.walk.figures()
+    def figures(self) -> list[Figure]:
+        """What the pool and the tiers hold and did."""
+        return [*(Figure(name, "", value) for name, value in self.store.figures().items()), *self.walk.figures()]
 
     def fill(self) -> tuple[int, int]:
-        """The bytes of the pool that hold chunks, and those that leases hold."""
+        """How many bytes of the pool hold chunks, and how many leases hold."""
         stats = self.store.index.stats()
         return stats.committed_nbytes + stats.writing_nbytes + stats.dead_nbytes, stats.pinned_nbytes
 
     def checked(self) -> m.Stats:
         """All figures, what is wrong with the index, and the namespaces; for the call number 0."""
         counts = self.store.index.prefixes(NAMESPACE_NBYTES)
-        known = [m.Known(one, *named, counts[one]) for one, named in self.store.namespaces.known.items()]
-        return m.Stats(0, self.figures(), self.store.index.check(), known, self.walk.out)
+        known = [m.Known(key, *named, counts[key]) for key, named in self.store.namespaces.known.items()]
+        problem = self.store.index.check()
+        return m.Stats(call=0, rows=self.figures(), problem=problem, known=known, out=self.walk.out)
 
     def _rename(self, session: Session, asked: m.Rename) -> None:
         if asked.namespace != session.namespace:
             log.info(
-                "session %d (%s) is in a namespace of its own from here on%s; what it leaves behind stays for others",
+                "session %d (%s) has a namespace of its own from here on%s; its chunks until now stay for others",
                 session.number,
                 session.opening.name,
                 "" if asked.lasting else ", which ends with it and goes to no disk",
@@ -104,9 +128,9 @@ class Answers:
 
 @dataclass
 class Checks:
-    """Checks of the index for all that ask: one at a time, and no more of them than a share of the time.
+    """Checks of the index for all clients: one at a time, and at most a share of the store's time for them.
 
-    `check` makes one. Whoever asks while the next one is not due shares it.
+    `check` makes one. All who ask before the next one is due share it.
     """
 
     check: Callable[[], m.Stats]
@@ -115,7 +139,7 @@ class Checks:
     _due_s: float = 0.0
 
     def ask(self, answer: Callable[[m.Stats], None]) -> None:
-        """Calls `answer` with a check that is made from now on."""
+        """Calls `answer` with the result of a check that starts later than this call."""
         self._asking.append(answer)
         if len(self._asking) == 1:
             self.loop.call_at(max(self.loop.time(), self._due_s), self._run)
@@ -128,11 +152,3 @@ class Checks:
         asking, self._asking = self._asking, []
         for answer in asking:
             answer(stats)
-
-
-def _state_of(found: Found) -> m.HeldState | None:
-    """The state at the end of a run, as a message's part."""
-    if found.state is None:
-        return None
-    (lease, offsets, sums), source = found.state
-    return m.HeldState(lease, offsets[0], sums.get(0, b""), source)

@@ -1,6 +1,6 @@
-"""One connected client as bytes: what it has asked and is not answered, what it has not read yet.
+"""One connected client as bytes: the frames that it sent and that have no answer yet, the answers that it has not read.
 
-Knows nothing about messages. Descriptors count only before the client's hello, and only those of processes.
+Knows nothing about messages. Takes descriptors only before the client's hello, and only those of processes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from kvkeep.wire.processes import MAX_HOLDERS, Holders, is_pidfd
 class Peer:
     """One client: its socket, its session once it said hello, `fds` that came before the hello, `holders` after it.
 
-    `asked` are its whole frames that are not answered yet; while there are any it is `paused`: nothing more is read of
-    it. `errands` counts what it has asked for that takes longer than a turn, `fetches` its lookups without an answer.
+    `control`: it said hello as a tool, and has no session in the store. `asked` are its whole frames without an answer;
+    while there are any it is `paused`: the server reads nothing more from it. `errands` counts its requests that take
+    longer than a round, `fetches` its lookups without an answer.
     """
 
     sock: socket.socket
@@ -33,6 +34,7 @@ class Peer:
     session: Session | None = None
     fds: list[int] = field(default_factory=list)
     holders: Holders = field(default_factory=Holders)
+    control: bool = False
     paused: bool = False
     due: bool = False
     writing: bool = False
@@ -40,12 +42,17 @@ class Peer:
     fetches: int = 0
 
     @property
+    def greeted(self) -> bool:
+        """Whether it has said hello, and its session has not ended."""
+        return self.control or self.session is not None
+
+    @property
     def closed(self) -> bool:
         """Whether its socket is closed."""
         return self.sock.fileno() < 0
 
     def receive(self) -> bool:
-        """Takes in what it sent; False: its end of the socket is closed. WireError for what is no frame."""
+        """Takes in what it sent; False: its end of the socket is closed. WireError for bytes that are no frame."""
         try:
             data = self._read()
         except (BlockingIOError, InterruptedError):
@@ -56,7 +63,7 @@ class Peer:
         return bool(data)
 
     def send(self) -> None:
-        """Sends what it has not read yet, as far as it reads now; WireError if its socket is broken."""
+        """Sends as much of the waiting answers as its socket takes now; WireError if the socket is broken."""
         try:
             sent = self.sock.send(self.unsent)
             del self.unsent[:sent]
@@ -81,13 +88,13 @@ class Peer:
         self.asked.clear()
 
     def _read(self) -> bytes:
-        if self.session is not None:
+        if self.greeted:
             return self.sock.recv(READ_NBYTES)
         data, fds, _, _ = socket.recv_fds(self.sock, READ_NBYTES, MAX_HOLDERS, socket.MSG_CMSG_CLOEXEC)
         self.fds += fds
         if len(self.fds) > MAX_HOLDERS:
             raise WireError(f"more than {MAX_HOLDERS} descriptors")
-        # looked at now: an end of its own socket would keep that open for ever
+        # checked at once: an end of its own socket would keep that socket open for ever
         if not all(map(is_pidfd, fds)):
             raise WireError("a holder's descriptor is no pidfd")
         return data

@@ -1,8 +1,8 @@
-"""The store's end of the channel: one event loop over sockets, one reader of frames a client.
+"""The store's end of the channel: one event loop over the sockets of all clients.
 
-Any bytes from any client are a typed error for that client and nothing for the others. A client gets a bounded part of
-each turn of the loop; one that does not read is disconnected once its unsent answers are over a bound, one that says
-no hello in time is too. Knows nothing about pools or keys beyond handing them on.
+Bad bytes from a client end that client's session with a typed error, and change nothing for the others. Each round of
+the loop gives a client a bounded time. The server disconnects a client that does not read its answers, and one that
+does not say hello in time. Knows nothing about pools or keys beyond handing them on.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ import msgspec
 from kvkeep.errors import WireError
 from kvkeep.store.below.fetches import FetchLimits
 from kvkeep.store.below.tiers import TierWalk
+from kvkeep.store.namespaces import plain_name
 from kvkeep.store.server.answers import Answers, Checks
+from kvkeep.store.server.greeting import check_open, first_message, opening_of
 from kvkeep.store.server.lingering import Lingering
 from kvkeep.store.server.peer import Peer
 from kvkeep.store.server.reception import Reception
-from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.wire import messages as m
 from kvkeep.wire.frames import framed
-from kvkeep.wire.processes import MAX_HOLDERS, Holders, credentials_of, holders_of
+from kvkeep.wire.pool_socket import close_all
+from kvkeep.wire.processes import Holders, credentials_of, holders_of
 
 log = logging.getLogger("kvkeep.store")
 
 MAX_UNSENT_NBYTES = 8 << 20
 MAX_CLIENTS = 256
 MAX_DEADLINE_S = 3600.0
-MAX_PID = 2**22  # the kernel's own limit
 HELLO_LIMIT_S = 5.0
-TURN_FRAMES, TURN_S = 32, 1e-3  # what one client gets before the others get theirs
+ROUND_FRAMES, ROUND_S = 32, 1e-3  # what one client gets before the others get theirs
 MAX_ERRANDS = 4  # of one client: clears, discards and checks that are under way
 MAX_FETCHES = 4096  # of one client: lookups that are not answered
 
@@ -61,8 +63,8 @@ class Server:
     _reception: Reception | None = None
 
     def __post_init__(self) -> None:
-        self.answers = Answers(self.walk)
-        self._life = os.pipe()  # nobody writes to it: whoever has the other end sees when we have ended
+        self.answers = Answers(self.walk, self.boot)
+        self._life = os.pipe()  # nobody writes to it: a reader of the other end sees when this store ends
 
     @property
     def store(self) -> Store:
@@ -70,7 +72,7 @@ class Server:
         return self.walk.store
 
     async def serve(self) -> None:
-        """Runs until it is told to stop or its only client is gone."""
+        """Runs until `stop` is called or the private client is gone."""
         self.begin(asyncio.get_running_loop())
         self._wake = lambda: self._loop.call_soon_threadsafe(self._over.set)
         if self.private is not None:
@@ -101,7 +103,7 @@ class Server:
             self._reception.close()
         for peer in self._peers.values():
             self._unwatch(peer)
-            peer.session = None  # it hears of nothing that ends from here on
+            peer.session, peer.control = None, False  # what ends from here on is not answered
             peer.close()
         self._lingering.close()
         for fd in self._life:
@@ -114,27 +116,27 @@ class Server:
         sock.setblocking(False)
         peer = Peer(sock, credentials_of(sock).pid)
         self._peers[sock.fileno()] = peer
-        self._loop.add_reader(sock, self._turn, peer)
+        self._loop.add_reader(sock, self._serve_peer, peer)
         if sock is not self.private:
             self._loop.call_later(self.hello_limit_s, self._expect_hello, peer)
 
     def _full(self) -> str:
-        """Why nobody else can be taken in; empty if there is room, which a client that has said nothing gives up."""
-        silent = next((peer for peer in self._peers.values() if peer.session is None), None)
+        """Why no more clients can come in; "" if there is room. Makes room by dropping one that has said no hello."""
+        silent = next((peer for peer in self._peers.values() if not peer.greeted), None)
         if len(self._peers) < MAX_CLIENTS:
             return ""
         if silent is None:
             return f"{MAX_CLIENTS} clients are connected, and no more are taken"
-        self._drop(silent, "others wait for its place and it has said no hello")
+        self._drop(silent, "others wait to come in, and it has said no hello")
         return ""
 
     def _expect_hello(self, peer: Peer) -> None:
-        if peer.session is None and not peer.closed:
+        if not peer.greeted and not peer.closed:
             self._refuse(peer, WireError(f"no hello within {self.hello_limit_s:.0f} s"))
 
-    # ---- a client's turn
+    # ---- what a client asks
 
-    def _turn(self, peer: Peer) -> None:
+    def _serve_peer(self, peer: Peer) -> None:
         """Reads what one client sent and answers a part of it; an error ends that client only."""
         peer.due = False
         if peer.closed:
@@ -153,12 +155,16 @@ class Server:
             self._pace(peer, waits)
 
     def _answer_some(self, peer: Peer) -> bool:
-        """Answers at most a turn's worth; whether the next frame waits for an errand or a lookup of this client."""
-        until_s = self._loop.time() + TURN_S
-        for _ in range(TURN_FRAMES):
+        """Answers at most a round's worth; True: the next frame waits for an errand or a lookup of this client."""
+        until_s = self._loop.time() + ROUND_S
+        for _ in range(ROUND_FRAMES):
             if not peer.asked or self._loop.time() > until_s:
                 return False
+            if not peer.greeted:
+                self._greet(peer, first_message(peer.asked.popleft()))
+                continue
             message = m.decoded_by_store(peer.asked[0])
+            check_open(message, control=peer.control)
             if _is_too_much(peer, message):
                 return True
             peer.asked.popleft()
@@ -168,41 +174,40 @@ class Server:
         return False
 
     def _pace(self, peer: Peer, waits: bool) -> None:
-        """Reads nothing more of a client that has frames left; it gets its next turn after the others."""
+        """Reads nothing more from a client that has frames left, and serves it again after the others."""
         if peer.paused != bool(peer.asked):
             peer.paused = bool(peer.asked)
             if peer.paused:
                 self._loop.remove_reader(peer.sock)
             else:
-                self._loop.add_reader(peer.sock, self._turn, peer)
+                self._loop.add_reader(peer.sock, self._serve_peer, peer)
         if waits and peer.hung_up():
             self._drop(peer, "its end of the socket was closed")
         elif peer.paused and not waits:
-            self._again(peer)
+            self._serve_again(peer)
 
-    def _again(self, peer: Peer) -> None:
+    def _serve_again(self, peer: Peer) -> None:
         if not peer.due:
             peer.due = True
-            self._loop.call_soon(self._turn, peer)
+            self._loop.call_soon(self._serve_peer, peer)
 
-    def _eased(self, peer: Peer) -> None:
-        """An errand or a lookup of a client has ended: what waits for it goes on."""
+    def _resume(self, peer: Peer) -> None:
+        """Goes on with a client of which an errand or a lookup has ended."""
         if peer.paused:
-            self._again(peer)
+            self._serve_again(peer)
 
     def _answer(self, peer: Peer, message: m.ToStore) -> None:
-        if isinstance(message, m.Hello):
-            self._hello(peer, message)
-            return
-        session = peer.session
-        if session is None:
-            raise WireError("the first message must be a hello")
         if isinstance(message, m.Bye):
-            self.walk.tasks.cancel(session)
-            self.store.close(session)
-            peer.session = None
-            self._drop(peer, "it said goodbye")
-        elif isinstance(message, m.Fetch):
+            self._part(peer)
+        elif isinstance(message, m.AskStats) and message.check:
+            self._check(peer, message.call)
+        elif isinstance(message, m.AskStats):
+            self._send(peer, self.answers.stats(message.call))
+        elif peer.session is not None:
+            self._answer_engine(peer, peer.session, message)
+
+    def _answer_engine(self, peer: Peer, session: Session, message: m.ToStore) -> None:
+        if isinstance(message, m.Fetch):
             self._fetch(peer, session, message)
         elif isinstance(message, m.Clear):
             namespaces = self.store.namespaces_of(session, message.everything)  # now: a rename may be the next message
@@ -213,8 +218,6 @@ class Server:
             self.store.discard(session, digests)
             keys = [key for side in session.sides for key in self.store.keys(side, digests)]
             self._errand(peer, self.walk.discard(keys))
-        elif isinstance(message, m.AskStats) and message.check:
-            self._check(peer, message.call)
         else:
             answer = self.answers.asked(session, message)
             if answer is not None:
@@ -232,26 +235,26 @@ class Server:
         async def fetch() -> None:
             try:
                 found = await self.walk.fetches.fetch(session, digests, limits)
-                self._told(peer, self.answers.matched(asked.call, found))
+                self._answer_late(peer, self.answers.matched(asked.call, found))
             finally:
                 peer.fetches -= 1
-                self._eased(peer)
+                self._resume(peer)
 
         peer.fetches += 1
         self.walk.tasks.start(fetch(), owner=session)
 
     def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore | None]) -> None:
-        """Does what takes longer than a turn, and then gives its answer."""
+        """Does what takes longer than a round, then sends its answer."""
         peer.errands += 1
 
         async def do() -> None:
             try:
                 answer = await steps
                 if answer is not None:
-                    self._told(peer, answer)
+                    self._answer_late(peer, answer)
             finally:
                 peer.errands -= 1
-                self._eased(peer)
+                self._resume(peer)
 
         self.walk.tasks.start(do())
 
@@ -262,35 +265,25 @@ class Server:
     def _check(self, peer: Peer, call: int) -> None:
         def answer(stats: m.Stats) -> None:
             peer.errands -= 1
-            self._told(peer, msgspec.structs.replace(stats, call=call))
-            self._eased(peer)
+            self._answer_late(peer, msgspec.structs.replace(stats, call=call))
+            self._resume(peer)
 
         peer.errands += 1
         self._checks.ask(answer)
 
-    def _hello(self, peer: Peer, hello: m.Hello) -> None:
-        if hello.version != m.VERSION:
-            raise WireError(f"protocol version {hello.version} is not {m.VERSION}: use the same kvkeep on both sides")
-        if peer.session is not None or len(hello.holders) > MAX_HOLDERS:
-            raise WireError(f"a session says hello once and names at most {MAX_HOLDERS} processes")
-        if not all(0 < pid <= MAX_PID for pid in hello.holders):
-            raise WireError("a holder is no process id")
+    def _greet(self, peer: Peer, first: m.Hello | m.Control) -> None:
         fds, peer.fds = peer.fds, []
-        peer.holders = holders_of(fds, len(set(hello.holders)))
-        self._lingering.resume(hello.resumes, peer.holders)
-        opening = Opening(
-            hello.name,
-            hello.namespace,
-            hello.identity,
-            hello.chunk_nbytes,
-            tuple(hello.holders),
-            hello.verify_every,
-            tuple(hello.sizes),
-            tuple(hello.state_sizes),
-            owner=peer.pid,
-        )
+        if isinstance(first, m.Control):
+            close_all(fds)
+            peer.control = True
+            self._send(peer, self._welcome(0))
+            log.info("control session of %s (pid %d)", plain_name(first.name), peer.pid)
+            return
+        peer.holders = holders_of(fds, len(set(first.holders)))
+        opening = opening_of(first, peer.pid)
+        self._lingering.resume(first.resumes, peer.holders)
         peer.session = self.store.open(opening)
-        welcome = m.Welcome(m.VERSION, self.boot, peer.session.number, os.getpid(), self.store.pool_nbytes)
+        welcome = self._welcome(peer.session.number)
         try:
             socket.send_fds(peer.sock, [framed(m.encoded(welcome))], [self.pool_fd, self._life[0]])
         except OSError as error:
@@ -299,14 +292,25 @@ class Server:
         log.info("session %d opened by %s (pid %d)", peer.session.number, name, peer.pid)
         if peer.holders.doubt:
             log.warning("session %d (%s): a process of it cannot be watched (no pidfd)", peer.session.number, name)
-        if hello.identity:
-            self.answers.named(peer.session, hello.identity)
+        if first.identity:
+            self.answers.name(peer.session, first.identity)
+
+    def _welcome(self, session: int) -> m.Welcome:
+        return m.Welcome(boot=self.boot, session=session, pid=os.getpid(), pool_nbytes=self.store.pool_nbytes)
+
+    def _part(self, peer: Peer) -> None:
+        """Ends the session of a client that promises to touch none of its memory any more."""
+        if peer.session is not None:
+            self.walk.tasks.cancel(peer.session)
+            self.store.close(peer.session)
+            peer.session = None
+        self._drop(peer, "it said goodbye")
 
     # ---- what goes back
 
-    def _told(self, peer: Peer, answer: m.FromStore) -> None:
+    def _answer_late(self, peer: Peer, answer: m.FromStore) -> None:
         """Sends an answer that has taken a while, if its client is still there."""
-        if peer.session is None:
+        if not peer.greeted:
             return
         try:
             self._send(peer, answer)
@@ -324,7 +328,7 @@ class Server:
         if peer.writing != bool(peer.unsent):
             peer.writing = bool(peer.unsent)
             if peer.writing:
-                self._loop.add_writer(peer.sock, self._turn, peer)
+                self._loop.add_writer(peer.sock, self._serve_peer, peer)
             else:
                 self._loop.remove_writer(peer.sock)
 
@@ -346,7 +350,7 @@ class Server:
         self._unwatch(peer)
         del self._peers[peer.sock.fileno()]
         holders, peer.holders = peer.holders, Holders()
-        session, peer.session = peer.session, None
+        session, peer.session, peer.control = peer.session, None, False
         peer.close()
         if self.listener is None and not self._peers:
             self._over.set()

@@ -20,7 +20,7 @@ from kvkeep.core.key import Chain, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.copies.mode import CopyMode
-from kvkeep.engine.link import Link, Source
+from kvkeep.engine.link import Link, StoreSource, hello_of
 from kvkeep.engine.plan import Report, Scheduled
 from kvkeep.engine.pool import MappedPool
 from kvkeep.engine.rank.worker import Worker
@@ -35,7 +35,7 @@ from kvkeep.testing.fake_engine.request import EngineShape, FakeRequest, Phase
 from kvkeep.transfer.cpu import ReferenceTransfer
 from kvkeep.transfer.pages import GroupCaches
 from kvkeep.transfer.transfer import Transfer
-from kvkeep.wire.messages import VERSION, Hello, Matched
+from kvkeep.wire.messages import Hello, Matched
 from kvkeep.wire.pool_socket import PoolDoor
 
 START_LIMIT_S = 10.0
@@ -61,7 +61,7 @@ class FakeEngine:
     def __init__(
         self,
         shape: EngineShape,
-        source: Source,
+        source: StoreSource,
         options: PlannerOptions | None = None,
         wrap: Wrap = lambda _, one: one,
         rank: MakeRank = rank_here,
@@ -390,8 +390,8 @@ class FakeEngine:
         return groups
 
     def _hello(self, resumes: int) -> Hello:
-        every, pids = self.shape.verify_every, self.pids
-        return Hello(VERSION, "fake engine", NAMESPACE, "", self.layout.nbytes, pids, every, resumes, self.layout.sizes)
+        every, layouts = self.shape.verify_every, (self.layout, None)
+        return hello_of("fake engine", (NAMESPACE, ""), layouts, self.pids, verify_every=every, resumes=resumes)
 
     def _asked(self, request: FakeRequest) -> Request:
         return Request(
