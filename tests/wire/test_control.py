@@ -75,6 +75,7 @@ def test_it_gets_no_descriptor_that_a_client_would_not_take(path: Path, running:
     assert fds == []
 
 
+@pytest.mark.process
 def test_it_changes_no_engine_s_share(path: Path, engine: Client) -> None:
     command = [sys.executable, "-c", ASK_FROM_A_PROCESS, str(path)]
     tool = run([*command], input="", capture_output=True, text=True, timeout=LIMIT_S, check=True)
