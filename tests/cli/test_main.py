@@ -33,6 +33,7 @@ def loaded(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
+@pytest.mark.process
 def test_help_loads_no_command_and_nothing_heavy() -> None:
     code = "from kvkeep.cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert end.code == 0"
     found = loaded(code)
@@ -59,6 +60,7 @@ def test_a_command_that_is_not_there_is_named() -> None:
     assert "server" in result.output
 
 
+@pytest.mark.process
 def test_a_command_runs_in_a_process_of_its_own() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvkeep.cli.main", "version"], capture_output=True, text=True, check=True
