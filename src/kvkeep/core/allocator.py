@@ -95,10 +95,6 @@ class FreeList:
         rounded = (nbytes + self._alignment - 1) & -self._alignment
         return nbytes if rounded == nbytes else rounded
 
-    def lends(self, extent: Extent) -> bool:
-        """Say whether exactly this extent is lent."""
-        return self._lent.get(extent.offset) == extent.nbytes
-
     def allocate(self, nbytes: int) -> Extent | None:
         """Lend the low end of the smallest hole that is large enough; None: there is none."""
         need = self.extent_nbytes(nbytes)
