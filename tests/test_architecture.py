@@ -46,14 +46,11 @@ NOT_YET: dict[str, str] = {
     "calls something": """
         kvkeep.bench.copies kvkeep.bench.core kvkeep.bench.daemon kvkeep.bench.disk kvkeep.bench.disk_sides
         kvkeep.bench.engine kvkeep.bench.moves kvkeep.bench.rows kvkeep.cli.check kvkeep.cli.doctor
-        kvkeep.cli.serve kvkeep.core.key kvkeep.core.layout kvkeep.doors.fingerprint
-        kvkeep.doors.library.cache_engine kvkeep.doors.library.connection kvkeep.doors.library.digests
-        kvkeep.doors.vllm.facts kvkeep.doors.vllm.identity kvkeep.engine.rank.results
-        kvkeep.engine.scheduler.estimate kvkeep.engine.scheduler.gathers kvkeep.engine.scheduler.ops
-        kvkeep.engine.scheduler.planner kvkeep.engine.scheduler.states kvkeep.engine.scheduler.steps
-        kvkeep.memory.pool kvkeep.store.below.filler kvkeep.store.below.flush kvkeep.store.identities
-        kvkeep.store.namespaces kvkeep.store.server.answers kvkeep.store.sessions kvkeep.store.store
-        kvkeep.testing.doubles.faulty_files kvkeep.testing.doubles.power_cut
+        kvkeep.core.key kvkeep.core.layout kvkeep.doors.fingerprint kvkeep.doors.library.cache_engine
+        kvkeep.doors.library.connection kvkeep.doors.library.digests kvkeep.doors.vllm.facts
+        kvkeep.doors.vllm.identity kvkeep.engine.rank.results kvkeep.memory.pool kvkeep.store.below.filler
+        kvkeep.store.below.flush kvkeep.store.identities kvkeep.store.namespaces kvkeep.store.sessions
+        kvkeep.store.store kvkeep.testing.doubles.faulty_files kvkeep.testing.doubles.power_cut
         kvkeep.testing.doubles.store_thread kvkeep.testing.doubles.transfers kvkeep.testing.fake_engine.check
         kvkeep.testing.fake_engine.engine kvkeep.testing.fake_engine.model
         kvkeep.testing.fake_engine.rank_process kvkeep.testing.suites.allocators kvkeep.testing.suites.tiers
@@ -66,20 +63,17 @@ NOT_YET: dict[str, str] = {
     """,
     "asserts what a caller": """
         kvkeep.bench.core kvkeep.bench.daemon kvkeep.bench.index kvkeep.bench.moves kvkeep.doors.vllm.messages
-        kvkeep.engine.scheduler.lookups kvkeep.engine.scheduler.request kvkeep.tiers.disk.writes
-        kvkeep.transfer.rope.scatter
+        kvkeep.engine.scheduler.lookups kvkeep.tiers.disk.writes kvkeep.transfer.rope.scatter
     """,
     "arguments by position": """
-        kvkeep.bench.copies kvkeep.bench.core kvkeep.bench.daemon kvkeep.bench.disk kvkeep.bench.moves
-        kvkeep.cli.serve kvkeep.core.layout kvkeep.doors.fingerprint kvkeep.doors.vllm.chain
-        kvkeep.doors.vllm.connector kvkeep.engine.rank.open kvkeep.engine.rank.worker
-        kvkeep.engine.scheduler.due kvkeep.engine.scheduler.gathers kvkeep.engine.scheduler.lookups
-        kvkeep.engine.scheduler.ops kvkeep.engine.scheduler.planner kvkeep.engine.scheduler.states
-        kvkeep.memory.pool kvkeep.store.below.promotions kvkeep.store.process kvkeep.store.server.answers
-        kvkeep.store.server.server kvkeep.testing.doubles.store_thread kvkeep.testing.fake_engine.engine
-        kvkeep.testing.fake_engine.engine_process kvkeep.tiers.disk.directio kvkeep.tiers.disk.directory
-        kvkeep.tiers.disk.disk kvkeep.tiers.disk.epoch_file kvkeep.tiers.record kvkeep.tiers.record_tier
-        kvkeep.tiers.records kvkeep.transfer.device.choice kvkeep.wire.client
+        kvkeep.bench.copies kvkeep.bench.core kvkeep.bench.disk kvkeep.bench.moves kvkeep.core.layout
+        kvkeep.doors.fingerprint kvkeep.doors.vllm.connector kvkeep.engine.rank.open kvkeep.engine.rank.worker
+        kvkeep.engine.scheduler.due kvkeep.engine.scheduler.lookups kvkeep.engine.scheduler.ops
+        kvkeep.engine.scheduler.planner kvkeep.memory.pool kvkeep.store.below.promotions kvkeep.store.process
+        kvkeep.testing.doubles.store_thread kvkeep.testing.fake_engine.engine_process
+        kvkeep.tiers.disk.directio kvkeep.tiers.disk.directory kvkeep.tiers.disk.disk
+        kvkeep.tiers.disk.epoch_file kvkeep.tiers.record kvkeep.tiers.record_tier kvkeep.tiers.records
+        kvkeep.transfer.device.choice
     """,
 }
 
