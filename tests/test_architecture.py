@@ -36,6 +36,7 @@ CALLED_FROM_OUTSIDE: dict[str, str] = {
     "kvkeep.doors.library.cache_engine:CacheEngine": "the library's users call its verbs",
     "kvkeep.doors.library.open:open_cache": "the library's users begin with it",
     "kvkeep.doors.vllm.connector:KVKeepConnector": "vLLM finds it by its name",
+    "kvkeep.telemetry:Figures.misses": "users of CacheEngine ask its figures why lookups missed",
     "kvkeep.tiers.record_tier:open_record_tier": "whoever writes a Place makes a tier of it",
     "kvkeep.tiers.disk.directory:Drive.looked_through": "tests and benchmarks wait for the start-up scan; nothing else may",
     "kvkeep.tiers.disk.disk:DiskTier.looked_through": "tests and benchmarks wait for the start-up scan; nothing else may",
