@@ -76,7 +76,7 @@ bench: $(VENV)/.ready   ## the micro-benchmarks, as tables and bench/results/{co
 
 GPU_PY ?= python3
 GPU_TESTS := tests/transfer/test_gpu.py tests/transfer/test_compiled.py tests/transfer/test_cuda.py \
-             tests/memory/test_pin.py tests/engine/test_device_worker.py
+             tests/memory/test_page_lock.py tests/engine/test_device_worker.py
 
 gpu-wheels:     ## here: what a bare machine with torch, triton and pytest lacks, into .whl (docs/reference/gpu.md)
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -154,5 +154,5 @@ def library(
             pool = engine._line._mapped._pool
             assert pool is not None
             pool.populated.wait(10.0)
-            assert (pool.pin is not None and pool.pin.pinned_nbytes > 0) == locked
+            assert (pool.page_lock is not None and pool.page_lock.pinned_nbytes > 0) == locked
         yield Library(engine, groups, source)

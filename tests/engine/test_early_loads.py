@@ -1,4 +1,4 @@
-"""Loads of what a tier still reads: a worker goes by the words, and a whole engine over a disk gives right answers."""
+"""Loads of what a tier still reads: a worker goes by their progress, and a whole engine over a disk gives right answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvkeep.engine.scheduler.estimate import TRY_EVERY, Estimate
 from kvkeep.engine.scheduler.planner import PlannerOptions
 from kvkeep.errors import WireError
 from kvkeep.memory.pool import Lease
-from kvkeep.memory.progress import FAILED, WORDS_NBYTES, arrival_at
+from kvkeep.memory.progress import FAILED, TABLE_NBYTES, progress_at
 from kvkeep.memory.region import Region
 from kvkeep.telemetry import by_flat_name
 from kvkeep.testing.doubles.faulty_files import flip_bit, record_paths
@@ -36,7 +36,7 @@ from kvkeep.wire.messages import Stats
 
 from .test_worker import FIRST, POOL_NBYTES, Rank, scatter
 
-WORD = POOL_NBYTES - WORDS_NBYTES
+AT = POOL_NBYTES - TABLE_NBYTES
 LONG_S = 20.0
 
 
@@ -47,16 +47,16 @@ def rank() -> Iterator[Rank]:
     made.close()
 
 
-def early(offset: int, *block_ids: int, word: int = WORD, written: bool = False) -> LoadOp:
-    return replace(scatter(offset, *block_ids), word=word, written=written)
+def early(offset: int, *block_ids: int, at: int = AT, written: bool = False) -> LoadOp:
+    return replace(scatter(offset, *block_ids), progress_at=at, written=written)
 
 
 def plan_of(*ops: LoadOp, wait_s: float = LONG_S) -> StepPlan:
     return StepPlan(1, FIRST, (0, 8192), loads=ops, wait_s=wait_s)
 
 
-def word_of(pool: Region, word: int = WORD) -> np.ndarray:
-    return pool.array[word : word + 4].view(np.uint32)
+def progress_of(pool: Region, at: int = AT) -> np.ndarray:
+    return pool.array[at : at + 4].view(np.uint32)
 
 
 def ended(rank: Rank, plan: StepPlan) -> tuple[int, ...]:
@@ -74,21 +74,21 @@ def ended(rank: Rank, plan: StepPlan) -> tuple[int, ...]:
 def test_a_layer_waits_for_its_own_range_only(rank: Rank) -> None:
     pool = rank.hand(FIRST)
     pool.array[:4096] = 1
-    word_of(pool)[0] = 1
+    progress_of(pool)[0] = 1
     plan = plan_of(early(0, 3, 4))
     rank.worker.start_loads(plan)
     rank.worker.wait_layer("layer0")
     assert (rank.cache[3:5].numpy().view(np.uint8) == 1).all()
     pool.array[4096:8192] = 2
-    word_of(pool)[0] = 2
+    progress_of(pool)[0] = 2
     assert ended(rank, plan) == ()
 
 
 def test_what_has_not_come_is_never_copied(rank: Rank) -> None:
     pool = rank.hand(FIRST)
     pool.array[: 4 * 8192] = 9  # what was there before
-    word_of(pool, WORD + 4)[0] = 2
-    plan = plan_of(early(0, 3, 4), early(8192, 5, 6, word=WORD + 4), scatter(16384, 7, 8), wait_s=0.0)
+    progress_of(pool, AT + 4)[0] = 2
+    plan = plan_of(early(0, 3, 4), early(8192, 5, 6, at=AT + 4), scatter(16384, 7, 8), wait_s=0.0)
     rank.worker.start_loads(plan)
     assert ended(rank, plan) == (0,)
     assert not rank.cache[3:5].any()
@@ -98,27 +98,27 @@ def test_what_has_not_come_is_never_copied(rank: Rank) -> None:
 @pytest.mark.parametrize("arrived", [0, 1])
 def test_a_read_that_fails_ends_the_wait_at_once(rank: Rank, arrived: int) -> None:
     pool = rank.hand(FIRST)
-    word_of(pool)[0] = arrived
+    progress_of(pool)[0] = arrived
     plan = plan_of(early(0, 3, 4), scatter(8192, 5, 6))
     rank.worker.start_loads(plan)
-    word_of(pool)[0] = FAILED
+    progress_of(pool)[0] = FAILED
     assert ended(rank, plan) == (0,)
     assert rank.worker.results.take_failed_blocks() == {3, 4}
 
 
 def test_what_is_given_up_while_it_is_copied_counts_as_failed(rank: Rank) -> None:
     pool = rank.hand(FIRST)
-    word_of(pool)[0] = 2
+    progress_of(pool)[0] = 2
     inner = rank.faults.inner.scatter
 
     def scattering(lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         if layers is None or layers.stop == 2:  # nothing comes after it that would see it
-            word_of(pool)[0] = FAILED
+            progress_of(pool)[0] = FAILED
         return inner(lease, blocks, sums, layers)
 
     rank.faults.inner.scatter = scattering  # type: ignore[method-assign]
     for op in (early(0, 3, 4), early(0, 3, 4, written=True)):
-        word_of(pool)[0] = 2
+        progress_of(pool)[0] = 2
         plan = plan_of(op)
         rank.worker.start_loads(plan)
         assert ended(rank, plan) == (0,)
@@ -128,7 +128,7 @@ def test_what_is_given_up_while_it_is_copied_counts_as_failed(rank: Rank) -> Non
 def test_what_the_step_writes_is_all_there_before_it_or_failed(rank: Rank, ranges: int) -> None:
     pool = rank.hand(FIRST)
     pool.array[:8192] = 1
-    word_of(pool)[0] = ranges
+    progress_of(pool)[0] = ranges
     plan = plan_of(early(0, 3, 4, written=True), wait_s=0.0)
     rank.worker.start_loads(plan)
     assert bool(rank.cache[3:5].all()) == (ranges == 2), "it is there when this returns"
@@ -139,7 +139,7 @@ def test_in_bulk_all_of_it_is_waited_for() -> None:
     rank = Rank(0, copier=ThreadCopier())
     pool = rank.hand(FIRST)
     pool.array[:4096] = 1
-    threading.Timer(0.01, lambda: word_of(pool).fill(1)).start()
+    threading.Timer(0.01, lambda: progress_of(pool).fill(1)).start()
     plan = StepPlan(1, FIRST, (0, 4096), loads=(early(0, 3, 4),), wait_s=LONG_S)
     rank.worker.start_loads(plan)
     assert rank.cache[3:5].all()
@@ -160,14 +160,14 @@ def test_one_limit_for_all_that_a_step_waits_for(rank: Rank) -> None:
 
     copies = CpuCopies(rank.faults, timing=Timing(clock, pause))
     with Region.create(POOL_NBYTES) as region:
-        lease = Lease(region.array, rank.faults.shard, arrival=arrival_at(region, WORD))
+        lease = Lease(region.array, rank.faults.shard, progress=progress_at(region, AT))
         late = [Copy(lease, [Blocks(0, 0, [block])]) for block in (3, 4, 5)]
         there = Copy(Lease(pool.array, rank.faults.shard), [Blocks(0, 0, [6])])
         assert len(copies.scatter(late).end()) == 3
         assert looks == 0, "nothing is waited for unless it is said how long"
         assert copies.scatter([*late, there], wait_s=1.0).end() == dict.fromkeys(range(3), Fault.LOST)
         assert looks == pytest.approx(1.0 / LOOK_S, rel=0.01)
-        word_of(region)[0] = 2
+        progress_of(region)[0] = 2
         assert copies.scatter(late, wait_s=1.0).end() == {}
         lease.close()
 
@@ -176,17 +176,17 @@ def test_however_long_a_lookup_may_wait_a_step_s_copies_are_not_taken_for_dead(r
     clock = ManualClock()
     copies = CpuCopies(rank.faults, timing=Timing(clock, clock.advance))
     with Region.create(POOL_NBYTES) as region:
-        lease = Lease(region.array, rank.faults.shard, arrival=arrival_at(region, WORD))
+        lease = Lease(region.array, rank.faults.shard, progress=progress_at(region, AT))
         assert copies.scatter([Copy(lease, [Blocks(0, 0, [3])])], wait_s=3600.0).end() == {0: Fault.LOST}
         assert 0.0 < clock() < COPY_LIMIT_S
         lease.close()
 
 
-@pytest.mark.parametrize("word", [WORD - 4, WORD + 2, POOL_NBYTES])
-def test_what_is_no_word_is_not_taken_for_one(rank: Rank, word: int) -> None:
+@pytest.mark.parametrize("at", [AT - 4, AT + 2, POOL_NBYTES])
+def test_what_is_outside_of_the_table_is_not_taken_for_progress(rank: Rank, at: int) -> None:
     rank.hand(FIRST)
-    with pytest.raises(WireError, match="no progress word"):
-        rank.worker.start_loads(plan_of(early(0, 3, 4, word=word)))
+    with pytest.raises(WireError, match="outside of the progress table"):
+        rank.worker.start_loads(plan_of(early(0, 3, 4, at=at)))
 
 
 # ---- when ------------------------------------------------------------------------------------------------------
@@ -317,8 +317,8 @@ def test_a_store_that_is_killed_while_it_reads_costs_one_limit(tmp_path: Path) -
         inner, killed = again.workers[0].start_loads, []
 
         def kill_first(plan: StepPlan) -> None:
-            """Its words stay as they are from here on, and nothing says that it is gone."""
-            if any(op.word for op in plan.loads) and not killed:
+            """Its progress stays as it is from here on, and nothing says that it is gone."""
+            if any(op.progress_at for op in plan.loads) and not killed:
                 killed.append(plan.step)
                 source = again.link.source
                 assert isinstance(source, PrivateSource)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvkeep.memory.progress import Arrival
+from kvkeep.memory.progress import Progress
 from kvkeep.store.store import Why
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 
@@ -35,7 +35,7 @@ def step(house: House) -> None:
     house.loop.turn()
 
 
-def counts(words: dict[int, Arrival]) -> list[int | str]:
+def counts(words: dict[int, Progress]) -> list[int | str]:
     """What each word says, in the order of the places."""
     return ["failed" if one.failed else sum(one.has(n) for n in (1, 2)) for _, one in sorted(words.items())]
 

@@ -80,8 +80,8 @@ def locked(nbytes: int) -> np.ndarray:
 def pool() -> Iterator[Pool]:
     pool = Pool(b"boot", Region.create(64 << 20), CudaMemory(load_driver(), 0).calls)
     pool.populated.wait(30.0)
-    assert pool.pin is not None
-    assert pool.pin.refusal == ""
+    assert pool.page_lock is not None
+    assert pool.page_lock.refusal == ""
     yield pool
     pool.close()
 

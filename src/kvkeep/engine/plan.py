@@ -19,8 +19,8 @@ class LoadOp:
     """Scatter blocks of one chunk for a request, tokens from `start` on; with `sums` (one a rank) it is verified.
 
     `boot`: the start of the store whose pool `offset` is in. `written`: the step itself writes to one of its blocks, so
-    all of them must be there before it. `state`: scatter the state at the claim's end, and not a chunk. `word`: a tier
-    may still be reading the chunk, and this is the byte of its progress in the pool's region (0: all of it is there).
+    all of them must be there before it. `state`: scatter the state at the claim's end, not a chunk. `progress_at`: a
+    tier may still be reading the chunk, whose progress is at this byte of the pool's region (0: all of it is there).
     """
 
     boot: bytes
@@ -32,7 +32,7 @@ class LoadOp:
     sums: tuple[bytes, ...] = ()
     written: bool = False
     state: bool = False
-    word: int = 0
+    progress_at: int = 0
 
 
 class Trip(NamedTuple):

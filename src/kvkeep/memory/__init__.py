@@ -1,4 +1,4 @@
-"""Host memory: the shared mapping that the pool lives in, and whether the machine has room for it.
+"""Host memory: the shared mapping under the pool, its page-locking, and whether the machine has room for it.
 
 Knows nothing about chunks, keys, tensors or sockets.
 """

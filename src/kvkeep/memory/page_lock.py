@@ -1,6 +1,6 @@
-"""Page-locks the pool's mapping for a device, piece by piece, so that the device can read and write it by itself.
+"""Page-locks the pool's mapping piece by piece, so that a device can read and write it by itself.
 
-The calls that lock and unlock are given to it. Knows nothing about devices, torch or what is copied.
+The caller brings the calls that lock and unlock. Knows nothing about devices, torch or what is copied.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 log = logging.getLogger("kvkeep")
 
-PIECE_NBYTES = 256 << 20  # some 0.1 s each: an end need not wait for the whole pool
-TELLS_NBYTES = 16 << 30  # how often the log says how far it has come: some 6 s
+PIECE_NBYTES = 256 << 20  # some 0.1 s each: the end need not wait for the whole pool
+LOG_EVERY_NBYTES = 16 << 30  # some 6 s
 
 
 class PinCalls(NamedTuple):
-    """Locks (address, bytes) and unlocks (address); each answers "", or why it could not."""
+    """Locks (address, bytes) and unlocks (address); each returns "", or why it failed."""
 
     lock: Callable[[int, int], str]
     unlock: Callable[[int], str]
@@ -41,11 +41,11 @@ class PageLock:
 
     @property
     def pinned_nbytes(self) -> int:
-        """How far it came."""
+        """Bytes that are locked, from the mapping's start on."""
         return min(self._pieces * self._piece_nbytes, self._nbytes)
 
     def grow(self, populated_nbytes: int) -> None:
-        """Locks the next pieces whose pages are all there; none after a refusal or the end. The log says how far it is.
+        """Page-lock the next populated pieces; a no-op after a refusal or release(). Logs progress.
 
         A refusal (usually `ulimit -l`) is logged once with what it costs, and is no error: the pool works without.
         """
@@ -63,14 +63,14 @@ class PageLock:
             if self.refusal:
                 log.warning("kvkeep: %s", self)
                 return
-            if self.pinned_nbytes // TELLS_NBYTES > start // TELLS_NBYTES and self.pinned_nbytes < self._nbytes:
+            if self.pinned_nbytes // LOG_EVERY_NBYTES > start // LOG_EVERY_NBYTES and self.pinned_nbytes < self._nbytes:
                 log.info("kvkeep: %s so far", self)
         log.info("kvkeep: %s", self)
 
     def pieces(self, offset: int, nbytes: int) -> tuple[int, ...]:
-        """Where in [offset, offset + nbytes) each locked piece begins, counted from `offset`; () if not all is locked.
+        """Where each locked piece begins in [offset, offset + nbytes), counted from `offset`; () if not all is locked.
 
-        No copy engine takes a copy that crosses from one piece to the next.
+        A copy engine refuses a copy that crosses from one piece to the next.
         """
         if offset + nbytes > self.pinned_nbytes:
             return ()
@@ -78,7 +78,7 @@ class PageLock:
         return (0, *(edge - offset for edge in range(first, offset + nbytes, self._piece_nbytes)))
 
     def release(self) -> None:
-        """Unlocks every piece, the last one first; idempotent. Copies under way must have ended."""
+        """Unlocks every piece, the last one first; idempotent. All copies must have ended."""
         with self._lock:
             self._released = True
             while self._pieces:

@@ -1,6 +1,6 @@
-"""The pool as a worker sees it: a mapping of the store's memory, touched only through leases.
+"""The pool as a worker sees it: a mapping of the store's memory, used only through leases.
 
-Knows nothing about keys, sessions or who decides; it lends the part of a chunk that a plan names.
+A plan names a chunk, and the pool lends the worker's part of it. Knows nothing about keys, sessions or who decides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from kvkeep.core.layout import ShardLayout
 from kvkeep.errors import ConfigError, LeaseExpired, WireError
 from kvkeep.memory.page_lock import PageLock, PinCalls
-from kvkeep.memory.progress import Arrival, arrival_at
+from kvkeep.memory.progress import Progress
+from kvkeep.memory.progress import progress_at as progress_of
 from kvkeep.memory.region import Region
 
 Bytes = npt.NDArray[np.uint8]
@@ -27,7 +28,7 @@ class Lease:
 
     `views` gives one uint8 array a range, padding included, in the layout's order. LeaseExpired after `close`.
     `pieces` are the offsets at which the memory's page-locked pieces begin; () where not all of it is page-locked.
-    `arrival` says how much of it may be used yet; None: all.
+    `progress` says how much of it has been read and may be used; None: all of it.
     """
 
     def __init__(
@@ -36,46 +37,46 @@ class Lease:
         shard: ShardLayout,
         pieces: tuple[int, ...] = (),
         ended: Callable[[], None] | None = None,
-        arrival: Arrival | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._memory: Bytes | None = memory
         self._shard = shard
         self._ended = ended
         self.pieces = pieces
-        self.arrival = arrival
+        self.progress = progress
         self._given_up = False
 
     def views(self, layers: range | None = None) -> list[Bytes]:
-        """One writable view a range (with its padding); `layers` are numbers of ranges, None all of them."""
+        """One writable view for each range, padding included; `layers` are the ranges' numbers (None: all)."""
         memory = self._memory
         if memory is None:
             raise LeaseExpired("this chunk's memory was given back")
-        return [memory[one.offset : one.offset + one.padded_nbytes] for one in self._shard.chosen(layers)]
+        ranges = self._shard.chosen(layers)
+        return [memory[range_.offset : range_.offset + range_.padded_nbytes] for range_ in ranges]
 
     @property
     def failed(self) -> bool:
-        """Whether it was given up by whoever still filled it."""
-        return self.arrival.failed if self.arrival is not None else self._given_up
+        """Whether the store gave it up while it was still being read."""
+        return self.progress.failed if self.progress is not None else self._given_up
 
     def close(self) -> None:
         """Ends the lease; idempotent. No copy may be under way in its memory."""
         ended, self._ended = self._ended, None
-        self._given_up, self._memory, self.arrival = self.failed, None, None
+        self._given_up, self._memory, self.progress = self.failed, None, None
         if ended is not None:
             ended()  # last: whoever unmaps the memory meets no view of ours
 
 
 class Pool:
-    """The store's pool mapped into this process; `boot` says of which start of the store.
+    """The pool of one start of the store (`boot`), mapped into this process; with `pin_calls` page-locked as well.
 
-    With `pin_calls` it is page-locked as well, as it is populated. It has a thread of its own, which populates it and,
-    once it is closed and no lease is left, unlocks and unmaps it: either takes a while, and a device may still be
-    copying. `populated` is set when it has done what it could.
+    A thread of its own populates and locks it and, once it is closed and no lease is left, unlocks and unmaps it: both
+    take a while, and a device may still be copying. `populated` is set when the thread has done what it could.
     """
 
     def __init__(self, boot: bytes, region: Region, pin_calls: PinCalls | None = None) -> None:
         self.boot = boot
-        self.pin = PageLock(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
+        self.page_lock = PageLock(region.array.ctypes.data, region.nbytes, pin_calls) if pin_calls is not None else None
         self._region = region
         self._changed = threading.Condition()
         self._closing = False
@@ -98,11 +99,11 @@ class Pool:
         finally:
             lease.close()
 
-    def lease(self, offset: int, shard: ShardLayout, word: int = 0) -> Lease:
-        """The same for a use that outlives a block: whoever takes it closes it.
+    def lease(self, offset: int, shard: ShardLayout, progress_at: int = 0) -> Lease:
+        """As `lend`, for a use that outlives a block: the caller closes the lease.
 
-        `word` is where its progress word is (0: it has none). WireError for an offset outside of the pool. The
-        mapping lives as long as its last lease.
+        `progress_at` is the byte of its progress in the region (0: all of it is there). WireError for an offset outside
+        of the pool. The mapping lives as long as its last lease.
         """
         if not 0 <= offset <= self._region.nbytes - shard.nbytes:
             raise WireError(f"offset {offset} is outside of the pool")
@@ -110,19 +111,19 @@ class Pool:
             if self._closing:
                 raise LeaseExpired("the pool is closed")
             memory = self._region.array[offset : offset + shard.nbytes]
-            arrival = arrival_at(self._region, word) if word else None
+            progress = progress_of(self._region, progress_at) if progress_at else None
             self._leases += 1
-        pieces = self.pin.pieces(offset, shard.nbytes) if self.pin is not None else ()
-        return Lease(memory, shard, pieces, self._lease_ended, arrival)
+        pieces = self.page_lock.pieces(offset, shard.nbytes) if self.page_lock is not None else ()
+        return Lease(memory, shard, pieces, self._lease_ended, progress)
 
     def close(self) -> None:
-        """No lease is given any more; the mapping ends with the last one. Returns at once; idempotent."""
+        """Gives no more leases; the mapping ends with the last one. Returns at once; idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def wait(self, limit_s: float) -> bool:
-        """Waits at most `limit_s` for the end of the mapping, and not for leases; whether it has ended."""
+        """Waits at most `limit_s` for the mapping to end, unless leases are left; whether it has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._leases, limit_s)
             return self._ended
@@ -137,15 +138,15 @@ class Pool:
         self.populated.set()
         with self._changed:
             self._changed.wait_for(lambda: self._closing and not self._leases)
-        if self.pin is not None:
-            self.pin.release()
+        if self.page_lock is not None:
+            self.page_lock.release()
         self._region.close()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def _populate(self) -> None:
-        """Fills this mapping's page table from the low end, in pieces and without the interpreter's lock."""
+        """Fills this mapping's page table from its start, in pieces, without the interpreter's lock."""
         region = self._region
         for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):
             if self._closing:
@@ -154,6 +155,6 @@ class Pool:
                 end = min(start + POPULATE_PIECE_NBYTES, region.nbytes)
                 region.populate(start, end - start)
             except ConfigError:
-                return  # the pages come one by one then, when they are touched
-            if self.pin is not None:
-                self.pin.grow(end)
+                return  # each page comes when it is touched first
+            if self.page_lock is not None:
+                self.page_lock.grow(end)

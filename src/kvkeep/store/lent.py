@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvkeep.core.index import Index, IndexEntry
-from kvkeep.memory.progress import Word
+from kvkeep.memory.progress import ProgressWriter
 
 
 @dataclass(eq=False)
@@ -19,8 +19,8 @@ class Early:
 
     entry: IndexEntry
     ranges: int
-    word: Word
-    give_back: Callable[[Word], None]
+    word: ProgressWriter
+    give_back: Callable[[ProgressWriter], None]
     leases: int = 0
     _reading: bool = True
     _pinned: bool = False

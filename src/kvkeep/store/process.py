@@ -24,7 +24,7 @@ from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import ConfigError
 from kvkeep.memory.limits import check_room, read_limits, size_text, still_beside_nbytes
-from kvkeep.memory.progress import region_nbytes, words_behind
+from kvkeep.memory.progress import region_nbytes, table_of
 from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.identities import Identities
@@ -59,7 +59,7 @@ def run(config: Config, private_fd: int | None, path: Path | None) -> None:
         private = socket.socket(fileno=private_fd) if private_fd is not None else None
         listener = listen(path) if path is not None else None
         own = path.lstat() if path is not None else None
-        walk = TierWalk(store, region.array, words_behind(region))
+        walk = TierWalk(store, region.array, table_of(region))
         server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")

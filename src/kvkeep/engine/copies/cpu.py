@@ -147,7 +147,7 @@ class _Scatters:
 
     def _arrived(self, copy: Copy, ranges: int) -> bool:
         """Waits until the first `ranges` ranges have been read; False if they fail, or are late."""
-        progress = copy.memory.arrival
+        progress = copy.memory.progress
         while progress is not None and not progress.has(ranges):
             if progress.failed or self.owner.timing.clock() >= self._until_s:
                 return False

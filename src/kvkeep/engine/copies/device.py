@@ -143,7 +143,7 @@ class DeviceScattering:
     def _sort(self) -> tuple[list[int], list[int]]:
         """The copies that are to be made: through a staging copy, and by the device itself."""
         for index, copy in enumerate(self._copies):
-            progress = copy.memory.arrival
+            progress = copy.memory.progress
             if index in self._faults:
                 continue
             if progress is not None and not progress.has(len(self._owner.transfer.shard.ranges)):

@@ -176,8 +176,8 @@ class Worker:
             self.copies.check(blocks, unique, kind)
 
     def _lease(self, boot: bytes, op: LoadOp | StoreOp, plan: StepPlan) -> Lease | None:
-        word = op.word if isinstance(op, LoadOp) else 0
-        return self.pool.lease(boot, plan.offset_of(op, self._rank), self.copies.shard(_kind(op)), word)
+        progress_at = op.progress_at if isinstance(op, LoadOp) else 0
+        return self.pool.lease(boot, plan.offset_of(op, self._rank), self.copies.shard(_kind(op)), progress_at)
 
     def _end_loads(self) -> None:
         """The model has run. Reports the step's loads when they finish, failures at once: the engine must recompute."""

@@ -65,7 +65,7 @@ class DueLoads:
         """The op with each rank's part of the chunk's sums, if workers shall verify it; else with its progress word."""
         sums = match.sums.get(chunk - match.first)
         if not sums:
-            return replace(op, word=match.progress.get(chunk - match.first, 0))
+            return replace(op, progress_at=match.progress.get(chunk - match.first, 0))
         parts, start = [], 0
         for shard in self._layout.shards:
             end = start + SUM_NBYTES * len(shard.ranges)

@@ -177,7 +177,7 @@ class Steps:
             self._figures.add("delivered_tokens", end - start - lost)
             if failed:
                 # a chunk that was still being read may come yet; if it is bad its tier has dropped it
-                early = [index for index in failed if load.ops[index].word]
+                early = [index for index in failed if load.ops[index].progress_at]
                 if record.keeps:  # else its adapter has changed, so that its loads fail whatever the chunk is
                     done.failed_chunks += [
                         (load.leases[0], load.digests[index]) for index in failed if index not in early

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvkeep.core.index import Outcome
-from kvkeep.memory.progress import Words
+from kvkeep.memory.progress import ProgressTable
 from kvkeep.store.below.breaker import Gate
 from kvkeep.store.below.promotions import Promotion, Promotions
 from kvkeep.store.below.reads import TierReads, Until
@@ -32,7 +32,7 @@ class Filler:
 
     promotions: Promotions
     tiers: Sequence[TierReads] = ()
-    words: Words | None = None
+    words: ProgressTable | None = None
     opening: bool = False
 
     def may_help(self, session: Session, wait_s: float) -> bool:

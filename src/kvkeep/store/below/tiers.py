@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kvkeep.core.index import IndexEntry
 from kvkeep.core.units import NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import TierBusy, TierError, TierUnavailable
-from kvkeep.memory.progress import Words
+from kvkeep.memory.progress import ProgressTable
 from kvkeep.store.below.fetches import Fetches
 from kvkeep.store.below.filler import Filler
 from kvkeep.store.below.flush import Flush, FlushOptions
@@ -54,7 +54,7 @@ class TierWalk:
 
     store: Store
     memory: Bytes
-    words: Words | None = None
+    words: ProgressTable | None = None
     out: dict[str, str] = field(default_factory=dict)  # tiers that are not there, and why
     reads: list[TierReads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)

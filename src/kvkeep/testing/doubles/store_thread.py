@@ -18,7 +18,7 @@ from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
-from kvkeep.memory.progress import region_nbytes, words_behind
+from kvkeep.memory.progress import region_nbytes, table_of
 from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.server.listening import listen
@@ -100,7 +100,7 @@ def _started(config: Config, private: socket.socket | None, listener: socket.soc
     region = Region.create(region_nbytes(pool_nbytes))
     index = Index(FreeList(pool_nbytes), policy_by_name(config.policy))
     store = Store(index, pool_nbytes, config.max_pinned_share, config.lease_time_s)
-    walk = TierWalk(store, region.array, words_behind(region))
+    walk = TierWalk(store, region.array, table_of(region))
     server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()

@@ -89,7 +89,7 @@ class CudaMemory:
 
     @property
     def calls(self) -> PinCalls:
-        """For `memory.pin`."""
+        """For `memory.page_lock`."""
         return PinCalls(self._lock, self._unlock)
 
     def _lock(self, address: int, nbytes: int) -> str:

@@ -113,7 +113,7 @@ def pool_with(device: Device | None, until: Callable[[Pool], bool]) -> Pool:
 
 def test_a_pool_locks_its_own_mapping_and_unlocks_it_before_it_goes():
     device = Device()
-    pool = pool_with(device, lambda pool: pool.pin is not None and pool.pin.pinned_nbytes == pool.nbytes)
+    pool = pool_with(device, lambda pool: pool.page_lock is not None and pool.page_lock.pinned_nbytes == pool.nbytes)
     with pool.lend(3 * mmap.PAGESIZE, SHARD) as lease:
         assert lease.pieces == (0,)
         (address, nbytes) = next(iter(device.locked.items()))
@@ -126,7 +126,7 @@ def test_a_pool_locks_its_own_mapping_and_unlocks_it_before_it_goes():
 
 @pytest.mark.parametrize("device", [None, Device(limit=0)])
 def test_a_pool_that_cannot_be_locked_lends_as_any_other(device: Device | None):
-    pool = pool_with(device, lambda pool: pool.pin is None or pool.pin.refusal == "out of memory")
+    pool = pool_with(device, lambda pool: pool.page_lock is None or pool.page_lock.refusal == "out of memory")
     with pool.lend(0, SHARD) as lease:
         assert lease.pieces == ()
         lease.views()[0][:] = 1
@@ -136,7 +136,7 @@ def test_a_pool_that_cannot_be_locked_lends_as_any_other(device: Device | None):
 @pytest.mark.parametrize("lease_first", [True, False])
 def test_memory_stays_locked_while_a_copy_may_be_under_way_in_it(lease_first: bool):
     device = Device()
-    pool = pool_with(device, lambda pool: pool.pin is not None and pool.pin.pinned_nbytes == pool.nbytes)
+    pool = pool_with(device, lambda pool: pool.page_lock is not None and pool.page_lock.pinned_nbytes == pool.nbytes)
     first, second = pool.lease(0, SHARD), pool.lease(mmap.PAGESIZE, SHARD)
     first.close()
     first.close()
