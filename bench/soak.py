@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkeep.bench.rows import say
+from kvkeep.telemetry import by_flat_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -163,7 +164,7 @@ def soak(options: argparse.Namespace, right: list[list[int]], disk: str) -> list
     work.finish()
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
     preempted = connector.figures.count("claimed_after_preemption_tokens")
-    say(f"figures: { {name: one for name, one in connector.figures.snapshot().items() if one} }")
+    say(f"figures: { {name: value for name, value in by_flat_name(connector.figures.rows()).items() if value} }")
     stats = settled(connector.planner._link.client)
     faults = work.wrong[:5]
     faults += [stats.problem] if stats.problem else []

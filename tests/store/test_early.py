@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvkeep.memory.progress import Progress
-from kvkeep.store.store import Why
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
@@ -44,7 +44,7 @@ def test_it_is_answered_when_its_chunks_are_located_and_words_tell_what_has_come
     house.put(1)
     house.on(house.fast, 2, 3)
     (found,) = house.ask(1, 2, 3, 4, early=True)
-    assert (len(found.fetched.offsets), found.why, found.sources) == (3, Why.ABSENT, {"pool": 1, "fast": 2})
+    assert (len(found.fetched.offsets), found.why, found.sources) == (3, Miss.NOT_STORED, {"pool": 1, "fast": 2})
     words = house.words_of(found)
     assert list(words) == [1, 2], "what the pool has needs no word"
     step(house)
@@ -226,6 +226,6 @@ def test_a_tier_that_tells_no_progress_is_there_at_the_end(house: House) -> None
 def test_its_chunks_count_as_the_session_s_share(house: House) -> None:
     house.on(house.fast, *range(20))
     (found,) = house.ask(*range(20), early=True)
-    assert (len(found.fetched.offsets), found.why) == (8, Why.SHARE)
+    assert (len(found.fetched.offsets), found.why) == (8, Miss.PINNED_SHARE)
     assert house.session.pinned_nbytes == 8 * CHUNK
-    assert house.ask(*range(20))[0].why is Why.SHARE
+    assert house.ask(*range(20))[0].why is Miss.PINNED_SHARE

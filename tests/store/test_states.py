@@ -15,7 +15,8 @@ from kvkeep.errors import WireError
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.store import Store, Why, states_of
+from kvkeep.store.store import Store, states_of
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
 SIZES, STATE_SIZES = (4096, 4096), (4096,)
@@ -127,7 +128,7 @@ def test_the_run_ends_at_the_last_state(house: House) -> None:
     house.put(house.states, 1, 3)
     (found,) = house.ask(1, 2, 3, 4)
     house.check(found, 1, 2, 3)
-    assert found.why is Why.NO_STATE
+    assert found.why is Miss.NO_STATE
 
 
 def test_a_state_at_the_very_end_leaves_nothing_to_explain(house: House) -> None:
@@ -142,14 +143,14 @@ def test_without_a_state_nothing_is_held_and_nothing_is_read(house: House) -> No
     house.put(house.session, 1, 2)
     house.keep(house.session, 3)
     (found,) = house.ask(1, 2, 3)
-    assert (found.state, found.fetched.lease, found.why) == (None, 0, Why.NO_STATE)
+    assert (found.state, found.fetched.lease, found.why) == (None, 0, Miss.NO_STATE)
     assert house.store.figures()["pinned_nbytes"] == 0
     assert house.read() == []
 
 
 def test_where_nothing_is_kept_that_is_the_reason(house: House) -> None:
     (found,) = house.ask(1, 2)
-    assert (found.fetched.lease, found.why) == (0, Why.ABSENT)
+    assert (found.fetched.lease, found.why) == (0, Miss.NOT_STORED)
 
 
 def test_a_state_beyond_the_run_is_of_no_use_and_an_earlier_one_is_taken(house: House) -> None:
@@ -177,14 +178,14 @@ def test_a_state_that_does_not_come_gives_way_to_the_one_before(house: House) ->
     house.tier.keep(house.states.namespace + digest(3), b"short", b"")
     (found,) = house.ask(1, 2, 3)
     house.check(found, 1)
-    assert found.why is Why.NOT_LOADED
+    assert found.why is Miss.TIER_FAILED
 
 
 def test_where_the_only_state_does_not_come_that_is_the_reason(house: House) -> None:
     house.put(house.session, 1, 2, 3)
     house.tier.keep(house.states.namespace + digest(3), b"short", b"")
     (found,) = house.ask(1, 2, 3)
-    assert (found.state, found.fetched.lease, found.why) == (None, 0, Why.NOT_LOADED)
+    assert (found.state, found.fetched.lease, found.why) == (None, 0, Miss.TIER_FAILED)
 
 
 def test_a_tier_that_does_not_say_in_time_is_done_without(house: House) -> None:
@@ -218,7 +219,7 @@ def test_a_tier_that_does_not_say_costs_one_deadline_in_all(house: House, how: s
     assert house.walk.reads[0].breaker.failures == 1
     asked = len(house.tier.calls)
     (found,) = house.ask(1) if how == "fails" else [*house.ask(1), *house.ask(1)][:1]
-    assert (found.state, found.why, found.took_s) == (None, Why.LEFT_ALONE, 0.0)
+    assert (found.state, found.why, found.took_s) == (None, Miss.TIER_LEFT_ALONE, 0.0)
     assert len(house.tier.calls) <= asked + 1, "a probe at most"
     house.tier.open("contains")
 

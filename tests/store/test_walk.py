@@ -8,7 +8,7 @@ import pytest
 
 from kvkeep.errors import TierBusy
 from kvkeep.store.sessions import Opening
-from kvkeep.store.store import Why
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
@@ -38,7 +38,7 @@ def test_a_prefix_spread_over_pool_and_tiers_is_one_hit(house: House) -> None:
     (found,) = house.ask(1, 2, 3, 4, 5)
     assert house.holds(found, 1, 2, 3, 4)
     assert found.sources == {"pool": 1, "fast": 2, "slow": 1}
-    assert found.why is Why.ABSENT
+    assert found.why is Miss.NOT_STORED
     (again,) = house.ask(1, 2, 3, 4)
     assert again.sources == {"pool": 4}
     assert again.why is None
@@ -49,7 +49,7 @@ def test_a_fetch_for_what_no_tier_has_evicts_nothing_and_reads_nothing(loop: Man
     house.put(1, 2, 3, 4)
     house.loop.turn()
     (found,) = house.ask(7, 8)
-    assert (found.fetched.offsets, found.why) == ([], Why.ABSENT)
+    assert (found.fetched.offsets, found.why) == ([], Miss.NOT_STORED)
     assert house.store.figures()["evictions"] == 0
     assert [verb for verb, _ in house.fast.calls if verb == "load"] == []
     house.settle()
@@ -76,7 +76,7 @@ def test_what_nobody_can_find_after_its_session_goes_to_no_tier(loop: ManualLoop
     for tier in (house.fast, house.slow):
         assert [key[16:] for verb, keys in tier.calls if verb == "store" for key in keys] == [digest(1)]
     (found,) = house.ask(1, 2)
-    assert found.why is Why.ABSENT
+    assert found.why is Miss.NOT_STORED
     (found,) = house.ask(2)
     assert house.holds(found, 2)
     house.settle()
@@ -85,10 +85,10 @@ def test_what_nobody_can_find_after_its_session_goes_to_no_tier(loop: ManualLoop
 def test_without_sizes_or_a_deadline_only_the_pool_is_looked_at(house: House) -> None:
     house.on(house.fast, 1)
     (found,) = house.ask(1, deadline_s=0.0)
-    assert found.why is Why.ABSENT
+    assert found.why is Miss.NOT_STORED
     plain = house.store.open(Opening("test", b"n" * 16, "", CHUNK, holders=()))
     (found,) = house.ask(1, session=plain)
-    assert found.why is Why.ABSENT
+    assert found.why is Miss.NOT_STORED
     assert house.fast.calls == []
     house.store.close(plain)
 
@@ -108,7 +108,7 @@ def test_one_read_serves_all_who_wait_for_it(house: House) -> None:
 def test_a_chunk_of_another_shape_is_a_miss(house: House) -> None:
     house.fast.keep(house.session.namespace + digest(1), b"x" * 4096, sums(1))
     (found,) = house.ask(1)
-    assert (found.fetched.offsets, found.why) == ([], Why.NOT_LOADED)
+    assert (found.fetched.offsets, found.why) == ([], Miss.TIER_FAILED)
 
 
 def test_what_a_bad_tier_lost_is_a_miss_and_what_was_before_it_a_hit(house: House) -> None:
@@ -119,7 +119,7 @@ def test_what_a_bad_tier_lost_is_a_miss_and_what_was_before_it_a_hit(house: Hous
     house.fast.open("load")
     house.loop.turn()
     assert house.holds(waiting[0], 1)
-    assert waiting[0].why is Why.NOT_LOADED
+    assert waiting[0].why is Miss.TIER_FAILED
 
 
 # ---- room ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_it_takes_what_fits_now_and_never_waits_for_room(loop: ManualLoop) -> No
     (pinned,) = house.ask(11, 12)
     house.on(house.fast, 1, 2, 3)
     (found,) = house.ask(1, 2, 3)
-    assert found.why in (Why.NO_ROOM, Why.SHARE)
+    assert found.why in (Miss.POOL_FULL, Miss.PINNED_SHARE)
     assert len(found.fetched.offsets) <= 2
     assert pinned.fetched.lease
     house.settle()
@@ -142,11 +142,11 @@ def test_a_session_s_waiting_requests_pin_at_most_their_share(loop: ManualLoop) 
     house.on(house.fast, *range(100))
     house.fast.shut.add("load")
     waiting = [house.ask(*range(40)), house.ask(*range(40, 80))]
-    assert waiting[1][0].why is Why.SHARE
+    assert waiting[1][0].why is Miss.PINNED_SHARE
     house.fast.open("load")
     house.loop.turn()
     assert house.holds(waiting[0][0], *range(20))
-    assert waiting[0][0].why is Why.SHARE
+    assert waiting[0][0].why is Miss.PINNED_SHARE
     assert house.store.figures()["pinned_nbytes"] == 20 * CHUNK
     house.settle()
 
@@ -184,7 +184,7 @@ def test_at_its_deadline_a_request_gets_what_has_come(house: House) -> None:
     assert found == []
     house.loop.advance(DEADLINE_S)
     assert house.holds(found[0], 1)
-    assert found[0].why in (Why.DEADLINE, Why.NOT_LOADED)
+    assert found[0].why in (Miss.TIER_LATE, Miss.TIER_FAILED)
     house.slow.open("load")
 
 
@@ -216,7 +216,7 @@ def test_a_tier_that_does_not_say_what_it_has_costs_one_deadline(house: House) -
     found = house.ask(1)
     assert found == []
     house.loop.advance(DEADLINE_S)
-    assert found[0].why is Why.DEADLINE
+    assert found[0].why is Miss.TIER_LATE
     assert len(house.ask(1)) == 1
     house.fast.open("contains")
 
@@ -227,7 +227,7 @@ def test_a_request_that_waits_less_says_nothing_about_the_tier(house: House, ver
     house.fast.shut.add(verb)
     found = house.ask(1, deadline_s=DEADLINE_S / 10, limit_s=DEADLINE_S)
     house.loop.advance(DEADLINE_S / 10)
-    assert (found[0].why, found[0].took_s) == (Why.DEADLINE, DEADLINE_S / 10)
+    assert (found[0].why, found[0].took_s) == (Miss.TIER_LATE, DEADLINE_S / 10)
     house.loop.advance(DEADLINE_S / 2)
     assert house.walk.reads[0].breaker.failures == 0
     house.loop.advance(DEADLINE_S / 2)
@@ -251,7 +251,7 @@ def test_a_tier_that_failed_is_tried_with_a_probe_that_nobody_waits_for(house: H
     house.on(house.fast, 1)
     house.fast.broken.add("load")
     (found,) = house.ask(1)
-    assert found.why is Why.NOT_LOADED
+    assert found.why is Miss.TIER_FAILED
     calls = len(house.fast.calls)
     (found,) = house.ask(1)
     assert len(house.fast.calls) == calls, "it is left alone"
@@ -393,7 +393,7 @@ def test_a_tier_is_not_asked_for_a_chunk_whose_sums_are_of_another_shape(house: 
     assert house.store.commit(plain, got.lease, [0], [b"short"]) == [True]
     house.on(house.fast, 1)
     (found,) = house.ask(1)
-    assert (found.fetched.lease, found.why) == (0, Why.ABSENT)
+    assert (found.fetched.lease, found.why) == (0, Miss.NOT_STORED)
     house.settle()
 
 
@@ -458,7 +458,7 @@ def test_a_tier_that_comes_late_does_not_bring_back_what_was_cleared(loop: Manua
     loop.turn()
     assert admitted.done()
     assert house.fast.chunks == {}
-    assert house.ask(1)[0].why is Why.ABSENT
+    assert house.ask(1)[0].why is Miss.NOT_STORED
     house.store.close(other)
     house.settle()
 

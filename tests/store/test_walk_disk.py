@@ -16,8 +16,8 @@ from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.store import Store, Why
-from kvkeep.telemetry import by_flat_name
+from kvkeep.store.store import Store
+from kvkeep.telemetry import Miss, by_flat_name
 from kvkeep.testing.doubles.faulty_files import FaultyDisk
 from kvkeep.testing.suites.tiers import key, write_of
 from kvkeep.tiers.aligned import aligned_bytes
@@ -60,7 +60,7 @@ def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
         disk.hanging = frozenset({f"readv {path}"})
         assert (await asked(walk, session, 0, 1, deadline_s=SOON_S)).took_s >= SOON_S
         late = await asked(walk, session, 0, 1, deadline_s=EVER_S)
-        assert (late.fetched.offsets, late.why) == ([], Why.NOT_LOADED), "nobody waits for it again"
+        assert (late.fetched.offsets, late.why) == ([], Miss.TIER_FAILED), "nobody waits for it again"
         while not (other := await asked(walk, session, 2, 3, deadline_s=EVER_S)).fetched.offsets:
             await asyncio.sleep(SOON_S)  # it is left alone for a while
         assert (len(other.fetched.offsets), other.sources["disk"] > 0) == (2, True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from kvkeep.store.store import Why
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 
 from .house import CHUNK, DEADLINE_S, House, digest, payload, sums
@@ -36,13 +36,13 @@ def test_before_a_tier_is_open_a_miss_says_so(loop: ManualLoop) -> None:
     house.on(house.fast, 2)
     house.walk.filler.opening = True
     (found,) = house.ask(1, 2, 3)
-    assert (house.holds(found, 1), found.why) == (True, Why.OPENING)
+    assert (house.holds(found, 1), found.why) == (True, Miss.TIER_OPENING)
     assert house.ask(1)[0].why is None
-    assert house.ask(2, deadline_s=0.0)[0].why is Why.ABSENT, "whoever does not wait asks no tier"
+    assert house.ask(2, deadline_s=0.0)[0].why is Miss.NOT_STORED, "whoever does not wait asks no tier"
     loop.run_until_complete(house.walk.admit("fast", house.fast))
     house.walk.filler.opening = False
     (found,) = house.ask(1, 2, 3)
-    assert (house.holds(found, 1, 2), found.why) == (True, Why.ABSENT)
+    assert (house.holds(found, 1, 2), found.why) == (True, Miss.NOT_STORED)
     house.settle()
 
 
@@ -51,19 +51,19 @@ def test_where_one_tier_is_open_and_another_is_not_yet_a_miss_says_so(loop: Manu
     house.walk.filler.opening = True
     house.on(house.fast, 1)
     (found,) = house.ask(1, 2)
-    assert (house.holds(found, 1), found.why) == (True, Why.OPENING)
+    assert (house.holds(found, 1), found.why) == (True, Miss.TIER_OPENING)
     house.settle()
 
 
 def test_a_miss_while_a_tier_is_left_alone_says_so(house: House) -> None:
     house.on(house.fast, 1, 2)
     house.fast.broken.add("load")
-    assert house.ask(1)[0].why is Why.NOT_LOADED
-    assert house.ask(2)[0].why is Why.LEFT_ALONE
+    assert house.ask(1)[0].why is Miss.TIER_FAILED
+    assert house.ask(2)[0].why is Miss.TIER_LEFT_ALONE
     house.fast.broken.clear()
     house.loop.advance(1.1)
     house.ask(1)
-    assert house.ask(2, 3)[0].why is Why.ABSENT
+    assert house.ask(2, 3)[0].why is Miss.NOT_STORED
 
 
 def test_what_was_evicted_between_the_question_and_the_read_is_no_failure(house: House) -> None:
@@ -73,7 +73,7 @@ def test_what_was_evicted_between_the_question_and_the_read_is_no_failure(house:
     del house.fast.chunks[house.session.namespace + digest(2)]
     house.fast.open("load")
     house.loop.turn()
-    assert (house.holds(found[0], 1), found[0].why) == (True, Why.EVICTED)
+    assert (house.holds(found[0], 1), found[0].why) == (True, Miss.TIER_EVICTED)
     assert house.walk.reads[0].breaker.failures == 0
 
 
@@ -108,7 +108,7 @@ def test_a_chunk_whose_read_hangs_is_not_waited_for_when_its_tier_works_again(lo
     assert house.holds(found, 2, 3), "one read that hangs does not shut the tier"
     assert house.walk.reads[0].quarantined_nbytes == CHUNK
     (found,) = house.ask(1)
-    assert (found.fetched.offsets, found.why, found.took_s) == ([], Why.NOT_LOADED, 0.0)
+    assert (found.fetched.offsets, found.why, found.took_s) == ([], Miss.TIER_FAILED, 0.0)
     house.fast.open("load")
     house.settle()
 

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import NamedTuple
 
 from kvkeep.core.index import Index, IndexEntry, Outcome
@@ -21,26 +20,10 @@ from kvkeep.errors import WireError
 from kvkeep.store.lent import Early
 from kvkeep.store.namespaces import Namespaces, plain_identity, plain_name
 from kvkeep.store.sessions import Opening, ReadLease, Session, WriteLease
-from kvkeep.telemetry import Miss
 
 MAX_SUMS_NBYTES = 2 << 20  # of one answer: a frame has a bound
 MAX_RANGES = 32 << 10  # of a chunk, or of a state: a record holds more, and four chunks' sums fit an answer
 MAX_UNSIZED_SUMS_NBYTES = 64 << 10  # of a chunk of which nobody said how many ranges it has
-
-
-class Why(Enum):
-    """Why a fetched run is not longer."""
-
-    ABSENT = Miss.NOT_STORED
-    OPENING = Miss.TIER_OPENING
-    LEFT_ALONE = Miss.TIER_LEFT_ALONE
-    SHARE = Miss.PINNED_SHARE
-    NO_ROOM = Miss.POOL_FULL
-    BUSY = Miss.WRITING
-    NOT_LOADED = Miss.TIER_FAILED
-    EVICTED = Miss.TIER_EVICTED
-    DEADLINE = Miss.TIER_LATE
-    NO_STATE = Miss.NO_STATE
 
 
 class Fetched(NamedTuple):

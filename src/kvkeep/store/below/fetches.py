@@ -17,7 +17,8 @@ from kvkeep.store.below.filler import Filler
 from kvkeep.store.below.reads import Until
 from kvkeep.store.below.run import POOL, Run
 from kvkeep.store.sessions import Session
-from kvkeep.store.store import Fetched, Store, Why
+from kvkeep.store.store import Fetched, Store
+from kvkeep.telemetry import Miss
 
 
 class FetchLimits(NamedTuple):
@@ -44,7 +45,7 @@ class Found(NamedTuple):
 
     fetched: Fetched
     sources: Mapping[str, int]
-    why: Why | None
+    why: Miss | None
     took_s: float = 0.0
     words: Mapping[int, int] = MappingProxyType({})
     state: FoundState | None = None
@@ -67,8 +68,8 @@ class Fetches:
             return None
         fetched = self.store.fetch(session, digests)
         count = len(fetched.offsets)
-        why = None if count == len(digests) else Why.SHARE if count == room else Why.ABSENT
-        if why is Why.ABSENT and limits.deadline_s > 0:
+        why = None if count == len(digests) else Miss.PINNED_SHARE if count == room else Miss.NOT_STORED
+        if why is Miss.NOT_STORED and limits.deadline_s > 0:
             why = self.filler.absent(session)
         return Found(fetched, {POOL: count} if count else {}, why)
 
@@ -104,10 +105,10 @@ class Fetches:
                     await self.filler.fill(state, until)
                     if state.chunks:
                         if index + 1 < len(digests):
-                            run.cut(index + 1, why or Why.NO_STATE)
+                            run.cut(index + 1, why or Miss.NO_STATE)
                         found = FoundState(fetched=state.lend(), source=state.sources[0])
                         return _lent(run)._replace(state=found)
-                    why = why or (state.why if state.why is not Why.ABSENT else None)
+                    why = why or (state.why if state.why is not Miss.NOT_STORED else None)
         return Found(Fetched(0, [], {}), {}, why or self._no_state(session, digests, ends))
 
     async def _state_indexes(self, states: Session, digests: Sequence[bytes], until: Until) -> list[int]:
@@ -120,11 +121,11 @@ class Fetches:
             known |= {index: tier is not None for index, tier in zip(lacking, where, strict=True)}
         return [index for index, there in known.items() if there]
 
-    def _no_state(self, session: Session, digests: Sequence[bytes], ends: Sequence[int]) -> Why:
+    def _no_state(self, session: Session, digests: Sequence[bytes], ends: Sequence[int]) -> Miss:
         """Why there is no state although nothing failed: a tier that cannot be asked now may have one."""
         kept = bool(ends) or any(self.store.index.contains(self.store.keys(session, digests[:1])))
         why = self.filler.absent(session)
-        return Why.NO_STATE if kept and why is Why.ABSENT else why
+        return Miss.NO_STATE if kept and why is Miss.NOT_STORED else why
 
 
 def _lent(run: Run) -> Found:

@@ -18,9 +18,9 @@ from kvkeep.store.below.reads import TierReads, Until
 from kvkeep.store.below.run import Run
 from kvkeep.store.lent import Early
 from kvkeep.store.sessions import Session
-from kvkeep.store.store import Why
+from kvkeep.telemetry import Miss
 
-REFUSED = {Outcome.NO_ROOM: Why.NO_ROOM, Outcome.BUSY: Why.BUSY, Outcome.PRESENT: Why.ABSENT}
+REFUSED = {Outcome.NO_ROOM: Miss.POOL_FULL, Outcome.BUSY: Miss.WRITING, Outcome.PRESENT: Miss.NOT_STORED}
 
 
 @dataclass
@@ -39,13 +39,13 @@ class Filler:
         """Whether a tier could have what the pool lacks."""
         return bool(self.tiers) and bool(session.opening.sizes) and wait_s > 0
 
-    def absent(self, session: Session) -> Why:
+    def absent(self, session: Session) -> Miss:
         """Why a chunk is missed that no tier says it has: a tier that cannot be asked now may have it."""
         if not session.opening.sizes:
-            return Why.ABSENT
+            return Miss.NOT_STORED
         if any(tier.gate() is not Gate.CLOSED for tier in self.tiers):
-            return Why.LEFT_ALONE
-        return Why.OPENING if self.opening else Why.ABSENT
+            return Miss.TIER_LEFT_ALONE
+        return Miss.TIER_OPENING if self.opening else Miss.NOT_STORED
 
     async def fill(self, run: Run, until: Until, early: bool = False) -> None:
         """Pin the longest run that the pool has, or gets by the end of `until`; `early`: lend what is on its way."""
@@ -53,12 +53,12 @@ class Filler:
         if run.missing and self.may_help(run.session, until.left_s):
             await self._fill_from_tiers(run, until, early)
         elif run.missing:
-            run.why = self.absent(run.session) if until.left_s else Why.ABSENT
+            run.why = self.absent(run.session) if until.left_s else Miss.NOT_STORED
 
     async def _fill_from_tiers(self, run: Run, until: Until, early: bool) -> None:
         where, in_time = await self.locate(run.session, run.missing, until)
         if not in_time:
-            run.why = Why.DEADLINE
+            run.why = Miss.TIER_LATE
             return
         promotions = self._promote(run, where)
         lent = early and self._lend_early(run, until.limit_s)
@@ -102,7 +102,7 @@ class Filler:
             elif promotion is None and tier is not None:
                 wanted.append((len(run.chunks) + len(wanted), key, tier))
             else:
-                run.why = Why.NOT_LOADED if promotion is not None else self.absent(run.session)
+                run.why = Miss.TIER_FAILED if promotion is not None else self.absent(run.session)
                 break
         sizes = run.session.opening.sizes
         keys, tiers = [key for _, key, _ in wanted], [tier for *_, tier in wanted]
@@ -121,10 +121,10 @@ class Filler:
             if not chunk.outcome.done():
                 await asyncio.wait({chunk.outcome}, timeout=until.left_s)
             if not chunk.outcome.done():
-                run.cut(index, Why.DEADLINE)
+                run.cut(index, Miss.TIER_LATE)
                 return
             if not chunk.outcome.result():
-                run.cut(index, Why.EVICTED if chunk.gone else Why.NOT_LOADED)
+                run.cut(index, Miss.TIER_EVICTED if chunk.gone else Miss.TIER_FAILED)
                 return
             run.arrive(index)
 

@@ -12,7 +12,8 @@ from typing import Self
 from kvkeep.core.index import IndexEntry
 from kvkeep.store.below.promotions import Promotion
 from kvkeep.store.sessions import Session
-from kvkeep.store.store import Fetched, Store, Why, is_shaped
+from kvkeep.store.store import Fetched, Store, is_shaped
+from kvkeep.telemetry import Miss
 
 POOL = "pool"
 
@@ -30,13 +31,13 @@ class Run:
     digests: Sequence[bytes]
     chunks: list[IndexEntry | Promotion] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    why: Why | None = None
+    why: Miss | None = None
     _promised_nbytes: int = 0
 
     def __post_init__(self) -> None:
         allowed = self.digests[: self.store.room(self.session)]
         self.keys = self.store.keys(self.session, allowed)
-        self.why = None if len(allowed) == len(self.digests) else Why.SHARE
+        self.why = None if len(allowed) == len(self.digests) else Miss.PINNED_SHARE
         self._shape = self.store.shape(self.session)
 
     def __enter__(self) -> Self:
@@ -95,7 +96,7 @@ class Run:
         """The chunk at `index` is readable, and pinned for this run."""
         self.chunks[index] = _entry(self.chunks[index])
 
-    def cut(self, count: int, why: Why) -> None:
+    def cut(self, count: int, why: Miss) -> None:
         """Keep the first `count` chunks and give the others back."""
         self._drop(count)
         self.why = why
@@ -104,7 +105,7 @@ class Run:
         """Count its chunks as used now, the first one last; cut the run where one was cleared meanwhile."""
         alive = self.store.index.touch([_entry(chunk) for chunk in self.chunks])
         if alive < len(self.chunks):
-            self.cut(alive, Why.ABSENT)
+            self.cut(alive, Miss.NOT_STORED)
 
     def lend(self) -> Fetched:
         """A lease on its chunks, which takes over their pins; it holds early what is still on its way."""

@@ -73,7 +73,7 @@ class Answers:
             offsets=offsets,
             sums=sums,
             sources=dict(found.sources),
-            why=found.why.value if found.why is not None else None,
+            why=found.why,
             took_s=found.took_s,
             state=self._state_of(found),
             progress=dict(found.words),
