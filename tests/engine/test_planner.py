@@ -763,6 +763,7 @@ def test_a_question_from_before_a_reset_is_not_answered_by_old_weights(hasty: Be
         ({"pool": 1, "disk": 1}, 511, {"pool": 256, "disk": 255}),
         ({"disk": 3, "pool": 1}, 1023, {"disk": 768, "pool": 255}),
         ({"disk": 2}, 1, {"disk": 1}),
+        ({"any_tier": 1, "pool": 1}, 512, {"any_tier": 256, "pool": 256}),
     ],
 )
 def test_claimed_tokens_by_source_add_up(sources: dict[str, int], tokens: int, split: dict[str, int]) -> None:
@@ -900,6 +901,25 @@ def test_gauges_of_the_pool_follow_every_answer_and_every_store(bench: Bench) ->
     bench.find_store()
     bench.planner.match(asking("t", range(600)), 0)
     assert gauges() == [pool, 0, 0]
+
+
+def test_sums_that_fill_no_frame_together_are_committed_in_several_messages(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvkeep.wire.messages.COMMIT_NBYTES", 1)
+    client, lengths = bench.link.client, []
+    assert client is not None
+    commit = client.commit
+
+    def counted(lease: StoreLease, indexes: Any, sums: Any) -> Any:
+        lengths.append(len(sums))
+        return commit(lease, indexes, sums)
+
+    client.commit = counted  # type: ignore[method-assign]
+    bench.keep(range(512))
+    assert lengths == [1, 1]
+    assert bench.figures()["chunks"] == 2
+    assert bench.match(asking("r", range(600))) == 512
 
 
 def test_a_load_that_fails_for_want_of_a_dead_store_s_pool_drops_nothing_of_the_new_one(bench: Bench) -> None:
@@ -1051,6 +1071,18 @@ def test_a_tier_is_as_slow_as_the_store_found_it_however_late_the_engine_looks()
         bench.planner.match(request, 0)
         client.wait = wait  # type: ignore[method-assign]
         assert bench.planner._estimate.worth_s((0, 512), 2 * bench.layout.nbytes) == pytest.approx(0.512)
+
+
+def test_chunks_of_a_tier_of_any_name_are_counted_under_it() -> None:
+    with bench_of() as bench:
+        client = bench.link.client
+        assert client is not None
+        found = Matched(call=1, sources={"valkey_east": 2, "pool": 1}, took_s=0.01)
+        client.wait, wait = lambda call, limit_s: found, client.wait  # type: ignore[method-assign,assignment]
+        assert bench.planner.match(asking("r", range(600)), 0) == 0
+        client.wait = wait  # type: ignore[method-assign]
+        counts = {row.tier: row.value for row in bench.planner.figures.rows() if row.name == "fetched_chunks"}
+        assert counts == {"pool": 1, "valkey_east": 2}
 
 
 def test_a_step_without_a_forward_is_no_pace() -> None:

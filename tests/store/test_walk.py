@@ -615,3 +615,9 @@ def test_what_nobody_could_find_again_is_not_lost_at_the_end(house: House) -> No
     house.loop.turn()
     assert ended(house) == (1, 0)
     house.store.close(plain)
+
+
+@pytest.mark.parametrize("name", ["pool", "", "Disk", "a tier", "1st", "x" * 33, "disk\n"])
+def test_a_tier_s_name_can_be_a_label_of_metrics(house: House, name: str) -> None:
+    with pytest.raises(ValueError, match="a tier's name"):
+        house.walk.add(name, house.walk.reads[0].tier)

@@ -135,9 +135,31 @@ def test_a_second_engine_of_a_process_takes_the_names_of_its_figures_over() -> N
     types = {kind: kind for kind in (Counter, Gauge, Histogram)}
     for _ in range(2):
         metrics = KVKeepPromMetrics(SimpleNamespace(kv_transfer_config=None), types, ["engine"], {0: ["0"]})
-        metrics.observe({"lookups": 3, "pool_nbytes": 4096})
+        metrics.observe({"lookups": 3, "pool_nbytes": 4096, "fetched_chunks:disk": 2, "fetched_chunks:any_tier": 1})
+        metrics.observe({"another": 3, "another:disk": 3, "fetched_chunks:disk": 5}, engine_idx=7)  # nobody's
     assert REGISTRY.get_sample_value("kvkeep_lookups_total", {"engine": "0"}) == 3
     assert REGISTRY.get_sample_value("kvkeep_pool_nbytes", {"engine": "0"}) == 4096
+    for tier, count in (("disk", 2), ("any_tier", 1)):
+        assert REGISTRY.get_sample_value("kvkeep_fetched_chunks_total", {"engine": "0", "tier": tier}) == count
+
+
+def test_figures_of_tiers_are_differences_and_add_up_as_vllm_adds_them() -> None:
+    from kvkeep.doors.vllm.metrics import Differences
+    from kvkeep.telemetry import Figure
+
+    differences = Differences()
+    first = differences.since_last([Figure("lookups", "", 1), Figure("fetched_chunks", "disk", 2)])
+    assert differences.since_last([Figure("lookups", "", 1), Figure("fetched_chunks", "disk", 2)]) is None
+    second = differences.since_last(
+        [Figure("lookups", "", 2), Figure("fetched_chunks", "disk", 5), Figure("pool_nbytes", "", 7)]
+    )
+    assert first is not None and second is not None  # noqa: PT018
+    assert second.data == {"lookups": 1, "fetched_chunks:disk": 3, "pool_nbytes": 7}
+    assert first.aggregate(second).aggregate(second).data == {
+        "lookups": 3,
+        "fetched_chunks:disk": 8,
+        "pool_nbytes": 7,
+    }
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from kvkeep.store.below.reads import TierReads
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.store.tasks import Tasks
-from kvkeep.telemetry import Figure
+from kvkeep.telemetry import POOL, SOURCE_PATTERN, Figure
 from kvkeep.tiers.tier import OPENING, Bytes, Tier
 
 log = logging.getLogger("kvkeep.store")
@@ -101,8 +102,11 @@ class TierWalk:
     def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1) -> None:
         """Takes in a tier below all others, and writes to it what the pool has.
 
-        `figures` tells its own numbers, `max_reads` are how many it does at once.
+        `figures` tells its own numbers, `max_reads` are how many it does at once. ValueError for a name that cannot be a
+        label of metrics.
         """
+        if name == POOL or re.fullmatch(SOURCE_PATTERN, name) is None:
+            raise ValueError(f"a tier's name matches {SOURCE_PATTERN} and is not {POOL}: {name!r}")
         held_nbytes = self.store.pool_nbytes // HELD_SHARE
         spared_nbytes = self.store.pool_nbytes // SPARED_SHARE
         options = FlushOptions(min(BATCH_NBYTES, held_nbytes // 2), held_nbytes, spared_nbytes)
