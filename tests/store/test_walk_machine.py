@@ -64,7 +64,7 @@ class WalkMachine(RuleBasedStateMachine):
         self.early: list[Promised] = []
         self.tiers = [GateTier(), GateTier()]
         for number, tier in enumerate(self.tiers):
-            self.walk.add(f"tier {number}", tier, max_reads=1 + number)
+            self.walk.add(f"tier_{number}", tier, max_reads=1 + number)
         self.epoch = 0
         self.clearing = False
         self.sessions = [self.open(), self.open()]
