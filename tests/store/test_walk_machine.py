@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
-from kvkeep.memory.progress import Arrival, Words
+from kvkeep.memory.progress import Progress, ProgressTable
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.sessions import Opening, Session, WriteLease
@@ -47,7 +47,7 @@ class Promised:
 
     session: Session
     lease: int
-    word: Arrival
+    word: Progress
     offset: int
     bytes: list[np.ndarray]
     seen: int = 0
@@ -59,7 +59,7 @@ class WalkMachine(RuleBasedStateMachine):
         self.loop = ManualLoop()
         self.memory = np.zeros(ROOM * CHUNK + WORDS * 4, dtype=np.uint8)
         self.store = Store(Index(FreeList(ROOM * CHUNK), policy_by_name("lru")), ROOM * CHUNK, 0.5)
-        self.words = Words(self.memory, ROOM * CHUNK)
+        self.words = ProgressTable(self.memory, ROOM * CHUNK)
         self.walk = TierWalk(self.store, self.memory, self.words)
         self.early: list[Promised] = []
         self.tiers = [GateTier(), GateTier()]
@@ -114,7 +114,7 @@ class WalkMachine(RuleBasedStateMachine):
             for place, (number, offset) in enumerate(zip(numbers, found.fetched.offsets, strict=False)):
                 made = [payload(number, epoch) for epoch in (self.epoch - self.clearing, self.epoch)]
                 if place in found.words:
-                    word = Arrival(self.memory[found.words[place] :][:4].view(np.uint32))
+                    word = Progress(self.memory[found.words[place] :][:4].view(np.uint32))
                     self.early.append(Promised(one, found.fetched.lease, word, offset, made))
                 else:
                     assert any((self.memory[offset : offset + CHUNK] == octets).all() for octets in made), number

@@ -102,8 +102,8 @@ class TierWalk:
     def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1) -> None:
         """Takes in a tier below all others, and writes to it what the pool has.
 
-        `figures` tells its own counts, `max_reads` are how many reads it does at once. ValueError for a name that cannot
-        be a label of metrics.
+        `figures` tells its own counts, `max_reads` are how many reads it does at once. ValueError for a name that
+        cannot be a label of metrics.
         """
         if name == POOL or re.fullmatch(SOURCE_PATTERN, name) is None:
             raise ValueError(f"a tier's name matches {SOURCE_PATTERN} and is not {POOL}: {name!r}")
