@@ -104,27 +104,27 @@ class Bench:
 
     def store(self, which: str, layerwise: bool) -> float:
         """A prompt that nobody has seen."""
-        one, new = self.engines[which], fresh(self.numbers, COPIED_TOKENS)
+        engine, new = self.engines[which], fresh(self.numbers, COPIED_TOKENS)
 
         def action() -> int:
             if not layerwise:
-                return one.store(new, self.tables[0])
-            before = one.figures.count("stored_tokens")
-            for _ in one.store_layer(new, self.tables[0]):
+                return engine.store(new, self.tables[0])
+            before = engine.figures.count("stored_tokens")
+            for _ in engine.store_layer(new, self.tables[0]):
                 pass
-            return one.figures.count("stored_tokens") - before
+            return engine.figures.count("stored_tokens") - before
 
         return self.rate(action)
 
     def retrieve(self, layerwise: bool, at: int = 0) -> float:
         """The prompt, into other blocks than it came from."""
-        one = self.engines[""]
-        one.store(self.tokens, self.tables[0])  # stores of others may have displaced it
+        engine = self.engines[""]
+        engine.store(self.tokens, self.tables[0])  # stores of others may have displaced it
 
         def action() -> int:
             if not layerwise:
-                return int(one.retrieve(self.tokens, self.tables[1], at=at).sum())
-            *_, mask = one.retrieve_layer(self.tokens, self.tables[1], at=at)
+                return int(engine.retrieve(self.tokens, self.tables[1], at=at).sum())
+            *_, mask = engine.retrieve_layer(self.tokens, self.tables[1], at=at)
             assert isinstance(mask, np.ndarray)
             return int(mask.sum())
 
@@ -150,26 +150,28 @@ def bench() -> Iterator[Bench]:
     num_blocks = 1 + 2 * per_prompt
     shape = (2, num_blocks, BLOCK_TOKENS, 8, 128)
     layers = [torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16) for _ in range(LAYERS)]
-    groups = [GroupCaches({f"layer {n}": one for n, one in enumerate(layers)}, num_blocks, BLOCK_TOKENS, 0)]
+    groups = [GroupCaches({f"layer {n}": cache for n, cache in enumerate(layers)}, num_blocks, BLOCK_TOKENS, 0)]
     transfer = ReferenceTransfer(groups, CHUNK_TOKENS)
     ids = np.random.default_rng(2).permutation(np.arange(1, num_blocks))
     tables = ([ids[:per_prompt]], [ids[per_prompt:]])
     pool_chunks = 3 * COPIED_TOKENS // CHUNK_TOKENS
-    engines = {name: engine(one, pool_chunks, groups) for name, one in (("", transfer), ("-no-sums", NoSums(transfer)))}
+    engines = {
+        name: engine(made, pool_chunks, groups) for name, made in (("", transfer), ("-no-sums", NoSums(transfer)))
+    }
     numbers = np.random.default_rng(3)
     region = Region.create(pool_chunks * transfer.shard.nbytes)
     region.populate(0, region.nbytes)
     region.array[:] = 1
     try:
-        for one in engines.values():
+        for library in engines.values():
             for _ in range(4):  # every page of the pool has been touched after these
-                one.store(fresh(numbers, COPIED_TOKENS), tables[0])
+                library.store(fresh(numbers, COPIED_TOKENS), tables[0])
         moves = moved(layers, tables[0][0], region, transfer.shard), moved(layers, tables[1][0], region, transfer.shard)
         back = [(there, here) for here, there in moves[1]]
-        yield Bench(engines, tables, (moves[0], back), fresh(numbers, COPIED_TOKENS), numbers)
+        yield Bench(engines, tables, (moves[0], back), fresh(numbers, COPIED_TOKENS), numbers=numbers)
     finally:
-        for one in engines.values():
-            one.close()
+        for library in engines.values():
+            library.close()
         region.close()
 
 
@@ -180,8 +182,8 @@ def moved(
     base, per_chunk, pairs = region.array.ctypes.data, shard.blocks(0), []
     for number in range(len(ids) // per_chunk):
         chunk = ids[number * per_chunk : (number + 1) * per_chunk].tolist()
-        for one, layer in zip(shard.ranges, layers, strict=True):
-            there = base + number * shard.nbytes + one.offset
+        for range_, layer in zip(shard.ranges, layers, strict=True):
+            there = base + number * shard.nbytes + range_.offset
             for part in (layer[0].data_ptr(), layer[1].data_ptr()):
                 pairs += [(there + n * PAGE_NBYTES, part + i * PAGE_NBYTES) for n, i in enumerate(chunk)]
                 there += per_chunk * PAGE_NBYTES
@@ -191,12 +193,12 @@ def moved(
 def copy_rows(runs: int, layerwise: bool) -> list[Row]:
     """Store and retrieve of a prompt of 2,048 tokens, each beside the same blocks' memmove."""
     name, goal = ("layerwise", ">= 0.9") if layerwise else ("bulk", ">= 1.0")
-    with bench() as one:
+    with bench() as made:
         cases: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = [
-            (f"{name}-store", goal, lambda: one.store("", layerwise), lambda: one.memmove(True)),
-            (f"{name}-retrieve", goal, lambda: one.retrieve(layerwise), lambda: one.memmove(False)),
-            (f"{name}-retrieve-moved", "", lambda: one.retrieve(layerwise, ELSEWHERE), lambda: one.memmove(False)),
-            (f"{name}-store-no-sums", "", lambda: one.store("-no-sums", layerwise), lambda: one.memmove(True)),
+            (f"{name}-store", goal, lambda: made.store("", layerwise), lambda: made.memmove(True)),
+            (f"{name}-retrieve", goal, lambda: made.retrieve(layerwise), lambda: made.memmove(False)),
+            (f"{name}-retrieve-moved", "", lambda: made.retrieve(layerwise, ELSEWHERE), lambda: made.memmove(False)),
+            (f"{name}-store-no-sums", "", lambda: made.store("-no-sums", layerwise), lambda: made.memmove(True)),
         ]
         return [
             Case(case, "GB/s", "memmove of each block", "higher", asked).row(*alternate(runs, ours, theirs))

@@ -11,7 +11,7 @@ from itertools import pairwise, repeat
 
 import numpy as np
 
-from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds
+from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds, expect
 from kvkeep.core import cbor
 from kvkeep.core.allocator import Allocator, FreeList
 from kvkeep.core.index import Index, IndexEntry
@@ -53,7 +53,7 @@ def key_rows(runs: int) -> list[Row]:
     made = []
     everything = PROMPT_TOKENS // CHUNK_TOKENS
     for name, tokens, goal in (("keys-array", whole, ">= 60 Mtok/s"), ("keys-list", whole.tolist(), ">= 25 Mtok/s")):
-        case = Case(name, "Mtok/s", "SHA-256 of the same bytes", "higher", goal)
+        case = Case(name, "Mtok/s", "SHA-256 of the same bytes", "higher", goal=goal)
         ours = rate(lambda tokens=tokens: Chain(CHUNK_TOKENS, none_hash()).extend(tokens))  # type: ignore[misc]
         made.append(case.row(*alternate(runs, ours, rate(lambda: hashing(everything)))))
     case = Case("keys-one-more-chunk", "us", "SHA-256 of a chunk")
@@ -63,7 +63,7 @@ def key_rows(runs: int) -> list[Row]:
 def alloc_rows(runs: int) -> list[Row]:
     """One allocate and free, beside one entry put into a dict and taken out again."""
     draw = np.random.default_rng(5)
-    sizes = [PAGE * int(one) for one in draw.integers(1, 512, ROUNDS)]
+    sizes = [PAGE * int(size) for size in draw.integers(1, 512, ROUNDS)]
     holes, full = with_holes(), with_holes()
     cases: list[tuple[str, str, Callable[[], None]]] = [
         ("freelist", "<= 4 us", cycle(FreeList(1 << 40), sizes)),
@@ -116,7 +116,7 @@ def with_holes() -> FreeList:
     """A free list with 8,192 holes of 512 random sizes, none beside another."""
     draw = np.random.default_rng(6)
     free_list = FreeList(1 << 40)
-    extents = [free_list.allocate(PAGE * int(one)) for one in draw.integers(1, 513, 2 * HOLES)]
+    extents = [free_list.allocate(PAGE * int(size)) for size in draw.integers(1, 513, 2 * HOLES)]
     free_list.allocate(free_list.free_nbytes)
     for extent in extents[1::2]:
         assert extent is not None
@@ -166,11 +166,11 @@ def churning(index: Index) -> Callable[[], float]:
         number += ROUNDS
 
         def action() -> None:
-            for one in wanted:
-                store(index, one)
+            for key in wanted:
+                store(index, key)
 
         spent_s = cpu_seconds(action)
-        assert index.stats().evictions == before + ROUNDS
+        expect(index.stats().evictions == before + ROUNDS, "each store evicts a chunk")
         return 1e6 * spent_s / ROUNDS
 
     return measure

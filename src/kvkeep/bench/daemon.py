@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from kvkeep.bench.rows import Case, Row, say
+from kvkeep.bench.rows import Case, Row, expect, say
 from kvkeep.config import Config
 from kvkeep.errors import StoreGone
 from kvkeep.wire.client import Client, Joining
@@ -82,25 +82,25 @@ def client(path: Path, chunk_nbytes: int) -> Client:
     return Joining(joined(path), hello(chunk_nbytes)).wait(LIMIT_S)
 
 
-def fill(one: Client, count: int) -> list[bytes]:
+def fill(joined: Client, count: int) -> list[bytes]:
     """Commits chunks without moving a byte; their digests."""
     digests = [secrets.token_bytes(32) for _ in range(count)]
-    granted = one.wait(one.reserve(digests), LIMIT_S)
+    granted = joined.wait(joined.reserve(digests), LIMIT_S)
     assert isinstance(granted, Granted)
     assert min(granted.offsets) >= 0
-    one.wait(one.commit(granted.lease, range(count), [bytes(1024)] * count), LIMIT_S)
-    one.release(granted.lease)
+    joined.wait(joined.commit(granted.lease, range(count), [bytes(1024)] * count), LIMIT_S)
+    joined.release(granted.lease)
     return digests
 
 
-def look_up(one: Client, digests: list[bytes]) -> float:
+def look_up(joined: Client, digests: list[bytes]) -> float:
     """One lookup that finds all: how long the answer took."""
     start = time.perf_counter()
-    answer = one.wait(one.fetch(digests), LIMIT_S)
+    answer = joined.wait(joined.fetch(digests), LIMIT_S)
     took = time.perf_counter() - start
     assert isinstance(answer, Matched)
-    assert len(answer.offsets) == len(digests)
-    one.release(answer.lease)
+    expect(len(answer.offsets) == len(digests), "every chunk is found")
+    joined.release(answer.lease)
     return took
 
 
@@ -115,16 +115,16 @@ def lookups(path: Path, rate: float, count: int) -> list[float]:
 
 
 def _asking(path: Path, rate: float, count: int, out: Connection) -> None:
-    one = client(path, SMALL_NBYTES)
-    digests = fill(one, CHUNKS)
+    joined = client(path, SMALL_NBYTES)
+    digests = fill(joined, CHUNKS)
     times, due_s = [], time.perf_counter() + 0.2
     for _ in range(count):
         if rate:
             time.sleep(max(0.0, due_s - time.perf_counter()))
             due_s += 1 / rate
-        times.append(look_up(one, digests))
+        times.append(look_up(joined, digests))
     out.send(times)
-    one.close()
+    joined.close()
 
 
 def bare_round_trips(rate: float, count: int, nbytes: int = CHUNKS * 32) -> list[float]:
@@ -189,16 +189,16 @@ def idle_rows(runs: int) -> list[Row]:
         for _ in range(runs):
             clients[0].wait(clients[0].stats(), LIMIT_S)
             mib.append(_own_mib(pid))
-        for one in clients:
-            one.close()
+        for joined in clients:
+            joined.close()
     return [Case("daemon-idle-mib", "MiB", "one", goal="<= 60 MiB").row(mib, [1.0])]
 
 
 def _alone(path: Path, count: int) -> float:
-    one = client(path, SMALL_NBYTES)
-    digests = fill(one, count)
-    times = sorted(look_up(one, digests) for _ in range(LOOKUPS))
-    one.close()
+    joined = client(path, SMALL_NBYTES)
+    digests = fill(joined, count)
+    times = sorted(look_up(joined, digests) for _ in range(LOOKUPS))
+    joined.close()
     return _share(times, 50)
 
 

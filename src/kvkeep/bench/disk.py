@@ -68,7 +68,7 @@ class Maker:
         self, nbytes: int, chunks: int, durability: Durability = Durability.NONE, direct: bool = True
     ) -> Iterator[Sides]:
         """Sides that are ended and removed."""
-        sides = Sides(self._root / str(next(self._numbers)), nbytes, chunks, durability, direct)
+        sides = Sides(self._root / str(next(self._numbers)), nbytes, chunks, durability, direct=direct)
         try:
             yield sides
         finally:
@@ -90,7 +90,7 @@ def transfer_rows(make: Maker, size: Size, runs: int) -> list[Row]:
         ("store", "pwritev", WRITERS, written),
         ("load", "preadv", READERS, read),
     ):
-        case = Case(f"disk-{verb}-{size.name}", "GB/s", f"{call}, {how}, {threads} threads", "higher", size.goal)
+        case = Case(f"disk-{verb}-{size.name}", "GB/s", f"{call}, {how}, {threads} threads", "higher", goal=size.goal)
         made.append(case.row(values[0], values[1]))
         if len(values) > 2:
             fio = Case(f"disk-{verb}-{size.name}-vs-fio", "GB/s", f"fio, {how}, {threads} threads", "higher")
@@ -119,8 +119,8 @@ def verify_rows(make: Maker, runs: int) -> list[Row]:
         numbers = count()
 
         def verify() -> float:
-            one = sides.writes[next(numbers) % 4]
-            return seconds(lambda: first_bad_range(one.payload, one.sizes, one.sums)) * 1e3
+            write = sides.writes[next(numbers) % 4]
+            return seconds(lambda: first_bad_range(write.payload, write.sizes, write.sums)) * 1e3
 
         def read() -> float:
             return seconds(lambda: sides.raw_read(next(numbers) % 4)) * 1e3

@@ -61,7 +61,7 @@ class Sides:
         self.memory = self.region.array
         self.memory[:] = np.random.default_rng(1).integers(0, 256, self.memory.nbytes, np.uint8)
         self.writes = [chunk(self.memory, number, nbytes) for number in range(count)]
-        self.reads = [Read(one.key, one.sizes, one.payload) for one in self.writes]
+        self.reads = [Read(write.key, write.sizes, write.payload) for write in self.writes]
         self.record_nbytes = record_nbytes(self.writes[0].sizes)
         self.nbytes = count * self.record_nbytes
         self.headers = [aligned_bytes(self.record_nbytes - nbytes) for _ in range(count)]
@@ -93,7 +93,7 @@ class Sides:
 
     def delete(self) -> None:
         """All chunks."""
-        self.loop.run_until_complete(self.tier.delete([one.key for one in self.writes]))
+        self.loop.run_until_complete(self.tier.delete([write.key for write in self.writes]))
 
     def raw_load(self, cold: bool = True) -> float:
         """The same files by preadv, from as many threads."""
@@ -125,8 +125,8 @@ class Sides:
     def _cold(self) -> None:
         if self.direct:
             return
-        for one in self.writes:
-            fd = os.open(self.path(one.key), os.O_RDONLY)
+        for write in self.writes:
+            fd = os.open(self.path(write.key), os.O_RDONLY)
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)

@@ -63,8 +63,8 @@ def verb_rows(runs: int) -> list[Row]:
     shard = ShardLayout(CHUNK_TOKENS, (GroupLayout(BLOCK_TOKENS, 0, layers),))
     numbers = np.random.default_rng(1)
     table = np.arange(1, TOKENS // BLOCK_TOKENS + 1)
-    with engine(StillTransfer(shard), 3 * CHUNKS, []) as one:
-        verbs = Verbs(one, fresh(numbers, TOKENS), table, numbers)
+    with engine(StillTransfer(shard), 3 * CHUNKS, []) as library:
+        verbs = Verbs(library, fresh(numbers, TOKENS), table, numbers)
         cases: list[tuple[str, Callable[[], float], str]] = [
             ("store-chunk", verbs.store, "<= 15 us"),
             ("retrieve-chunk", verbs.retrieve, "<= 15 us"),
@@ -73,7 +73,7 @@ def verb_rows(runs: int) -> list[Row]:
         ]
         made = []
         for name, measure, goal in cases:
-            one.store(verbs.tokens, [table])  # the stores before may have displaced them
+            library.store(verbs.tokens, [table])  # the stores before may have displaced them
             case = Case(name, "us", "a bare round trip, by as many chunks", goal=goal)
             made.append(case.row(*alternate(runs, measure, verbs.trip)))
         return made

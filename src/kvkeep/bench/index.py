@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvkeep.bench.core import ENTRIES, each, filled, keys, store
-from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds
+from kvkeep.bench.rows import Case, Row, alternate, cpu_seconds, expect
 from kvkeep.core.index import Index
 from kvkeep.core.key import key_of
 
@@ -46,7 +46,7 @@ def index_rows(runs: int) -> list[Row]:
 def looked_up(index: Index, digests: list[bytes]) -> None:
     """What a fetch and its release do: keys, pins, unpins."""
     run = index.pin_prefix([key_of(bytes(16), digest) for digest in digests])
-    assert len(run) == len(digests)
+    expect(len(run) == len(digests), "every chunk is found")
     index.unpin(run)
 
 
@@ -82,7 +82,7 @@ def bytes_per_chunk(what: str, count: int) -> float:
     kept: Index | dict[bytes, int]
     if what == "index":
         kept = filled(count)
-        assert kept.stats().committed_entries == count
+        expect(kept.stats().committed_entries == count, "every chunk is kept")
     else:
         kept = dict.fromkeys(keys(0, count), 0)
     return (resident_nbytes() - before) / count

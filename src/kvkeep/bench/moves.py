@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.bench.daemon import LIMIT_S, client, serving
-from kvkeep.bench.rows import Case, Row, alternate, seconds
+from kvkeep.bench.rows import Case, Row, alternate, expect, seconds
 from kvkeep.memory.region import Region
 from kvkeep.wire.client import Client
 from kvkeep.wire.messages import Granted, Matched
@@ -33,8 +33,8 @@ Octets = npt.NDArray[np.uint8]
 class PieceMover:
     """One client over an engine's cache of blocks, layer by layer, and bare memory to compare with."""
 
-    def __init__(self, one: Client, pool: Octets, bare: Octets) -> None:
-        self.one, self.pool, self.bare = one, pool, bare
+    def __init__(self, joined: Client, pool: Octets, bare: Octets) -> None:
+        self.joined, self.pool, self.bare = joined, pool, bare
         self.blocks = aligned(MOVED_NBYTES).reshape(LAYERS, MOVED_NBYTES // BLOCK_NBYTES, BLOCK_NBYTES // LAYERS)
         self.digests: list[bytes] = []
 
@@ -52,17 +52,17 @@ class PieceMover:
 
     def _store(self) -> None:
         self.digests = [secrets.token_bytes(32) for _ in range(MOVED_CHUNKS)]
-        granted = self.one.wait(self.one.reserve(self.digests), LIMIT_S)
+        granted = self.joined.wait(self.joined.reserve(self.digests), LIMIT_S)
         assert isinstance(granted, Granted)
         self._copied(self._chunks(granted.offsets), out=True)
-        self.one.wait(self.one.commit(granted.lease, range(MOVED_CHUNKS), [bytes(1024)] * MOVED_CHUNKS), LIMIT_S)
-        self.one.release(granted.lease)
+        self.joined.wait(self.joined.commit(granted.lease, range(MOVED_CHUNKS), [bytes(1024)] * MOVED_CHUNKS), LIMIT_S)
+        self.joined.release(granted.lease)
 
     def _retrieve(self) -> None:
-        found = self.one.wait(self.one.fetch(self.digests), LIMIT_S)
+        found = self.joined.wait(self.joined.fetch(self.digests), LIMIT_S)
         assert isinstance(found, Matched)
         self._copied(self._chunks(found.offsets), out=False)
-        self.one.release(found.lease)
+        self.joined.release(found.lease)
 
     def _copied(self, chunks: list[Octets], out: bool) -> None:
         number = 0
@@ -76,8 +76,7 @@ class PieceMover:
                 number += 1
 
     def _chunks(self, offsets: Sequence[int]) -> list[Octets]:
-        assert len(offsets) == MOVED_CHUNKS
-        assert min(offsets) >= 0
+        expect(len(offsets) == MOVED_CHUNKS and min(offsets) >= 0, "every chunk has a place")
         return [self.pool[offset : offset + CHUNK_NBYTES] for offset in offsets]
 
 
@@ -85,21 +84,20 @@ def move_rows(runs: int) -> list[Row]:
     """Stores and retrieves by one client, beside the same copies to private and to shared memory."""
     rows = []
     with serving(2 * MOVED_NBYTES + CHUNK_NBYTES) as (path, _):
-        one = client(path, CHUNK_NBYTES)
-        with Region.attach(os.dup(one.pool_fd)) as region, Region.create(MOVED_NBYTES) as shared:
+        joined = client(path, CHUNK_NBYTES)
+        with Region.attach(os.dup(joined.pool_fd)) as region, Region.create(MOVED_NBYTES) as shared:
             region.populate(0, region.nbytes)
             shared.array[:] = 1
             for name, bare in (("private", aligned(MOVED_NBYTES)), ("shared", shared.array)):
-                rows += _beside(PieceMover(one, region.array, bare), name, runs)
+                rows += _beside(PieceMover(joined, region.array, bare), name, runs)
             del bare
-        one.close()
+        joined.close()
     return rows
 
 
 def _beside(mover: PieceMover, name: str, runs: int) -> list[Row]:
-    bare_out, stored, bare_in, retrieved = alternate(
-        runs, lambda: mover.memmove(True), mover.store, lambda: mover.memmove(False), mover.retrieve
-    )
+    measures = (lambda: mover.memmove(True), mover.store, lambda: mover.memmove(False), mover.retrieve)
+    bare_out, stored, bare_in, retrieved = alternate(runs, *measures)
     end, yardstick = "" if name == "private" else f"-{name}", f"memmove, {name} memory (GB/s)"
     return [
         Case(f"daemon-{case}{end}", "GB/s", yardstick, better="higher", goal=">= 0.9").row(ours, theirs)

@@ -104,6 +104,12 @@ def alternate(runs: int, *measures: Callable[[], float]) -> list[list[float]]:
     return results
 
 
+def expect(holds: bool, what: str) -> None:
+    """RuntimeError unless it holds, also under `python -O`: figures of work that went wrong are worse than none."""
+    if not holds:
+        raise RuntimeError(f"the benchmark is broken: {what}")
+
+
 def say(text: str) -> None:
     """Prints a line of progress at once."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
@@ -173,7 +179,7 @@ def write(rows: Sequence[Row], file: Path | None, keeps: bool = False) -> None:
     if file is None:
         return
     old = json.loads(file.read_text() or "[]") if keeps and file.exists() else []
-    others = [row for row in old if row["case"] not in {one.case for one in rows}]
+    others = [row for row in old if row["case"] not in {new.case for new in rows}]
     program = Path(sys.argv[0])
     command = shlex.join(["python", *sys.argv] if program.suffix == ".py" else [program.name, *sys.argv[1:]])
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -152,10 +152,10 @@ class BlockChain:
         first, step = len(self.digests), self._step
         hashes, _, fingerprint = self._blocks
         chunks = min(len(tokens) // self._chunk_tokens, len(hashes) // step)  # hashes may come later than tokens
-        lasts = [bytes(one) for one in hashes[(first + 1) * step - 1 : chunks * step : step]]
+        lasts = [bytes(block_hash) for block_hash in hashes[(first + 1) * step - 1 : chunks * step : step]]
         if any(len(block_hash) != DIGEST_NBYTES for block_hash in lasts):
             raise ValueError("a block hash is not SHA-256")
-        self.digests += [mixed_root(one, fingerprint) for one in lasts] if fingerprint else lasts
+        self.digests += [mixed_root(digest, fingerprint) for digest in lasts] if fingerprint else lasts
         return self.digests[first:]
 
 

@@ -84,7 +84,7 @@ class ShardLayout:
             for place, layer in enumerate(group.layers):
                 nbytes = layer.page_nbytes * self.blocks(number)
                 padded = padded_nbytes(nbytes)
-                ranges.append(Range(number, place, offset, nbytes, padded))
+                ranges.append(Range(number, place, offset, nbytes, padded_nbytes=padded))
                 offset += padded
         return tuple(ranges)
 
@@ -95,7 +95,9 @@ class ShardLayout:
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each layer's range by the layer's name."""
-        return {self.groups[one.group].layers[one.layer].name: number for number, one in enumerate(self.ranges)}
+        return {
+            self.groups[range_.group].layers[range_.layer].name: number for number, range_ in enumerate(self.ranges)
+        }
 
     def in_order(self, names: Sequence[str]) -> list[int]:
         """The number of each layer's range, in the order of `names` (none: as they are arranged).
@@ -113,7 +115,7 @@ class ShardLayout:
     @cached_property
     def nbytes(self) -> int:
         """The shard's size with all padding."""
-        return sum(one.padded_nbytes for one in self.ranges)
+        return sum(range_.padded_nbytes for range_ in self.ranges)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class ChunkLayout:
     @property
     def sizes(self) -> list[int]:
         """Its ranges' sizes with their padding, in order."""
-        return [one.padded_nbytes for shard in self.shards for one in shard.ranges]
+        return [range_.padded_nbytes for shard in self.shards for range_ in shard.ranges]
 
     def shard_offset(self, rank: int) -> int:
         """Where the shard of `rank` starts in the chunk (bytes)."""

@@ -55,10 +55,10 @@ class ReferenceTransfer:
         """As `Transfer.gather`; each range is summed right after its copy, while it is in the CPU's cache."""
         by_group = _indexes(blocks)
         sums: list[bytes] = []
-        for one, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
-            for pages, start, end, dense in self._parts[one.group][one.layer]:
+        for range_, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
+            for pages, start, end, dense in self._parts[range_.group][range_.layer]:
                 places = view[start:end].reshape(-1, pages.shape[1])
-                for first, ids in by_group.get(one.group, ()):
+                for first, ids in by_group.get(range_.group, ()):
                     out = places[first : first + len(ids)]
                     if dense:
                         # the ids were checked with the plan; 'clip' is the mode that needs no buffer
@@ -66,7 +66,7 @@ class ReferenceTransfer:
                     else:
                         out[:] = pages[ids]  # take would first copy the whole cache to close its gaps
             if seal:
-                sums.append(seal_range(one, view))
+                sums.append(seal_range(range_, view))
         return b"".join(sums)
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
@@ -75,20 +75,20 @@ class ReferenceTransfer:
         if sums and not ranges_hold(views, sums):
             return False
         by_group = _indexes(blocks)
-        for one, view in zip(self._shard.chosen(layers), views, strict=True):
-            for pages, start, end, _ in self._parts[one.group][one.layer]:
+        for range_, view in zip(self._shard.chosen(layers), views, strict=True):
+            for pages, start, end, _ in self._parts[range_.group][range_.layer]:
                 places = view[start:end].reshape(-1, pages.shape[1])
-                for first, ids in by_group.get(one.group, ()):
+                for first, ids in by_group.get(range_.group, ()):
                     pages[ids] = places[first : first + len(ids)]
         return True
 
 
 def _parts(pages: Sequence[Bytes], count: int) -> list[_Part]:
     """The parts of a layer whose range holds `count` blocks."""
-    ends = list(accumulate(count * one.shape[1] for one in pages))
+    ends = list(accumulate(count * part.shape[1] for part in pages))
     return [
-        _Part(one, end - count * one.shape[1], end, one.flags.c_contiguous)
-        for one, end in zip(pages, ends, strict=True)
+        _Part(part, end - count * part.shape[1], end, part.flags.c_contiguous)
+        for part, end in zip(pages, ends, strict=True)
     ]
 
 

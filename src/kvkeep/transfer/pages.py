@@ -87,13 +87,13 @@ def across_layers(group: GroupCaches) -> GroupCaches:
     So do vLLM's block-outermost layouts (BLHNC and its like). It is one piece to copy, but layers are no longer apart.
     """
     caches = list(group.caches.values())
-    first, nbytes = caches[0], sum(one[0].numel() * one.element_size() for one in caches)
-    start = min(one.storage_offset() * one.element_size() for one in caches)
+    first, nbytes = caches[0], sum(cache[0].numel() * cache.element_size() for cache in caches)
+    start = min(cache.storage_offset() * cache.element_size() for cache in caches)
     stride = first.stride(0) * first.element_size()
     alike = all(
-        one.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and (one.shape[0], one.stride(0) * one.element_size()) == (group.num_blocks, stride)
-        for one in caches
+        cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and (cache.shape[0], cache.stride(0) * cache.element_size()) == (group.num_blocks, stride)
+        for cache in caches
     )
     if len(caches) < 2 or not alike or nbytes > stride or not _fill(caches, start, nbytes):
         return group
@@ -105,9 +105,9 @@ def across_layers(group: GroupCaches) -> GroupCaches:
 def _fill(caches: Sequence[torch.Tensor], start: int, nbytes: int) -> bool:
     """Whether the pages of one block hold each of these bytes of their storage once, and no other."""
     used = np.zeros(nbytes, np.uint8)
-    for one in caches:
-        size, page = one.element_size(), one[0]
-        at = one.storage_offset() * size - start
+    for cache in caches:
+        size, page = cache.element_size(), cache[0]
+        at = cache.storage_offset() * size - start
         if at + size * (1 + sum((n - 1) * step for n, step in zip(page.shape, page.stride(), strict=True))) > nbytes:
             return False
         shape, steps = (*page.shape, size), (*(step * size for step in page.stride()), 1)

@@ -42,11 +42,11 @@ class StagedTransfer:
 
     def gather(self, blocks: Sequence[Blocks], lease: Lease, seal: bool, layers: range | None = None) -> bytes:
         """As `Transfer.gather`."""
-        indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
+        indexes = [(run.group, run.first, self._ids(run)) for run in blocks]
         ranges, views = self._shard.chosen(layers), lease.views(layers)
-        for one, view in zip(ranges, views, strict=True):
+        for range_, view in zip(ranges, views, strict=True):
             for group, first, ids in indexes:
-                for pages, places in self._parts(one, view) if group == one.group else ():
+                for pages, places in self._parts(range_, view) if group == range_.group else ():
                     places[first : first + len(ids)].copy_(pages.index_select(0, ids))
         return seal_ranges(ranges, views) if seal else b""
 
@@ -55,10 +55,10 @@ class StagedTransfer:
         views = lease.views(layers)
         if sums and not ranges_hold(views, sums):
             return False
-        indexes = [(one.group, one.first, self._ids(one)) for one in blocks]
-        for one, view in zip(self._shard.chosen(layers), views, strict=True):
+        indexes = [(run.group, run.first, self._ids(run)) for run in blocks]
+        for range_, view in zip(self._shard.chosen(layers), views, strict=True):
             for group, first, ids in indexes:
-                for pages, places in self._parts(one, view) if group == one.group else ():
+                for pages, places in self._parts(range_, view) if group == range_.group else ():
                     # not asynchronous: the pool's memory may be lent to another as soon as this returns
                     pages[ids] = places[first : first + len(ids)].to(self._device)
         return True
@@ -66,10 +66,10 @@ class StagedTransfer:
     def _ids(self, blocks: Blocks) -> torch.Tensor:
         return torch.as_tensor(blocks.block_ids, dtype=torch.int64, device=self._device)
 
-    def _parts(self, one: Range, view: Bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        count, start = self._shard.blocks(one.group), 0
+    def _parts(self, range_: Range, view: Bytes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count, start = self._shard.blocks(range_.group), 0
         memory = torch.from_numpy(view)
-        for pages in self._pages[one.group][one.layer]:
+        for pages in self._pages[range_.group][range_.layer]:
             end = start + count * pages.shape[1]
             yield pages, memory[start:end].view(count, pages.shape[1])
             start = end

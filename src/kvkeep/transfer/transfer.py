@@ -71,7 +71,7 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
         if first < 0 or end > shard.blocks(group):
             raise BlockError(f"place {first if first < 0 else end} is outside of a chunk's blocks of group {group}")
     for group, count in enumerate(num_blocks):
-        runs = [np.asarray(one.block_ids, np.intp) for one in blocks if one.group == group]
+        runs = [np.asarray(run.block_ids, np.intp) for run in blocks if run.group == group]
         ids = np.concatenate(runs) if runs else np.zeros(0, np.intp)
         wrong = (ids <= 0) | (ids >= count)
         if wrong.any():
@@ -82,21 +82,21 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
             raise BlockError(f"block {named.argmax()} of group {group} is named twice")
 
 
-def seal_range(one: Range, view: Bytes) -> bytes:
+def seal_range(range_: Range, view: Bytes) -> bytes:
     """Zeroes the padding of a range that has been filled and gives its sum."""
-    if one.nbytes < one.padded_nbytes:
-        view[one.nbytes :] = 0
+    if range_.nbytes < range_.padded_nbytes:
+        view[range_.nbytes :] = 0
     return xxhash.xxh3_128_digest(view.data)
 
 
 def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
     """The sums of all ranges in order: the end of a gather that completes a chunk."""
-    return b"".join(seal_range(one, view) for one, view in zip(ranges, views, strict=True))
+    return b"".join(seal_range(range_, view) for range_, view in zip(ranges, views, strict=True))
 
 
 def ranges_hold(views: Sequence[Bytes], sums: bytes) -> bool:
     """Whether every range has the sum that was taken when it was written."""
     wanted = [sums[i : i + SUM_NBYTES] for i in range(0, len(sums), SUM_NBYTES)]
     return len(wanted) == len(views) and all(
-        xxhash.xxh3_128_digest(view.data) == one for view, one in zip(views, wanted, strict=True)
+        xxhash.xxh3_128_digest(view.data) == sum_ for view, sum_ in zip(views, wanted, strict=True)
     )

@@ -76,7 +76,7 @@ class FaultyDisk:
     def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """As `Descriptors.writev`; the call that is killed writes half of its bytes."""
         if self.calls + 1 == self.kill_at and offset == 0:
-            half = sum(one.nbytes for one in buffers) // 2 // ALIGN_NBYTES * ALIGN_NBYTES
+            half = sum(buffer.nbytes for buffer in buffers) // 2 // ALIGN_NBYTES * ALIGN_NBYTES
             if half:
                 self.real.data.writev(fd, _first(buffers, half), offset)
         with self._call("writev", self._path(fd)):
@@ -184,10 +184,10 @@ def flip_bit(path: str, bit: int) -> None:
 def _first(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
     """The beginning of the buffers, `nbytes` in all."""
     cut = []
-    for one in buffers:
+    for buffer in buffers:
         if nbytes > 0:
-            cut.append(one[:nbytes])
-        nbytes -= one.nbytes
+            cut.append(buffer[:nbytes])
+        nbytes -= buffer.nbytes
     return cut
 
 

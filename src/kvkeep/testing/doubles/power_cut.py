@@ -67,7 +67,7 @@ class PowerCut:
     def synced(self, path: str, inode: Inode) -> None:
         """A file's content, or a directory's names, are durable."""
         self._unsynced.pop(inode, None)
-        self._undo = [one for one in self._undo if one[0] != path]
+        self._undo = [step for step in self._undo if step[0] != path]
 
     def wrote(self, path: str, inode: Inode) -> None:
         """A file's content is not durable."""

@@ -18,6 +18,7 @@ from kvkeep.config import Config
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
+from kvkeep.core.units import BOOT_NBYTES
 from kvkeep.memory.progress import region_nbytes, table_of
 from kvkeep.memory.region import Region
 from kvkeep.store.below.tiers import TierWalk
@@ -75,8 +76,8 @@ class ThreadSource:
     def end(self, wait: bool) -> None:
         """Waits for every store whose client has gone; without `wait` nothing is done."""
         if wait:
-            for one in self.boots:
-                one.join()
+            for boot in self.boots:
+                boot.join()
 
     def patience_s(self) -> float | None:
         """It always starts."""
@@ -101,7 +102,7 @@ def _started(config: Config, private: socket.socket | None, listener: socket.soc
     index = Index(FreeList(pool_nbytes), policy_by_name(config.policy))
     store = Store(index, pool_nbytes, config.max_pinned_share, config.lease_time_s)
     walk = TierWalk(store, region.array, table_of(region))
-    server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
+    server = Server(walk, secrets.token_bytes(BOOT_NBYTES), region.fd, private, listener=listener)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True, name="kvkeep-test-store")
     thread.start()
     return RunningStore(region, store, server, thread)

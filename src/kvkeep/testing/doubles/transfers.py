@@ -61,7 +61,7 @@ class FaultyTransfer:
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
         """As `Transfer.scatter`, unless this one is to fail."""
         number, self.calls = self.calls, self.calls + 1
-        named = {block_id for one in blocks for block_id in one.block_ids}
+        named = {block_id for run in blocks for block_id in run.block_ids}
         if number in self.failing_calls or named & self.failing_blocks:
             self.failures += 1
             return False

@@ -18,12 +18,12 @@ def check_chunk(model: FakeModel, layout: ChunkLayout, chunk: npt.NDArray[np.uin
     tokens = layout.chunk_tokens
     for rank, shard in enumerate(layout.shards):
         base = layout.shard_offset(rank)
-        for one in shard.ranges:
-            right = model.expected(one.group, prefix)[rank, one.layer, :, -tokens:]
-            raw = chunk[base + one.offset : base + one.offset + one.nbytes]
+        for range_ in shard.ranges:
+            right = model.expected(range_.group, prefix)[rank, range_.layer, :, -tokens:]
+            raw = chunk[base + range_.offset : base + range_.offset + range_.nbytes]
             held = raw.view(np.uint64).reshape(PARTS, tokens)
             assert (held == right).all(), f"the pool's chunk that ends {prefix} is wrong on rank {rank}"
-            padding = chunk[base + one.offset + one.nbytes : base + one.offset + one.padded_nbytes]
+            padding = chunk[base + range_.offset + range_.nbytes : base + range_.offset + range_.padded_nbytes]
             assert not padding.any(), "padding is not zero"
 
 

@@ -63,7 +63,7 @@ class FakeEngine:
         shape: EngineShape,
         source: StoreSource,
         options: PlannerOptions | None = None,
-        wrap: Wrap = lambda _, one: one,
+        wrap: Wrap = lambda _, transfer: transfer,
         rank: MakeRank = rank_here,
         transfer: MakeTransfer = ReferenceTransfer,
     ) -> None:
@@ -79,10 +79,10 @@ class FakeEngine:
         transfers = [wrap(n, transfer(self._groups(n), shape.chunk_tokens)) for n in range(shape.ranks)]
         doors = [PoolDoor() for _ in transfers]
         mode = CopyMode("layerwise" if shape.layerwise else "bulk", possible=True)
-        self.workers = [rank(n, one, door, mode) for n, (one, door) in enumerate(zip(transfers, doors, strict=True))]
-        self.pids = [os.getpid(), *(one.pid for one in self.workers if isinstance(one, RankProcess))]
+        self.workers = [rank(n, *pair, mode) for n, pair in enumerate(zip(transfers, doors, strict=True))]
+        self.pids = [os.getpid(), *(worker.pid for worker in self.workers if isinstance(worker, RankProcess))]
         self.layers = list(transfers[0].shard.numbers)  # the same names on every rank
-        self.layout = ChunkLayout(tuple(one.shard for one in transfers))
+        self.layout = ChunkLayout(tuple(transfer.shard for transfer in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)
         options = options or PlannerOptions(beside_steps=shape.fails_whole)
@@ -118,17 +118,17 @@ class FakeEngine:
         if self._schedule_running(counts):
             self._schedule_waiting(counts)
         scheduled = [
-            Scheduled(one.name, min(one.computed + count, len(one.tokens)), one.tokens, one.computed)
-            for one, count in counts.items()
+            Scheduled(asked.name, min(asked.computed + count, len(asked.tokens)), asked.tokens, asked.computed)
+            for asked, count in counts.items()
         ]
         plan = self.planner.plan_step(scheduled, lambda name: self.requests[name].tables)
         for worker in self.workers:
             worker.before_writes()
             worker.start_loads(plan)
         self._wait_for_layers(counts)
-        for one, count in counts.items():
-            self.model.forward(one.tokens, (one.computed, one.computed + count), one.tables)
-            one.computed += count
+        for request, count in counts.items():
+            self.model.forward(request.tokens, (request.computed, request.computed + count), request.tables)
+            request.computed += count
         for worker in self.workers:
             for name in self.layers:
                 worker.save_layer(plan, name)
@@ -143,7 +143,8 @@ class FakeEngine:
             if not self.waiting and not self.running:
                 return
             self.step()
-        raise AssertionError(f"not done after {max_steps} steps: {[one.name for one in self.waiting + self.running]}")
+        left = [request.name for request in self.waiting + self.running]
+        raise AssertionError(f"not done after {max_steps} steps: {left}")
 
     def close(self) -> None:
         """Ends the session and the workers."""
@@ -161,7 +162,7 @@ class FakeEngine:
             assert (old == new).all(), "a block that the step writes was loaded late"
 
     def _open_blocks(self, ran: Iterable[FakeRequest]) -> list[Values]:
-        return [block for one in ran for block in self.model.open_blocks(one.computed, one.tables)]
+        return [block for request in ran for block in self.model.open_blocks(request.computed, request.tables)]
 
     # ---- what it checks ------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ class FakeEngine:
         A later reader of that block goes back to where its step began, and reads the block as if it were right.
         """
         hurt, marked = set(), set[int]()
-        loading = [one for one in self.waiting if one.phase is Phase.LOADING]
+        loading = [request for request in self.waiting if request.phase is Phase.LOADING]
         for request in loading + self.running if failed else ():
             table, size = request.tables[0], self.shape.groups[0].block_tokens
             before = request.computed - counts.get(request, 0)
@@ -354,8 +355,8 @@ class FakeEngine:
 
     def _loads_done(self, loaded: list[dict[str, bool]]) -> None:
         """A load beside the steps has ended when every rank has said so, once."""
-        for one in loaded:
-            for name, arrived in one.items():
+        for words in loaded:
+            for name, arrived in words.items():
                 self._arrived.setdefault(name, []).append(arrived)
         for name in [name for name, ranks in self._arrived.items() if len(ranks) == self.shape.ranks]:
             request, arrived = self.requests[name], all(self._arrived.pop(name))

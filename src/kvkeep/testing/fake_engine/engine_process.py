@@ -179,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
         SharedSource(arguments[0], wait_s=30.0),
         OPTIONS,
         lambda rank, inner: StoppingTransfer(inner, flags, len(PHASES) + 2 * rank),
-        lambda rank, transfer, door, _: RankProcess(rank, transfer, door),
+        rank=lambda rank, transfer, door, _: RankProcess(rank, transfer, door),
     )
     print(msgspec.json.encode(StartedEngine(engine.pids[1:])).decode(), flush=True)
     for line in sys.stdin:

@@ -71,8 +71,8 @@ class FakeModel:
         values = self._known[group, tokens[:have]] if have else np.zeros((*self._seeds[group].shape, 0), np.uint64)
         for place in range(have, len(tokens)):
             sums = values[..., self.first_seen(group, place) :].sum(axis=-1, dtype=np.uint64)
-            one = self._mixed(group, sums, tokens[place])
-            values = np.concatenate([values, one[..., None]], axis=-1)
+            value = self._mixed(group, sums, tokens[place])
+            values = np.concatenate([values, value[..., None]], axis=-1)
             self._known[group, tokens[: place + 1]] = values
         return values
 

@@ -94,8 +94,8 @@ class RankProcess:
             os._exit(RANK_DIED)  # what vLLM does: an engine does not outlive its ranks
         if not all(answers):
             os._exit(FAULT)
-        for one in answers:
-            self.results.add(msgspec.msgpack.decode(one, type=Results))
+        for answer in answers:
+            self.results.add(msgspec.msgpack.decode(answer, type=Results))
 
 
 def _served(worker: Worker, sock: socket.socket) -> int:
@@ -123,7 +123,7 @@ def _served(worker: Worker, sock: socket.socket) -> int:
 def _plan_of(sent: Mapping[str, Any]) -> StepPlan:
     """The plan out of its MessagePack form, whose types msgspec cannot tell: block ids may be an array."""
     trips = [Trip(number, _loads_of(loads)) for number, loads in sent["trips"]]
-    stores = [one._replace(blocks=_blocks_of(one.blocks)) for one in starmap(StoreOp, sent["stores"])]
+    stores = [op._replace(blocks=_blocks_of(op.blocks)) for op in starmap(StoreOp, sent["stores"])]
     offsets = {name: tuple(sent[name]) for name in ("shard_offsets", "state_offsets")}
     return StepPlan(
         **{**sent, **offsets, "loads": _loads_of(sent["loads"]), "stores": tuple(stores), "trips": tuple(trips)}
@@ -135,7 +135,7 @@ def _loads_of(sent: Sequence[Mapping[str, Any]]) -> tuple[LoadOp, ...]:
 
 
 def _blocks_of(sent: Sequence[Sequence[Any]]) -> tuple[Blocks, ...]:
-    return tuple(Blocks(*one) for one in sent)
+    return tuple(Blocks(*run) for run in sent)
 
 
 def _received(sock: socket.socket) -> bytes:

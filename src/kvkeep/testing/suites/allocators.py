@@ -42,7 +42,7 @@ def check_fill(case: AllocatorCase) -> None:
     size = case.size_nbytes
     assert _filled(allocator, size) == [Extent(place * size, size) for place in range(8)], "not from low to high"
     assert (allocator.free_nbytes, allocator.used_nbytes) == (0, 8 * size), "a full space has bytes left"
-    assert all(allocator.allocate(one) is None for one in case.sizes), "a full space lends more"
+    assert all(allocator.allocate(nbytes) is None for nbytes in case.sizes), "a full space lends more"
     _adds_up(case, allocator)
 
 

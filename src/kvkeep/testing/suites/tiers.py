@@ -29,22 +29,22 @@ def key(number: int, namespace: int = 1) -> bytes:
     return key_of(bytes([namespace]) * 16, xxhash.xxh3_128_digest(bytes([number])) * 2)
 
 
-def write_of(one: bytes, sizes: Sequence[int] = SIZES, seed: int = 0) -> Write:
+def write_of(name: bytes, sizes: Sequence[int] = SIZES, seed: int = 0) -> Write:
     """A chunk of random bytes that belong to the key and the seed, with its right sums."""
     payload = aligned_bytes(sum(sizes))
-    payload[:] = np.random.default_rng([seed, *one]).integers(0, 256, payload.nbytes, np.uint8)
+    payload[:] = np.random.default_rng([seed, *name]).integers(0, 256, payload.nbytes, np.uint8)
     ends = np.cumsum(sizes)
     sums = b"".join(
         xxhash.xxh3_128_digest(payload[end - size : end].data) for size, end in zip(sizes, ends.tolist(), strict=True)
     )
-    return Write(one, sizes, payload, sums)
+    return Write(name, sizes, payload, sums)
 
 
-def memory_for(one: bytes, sizes: Sequence[int] = SIZES) -> tuple[Read, Bytes]:
+def memory_for(name: bytes, sizes: Sequence[int] = SIZES) -> tuple[Read, Bytes]:
     """A read into the middle of memory that is otherwise a guard."""
     memory = aligned_bytes(sum(sizes) + 2 * ALIGN_NBYTES)
     memory[:] = UNTOUCHED
-    return Read(one, sizes, memory[ALIGN_NBYTES:-ALIGN_NBYTES]), memory
+    return Read(name, sizes, memory[ALIGN_NBYTES:-ALIGN_NBYTES]), memory
 
 
 async def holds(tier: Tier, write: Write) -> bool:
@@ -64,9 +64,9 @@ async def check_round_trip(tier: Tier) -> None:
     """What was stored is there, byte for byte, its sums too; what was not is not. Unaligned memory will do."""
     writes = [write_of(key(number)) for number in range(5)]
     assert await tier.store(writes) == [Stored.STORED] * 5, "a tier with room refuses"
-    assert await tier.contains([key(9), *(one.key for one in writes)]) == [False] + [True] * 5
-    for one in writes:
-        assert await holds(tier, one), "a stored chunk is not there"
+    assert await tier.contains([key(9), *(write.key for write in writes)]) == [False] + [True] * 5
+    for write in writes:
+        assert await holds(tier, write), "a stored chunk is not there"
     assert not await holds(tier, write_of(key(9))), "a chunk that was never stored is there"
     odd = np.zeros(sum(SIZES) + 1, np.uint8)[1:]
     odd[:] = writes[0].payload
@@ -81,7 +81,7 @@ async def check_batches(tier: Tier) -> None:
     """A batch gets one answer each in its order, partial where it must be; an empty one gets none."""
     writes = [write_of(key(number), (ALIGN_NBYTES,) * (1 + number % 3)) for number in range(40)]
     await tier.store(writes[::2])
-    reads = [memory_for(one.key, one.sizes)[0] for one in writes]
+    reads = [memory_for(write.key, write.sizes)[0] for write in writes]
     sums = await tier.load(reads)
     for number, (write, read, got) in enumerate(zip(writes, reads, sums, strict=True)):
         assert (got is None) == bool(number % 2), "an answer is at another's place"
@@ -106,16 +106,16 @@ async def check_progress(tier: Tier) -> None:
     bad = writes[3].sums[:16] + bytes(16) + writes[3].sums[32:]
     await tier.store([*writes[:3], writes[3]._replace(sums=bad), *writes[4:6]])
     told: list[list[int]] = [[] for _ in writes]
-    reads = [memory_for(one.key, sizes)[0] for one in writes]
+    reads = [memory_for(write.key, sizes)[0] for write in writes]
 
     def tell(number: int, ranges: int) -> None:
         end = sum(sizes[:ranges])
         right = reads[number].into[:end].tobytes() == writes[number].payload[:end].tobytes()
         told[number].append(ranges if right else -1)
 
-    asked = [one._replace(arrived=partial(tell, number)) for number, one in enumerate(reads)]
+    asked = [read._replace(arrived=partial(tell, number)) for number, read in enumerate(reads)]
     sums = await tier.load(asked)
-    assert sums == [one.sums for one in writes[:3]] + [None] + [one.sums for one in writes[4:6]] + [None]
+    assert sums == [write.sums for write in writes[:3]] + [None] + [write.sums for write in writes[4:6]] + [None]
     for number, read in enumerate(reads):
         assert sums[number] is None or bytes(read.into) == bytes(writes[number].payload), "bytes are at another's place"
         assert told[number] == sorted(set(told[number])), "progress went back, or was told of other bytes"
@@ -130,7 +130,7 @@ async def check_present(tier: Tier) -> None:
     assert await tier.store([second]) == [Stored.PRESENT]
     assert await holds(tier, first), "a good record was replaced"
     both = await asyncio.gather(*(tier.store([write_of(key(2))]) for _ in range(2)))
-    assert sorted(one.value for [one] in both) == ["present", "stored"], "two writers of a key"
+    assert sorted(outcome.value for [outcome] in both) == ["present", "stored"], "two writers of a key"
 
 
 async def check_wrong_bytes(tier: Tier) -> None:
@@ -150,7 +150,7 @@ async def check_delete(tier: Tier) -> None:
     writes = [write_of(key(number)) for number in range(3)]
     await tier.store(writes)
     await tier.delete([key(1), key(77), key(1)])
-    assert [await holds(tier, one) for one in writes] == [True, False, True]
+    assert [await holds(tier, write) for write in writes] == [True, False, True]
     assert await tier.contains([key(1)]) == [False]
     assert await tier.store([writes[1]]) == [Stored.STORED]
     assert await holds(tier, writes[1])
@@ -174,7 +174,7 @@ async def check_clear_races(tier: Tier) -> None:
     """What was being written when a clear began is not found after it, nor is it given to a load that began before."""
     writes = [write_of(key(number)) for number in range(8)]
     await tier.store(writes[:4])
-    loads = [asyncio.create_task(tier.load([memory_for(one.key)[0]])) for one in writes[:4]]
+    loads = [asyncio.create_task(tier.load([memory_for(write.key)[0]])) for write in writes[:4]]
     stores = asyncio.create_task(tier.store(writes[4:]))
     for _ in range(3):
         await asyncio.sleep(0)
@@ -182,8 +182,8 @@ async def check_clear_races(tier: Tier) -> None:
     stored = await stores
     for load in loads:
         await load  # their bytes may have come before the clear
-    assert [await holds(tier, one) for one in writes[:4]] == [False] * 4
-    late = [await holds(tier, one) for one in writes[4:]]
+    assert [await holds(tier, write) for write in writes[:4]] == [False] * 4
+    late = [await holds(tier, write) for write in writes[4:]]
     assert not any(there for there, answer in zip(late, stored, strict=True) if answer is not Stored.STORED)
 
 
@@ -191,7 +191,7 @@ async def check_cancel(tier: Tier) -> None:
     """Memory of a cancelled verb is not touched any more, and the tier goes on."""
     writes = [write_of(key(number)) for number in range(8)]
     await tier.store(writes)
-    pairs = [memory_for(one.key) for one in writes]
+    pairs = [memory_for(write.key) for write in writes]
     again = [write_of(key(number), seed=1) for number in range(8, 16)]
     tasks = [
         asyncio.create_task(_ignored(tier.load([read for read, _ in pairs]))),
@@ -204,12 +204,12 @@ async def check_cancel(tier: Tier) -> None:
     await asyncio.wait(tasks)
     for _, memory in pairs:
         memory[:] = UNTOUCHED
-    for one in again:
-        one.payload[:] = 0
-    assert all([await holds(tier, one) for one in writes])
+    for write in again:
+        write.payload[:] = 0
+    assert all([await holds(tier, write) for write in writes])
     assert all((memory == UNTOUCHED).all() for _, memory in pairs), "a cancelled load wrote"
-    for number, one in zip(range(8, 16), again, strict=True):
-        assert await holds(tier, write_of(one.key, seed=1)) in (False, True), (
+    for number, write in zip(range(8, 16), again, strict=True):
+        assert await holds(tier, write_of(write.key, seed=1)) in (False, True), (
             f"chunk {number} was written from later bytes"
         )
 
@@ -218,12 +218,12 @@ async def check_end(tier: Tier) -> None:
     """After the end every verb is a TierUnavailable, and ending again does nothing."""
     await tier.aclose()
     await tier.aclose()
-    one = write_of(key(1))
+    write = write_of(key(1))
     calls: dict[str, Callable[[], Awaitable[object]]] = {
-        "contains": lambda: tier.contains([one.key]),
-        "load": lambda: tier.load([memory_for(one.key)[0]]),
-        "store": lambda: tier.store([one]),
-        "delete": lambda: tier.delete([one.key]),
+        "contains": lambda: tier.contains([write.key]),
+        "load": lambda: tier.load([memory_for(write.key)[0]]),
+        "store": lambda: tier.store([write]),
+        "delete": lambda: tier.delete([write.key]),
         "clear": lambda: tier.clear(None),
     }
     for verb, call in calls.items():

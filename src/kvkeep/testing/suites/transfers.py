@@ -66,16 +66,16 @@ def check_arrangement(case: TransferCase) -> None:
     _, lease = _memory(case)
     sources, _ = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
-    ids = {one.group: list(one.block_ids) for one in sources}
+    ids = {run.group: list(run.block_ids) for run in sources}
     assert len(sums) == SUM_NBYTES * len(shard.ranges), "there is not one sum of 16 bytes a range"
-    for number, (one, view) in enumerate(zip(shard.ranges, lease.views(), strict=True)):
-        pages = np.frombuffer(before[one.group, one.layer], np.uint8).reshape(case.num_blocks[one.group], -1)
+    for number, (range_, view) in enumerate(zip(shard.ranges, lease.views(), strict=True)):
+        pages = np.frombuffer(before[range_.group, range_.layer], np.uint8).reshape(case.num_blocks[range_.group], -1)
         parts, start = [], 0
-        for nbytes in shard.groups[one.group].layers[one.layer].part_nbytes:
-            parts.append(pages[ids[one.group], start : start + nbytes].tobytes())
+        for nbytes in shard.groups[range_.group].layers[range_.layer].part_nbytes:
+            parts.append(pages[ids[range_.group], start : start + nbytes].tobytes())
             start += nbytes
-        assert bytes(view[: one.nbytes]) == b"".join(parts), f"range {number} is not the pages in their order"
-        assert not view[one.nbytes :].any(), f"the padding of range {number} is not zero"
+        assert bytes(view[: range_.nbytes]) == b"".join(parts), f"range {number} is not the pages in their order"
+        assert not view[range_.nbytes :].any(), f"the padding of range {number} is not zero"
         sum_ = sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES]
         assert sum_ == xxhash.xxh3_128_digest(view.tobytes()), f"the sum of range {number} is another"
 
@@ -88,9 +88,9 @@ def check_pieces(case: TransferCase) -> None:
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, whole_lease, True)
     singles = [Blocks(g, first + n, (ids[n],)) for g, first, ids in sources for n in range(len(ids))]
-    for number, one in enumerate(singles):
+    for number, run in enumerate(singles):
         last = number == len(singles) - 1
-        got = case.transfer.gather([one], pieces_lease, last)
+        got = case.transfer.gather([run], pieces_lease, last)
         assert got == (sums if last else b""), "sums are for the piece that seals, of all ranges"
     assert bytes(whole) == bytes(pieces), "pieces make another chunk"
     group, first, ids = targets[0]
@@ -111,7 +111,7 @@ def check_layers(case: TransferCase) -> None:
     sums = case.transfer.gather(sources, whole_lease, True)
     ranges = case.transfer.shard.ranges
     singles = [range(number, number + 1) for number in range(len(ranges))]
-    got = [case.transfer.gather(sources, parts_lease, True, one) for one in singles]
+    got = [case.transfer.gather(sources, parts_lease, True, layers) for layers in singles]
     assert b"".join(got) == sums, "the sums of the layers are not those of the chunk"
     assert bytes(whole) == bytes(parts), "layers make another chunk"
     last = ranges[-1]
@@ -130,8 +130,8 @@ def check_flipped_bits(case: TransferCase) -> None:
     sources, targets = _picks(case)
     sums = case.transfer.gather(sources, lease, True)
     before = _pages(case)
-    for number, (one, view) in enumerate(zip(case.transfer.shard.ranges, lease.views(), strict=True)):
-        for place in {0, one.nbytes // 2, one.nbytes - 1, one.padded_nbytes - 1}:
+    for number, (range_, view) in enumerate(zip(case.transfer.shard.ranges, lease.views(), strict=True)):
+        for place in {0, range_.nbytes // 2, range_.nbytes - 1, range_.padded_nbytes - 1}:
             bit = np.uint8(1 << (place + number) % 8)
             view[place] ^= bit
             assert not case.transfer.scatter(lease, targets, sums), f"byte {place} of range {number} is not under a sum"
@@ -181,8 +181,10 @@ def _filled(case: TransferCase, seed: int) -> dict[tuple[int, int], bytes]:
     """Random bytes in every page; all pages as they are now."""
     random = np.random.default_rng(seed)
     for group, layout in enumerate(case.transfer.shard.groups):
-        for layer, one in enumerate(layout.layers):
-            case.write(group, layer, random.integers(0, 256, (case.num_blocks[group], one.page_nbytes), np.uint8))
+        for layer, layer_layout in enumerate(layout.layers):
+            case.write(
+                group, layer, random.integers(0, 256, (case.num_blocks[group], layer_layout.page_nbytes), np.uint8)
+            )
     return _pages(case)
 
 
@@ -210,7 +212,7 @@ def _picks(case: TransferCase) -> tuple[list[Blocks], list[Blocks]]:
     for group, count in enumerate(case.num_blocks):
         per_chunk = case.transfer.shard.blocks(group)
         assert count > 2 * per_chunk, "the case has too few blocks"
-        ids = [count - 1, *(int(one) for one in random.permutation(np.arange(1, count - 1)))]
+        ids = [count - 1, *(int(block_id) for block_id in random.permutation(np.arange(1, count - 1)))]
         sources.append(Blocks(group, 0, tuple(ids[:per_chunk])))
         targets.append(Blocks(group, 0, tuple(ids[per_chunk : 2 * per_chunk])))
     return sources, targets

@@ -63,9 +63,11 @@ class DevicePath(msgspec.Struct, frozen=True):
         """One line a measured size and direction, as "store    4 KiB: kernel 21.0, copy engine 3.1 GB/s: kernel"."""
         names = {"kernel": "kernel", "copy": "copy engine"}
         return [
-            f"{'store' if one.to_pool else 'load':5} {_size(one.page_nbytes):>8}: kernel {one.kernel_rate / 1e9:.1f}, "
-            f"copy engine {one.copy_rate / 1e9:.1f} GB/s: {names[self.way(one.to_pool, one.page_nbytes)]}"
-            for one in sorted(self.samples, key=lambda one: (not one.to_pool, one.page_nbytes))
+            f"{'store' if to_pool else 'load':5} {_size(nbytes):>8}: kernel {kernel_rate / 1e9:.1f}, "
+            f"copy engine {copy_rate / 1e9:.1f} GB/s: {names[self.way(to_pool, nbytes)]}"
+            for to_pool, nbytes, kernel_rate, copy_rate in sorted(
+                map(msgspec.structs.astuple, self.samples), key=lambda row: (not row[0], row[1])
+            )
         ]
 
     def __str__(self) -> str:
@@ -113,13 +115,13 @@ def decide(device: str, samples: Sequence[Sample], programs: int) -> DevicePath:
         _threshold(sample for sample in samples if sample.to_pool),
         _threshold(sample for sample in samples if not sample.to_pool),
         tuple(samples),
-        programs,
+        programs=programs,
     )
 
 
 def _threshold(samples: Iterable[Sample]) -> int:
     threshold = NEVER
-    for sample in sorted(samples, key=lambda one: -one.page_nbytes):
+    for sample in sorted(samples, key=lambda sample: -sample.page_nbytes):
         if sample.copy_rate < WORTH * sample.kernel_rate:
             break
         threshold = sample.page_nbytes

@@ -63,12 +63,12 @@ class CudaDriver:
     def _batch(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> int:
         """One call with one set of attributes for all; CUDA 12's form has a place for the number of a failed copy."""
         attributes, first, failed = _Attributes(order=_IN_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t(0)
-        arrays = (ctypes.c_void_p(one.ctypes.data) for one in (targets, sources, sizes))
-        count, one = ctypes.c_size_t(len(sizes)), ctypes.c_size_t(1)
+        arrays = (ctypes.c_void_p(array.ctypes.data) for array in (targets, sources, sizes))
+        count, sets = ctypes.c_size_t(len(sizes)), ctypes.c_size_t(1)
         rest = () if self._batched.endswith("_v2") else (ctypes.byref(failed),)
         call = getattr(self._library, self._batched)
         return int(
-            call(*arrays, count, ctypes.byref(attributes), ctypes.byref(first), one, *rest, ctypes.c_void_p(stream))
+            call(*arrays, count, ctypes.byref(attributes), ctypes.byref(first), sets, *rest, ctypes.c_void_p(stream))
         )
 
     def _check(self, name: str, code: int) -> None:

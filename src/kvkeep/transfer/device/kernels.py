@@ -127,8 +127,10 @@ def batch_of(parts: Sequence[Part], jobs: Sequence[CopyJob], tile_nbytes: int) -
     groups = max(part.group for part in parts) + 1
     used = {part.group for part in parts}
     rows = [block_rows(jobs, group) if group in used else np.empty((0, 3), np.int64) for group in range(groups)]
-    counts = [len(one) for one in rows]
+    counts = [len(group_rows) for group_rows in rows]
     firsts = np.concatenate(([0], np.cumsum(counts)[:-1]))
     tiles = max(-(-part.pages.nbytes // tile_nbytes) for part in parts)
     head = [len(parts) * max(counts) * tiles, max(counts), tiles, _HEAD + 2 * groups]
-    return np.concatenate((head, np.stack((firsts, counts), axis=1).ravel(), *(one.ravel() for one in rows)))
+    return np.concatenate(
+        (head, np.stack((firsts, counts), axis=1).ravel(), *(group_rows.ravel() for group_rows in rows))
+    )

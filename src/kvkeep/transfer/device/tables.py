@@ -55,11 +55,11 @@ class PageCopier(Protocol):
 def parts_of(shard: ShardLayout, pages: Sequence[Sequence[Sequence[Pages]]]) -> tuple[Part, ...]:
     """The parts of a shard in the order of its ranges; `pages` are by group, layer and part."""
     parts = []
-    for number, one in enumerate(shard.ranges):
-        offset = one.offset
-        for part in pages[one.group][one.layer]:
-            parts.append(Part(one.group, number, part, offset))
-            offset += part.nbytes * shard.blocks(one.group)
+    for number, range_ in enumerate(shard.ranges):
+        offset = range_.offset
+        for part in pages[range_.group][range_.layer]:
+            parts.append(Part(range_.group, number, part, offset))
+            offset += part.nbytes * shard.blocks(range_.group)
     return tuple(parts)
 
 
@@ -78,11 +78,11 @@ def width_of(numbers: Iterable[int]) -> int:
 
 def block_rows(jobs: Sequence[CopyJob], group: int) -> Int64Array:
     """The blocks that the jobs name in a group: [n, 3] of block id, address of the chunk's shard, place in it."""
-    runs = [(address_of(job.lease), one) for job in jobs for one in job.blocks if one.group == group]
+    runs = [(address_of(job.lease), blocks) for job in jobs for blocks in job.blocks if blocks.group == group]
     if not runs:
         return np.empty((0, 3), np.int64)
     ids = [np.asarray(blocks.block_ids, np.int64) for _, blocks in runs]
-    counts = np.array([len(one) for one in ids])
+    counts = np.array([len(run) for run in ids])
     chunks = np.array([address for address, _ in runs]).repeat(counts)
     firsts = np.array([blocks.first for _, blocks in runs]) - (counts.cumsum() - counts)
     where = firsts.repeat(counts) + np.arange(len(chunks))

@@ -89,7 +89,7 @@ class Rotator:
         if keys.pairing.start + 2 * len(keys.frequencies) > pages.shape[3]:
             raise LayoutMismatch(f"{name}: K cannot be moved: {len(keys.frequencies)} pairs do not fit a head of it")
         keys = keys._replace(frequencies=keys.frequencies.to(cache.device, torch.float32))
-        same = (n for n, one in enumerate(self.alike) if one.group == which and _rotate_alike(one, keys, pages))
+        same = (n for n, alike in enumerate(self.alike) if alike.group == which and _rotate_alike(alike, keys, pages))
         kind = self.kinds[number] = next(same, len(self.alike))
         if kind == len(self.alike):
             self.alike.append(Alike(which, keys, []))
@@ -103,8 +103,8 @@ class TextRotation:
 
     def __init__(self, rotator: Rotator, blocks: Sequence[Sequence[Blocks]], start: int, by: int) -> None:
         self._rotator = rotator
-        self._blocks = [{one.group: one for one in chunk} for chunk in blocks]
-        self._made = [self._rotation(one, start, by) for one in rotator.alike]
+        self._blocks = [{blocks.group: blocks for blocks in chunk} for chunk in blocks]
+        self._made = [self._rotation(alike, start, by) for alike in rotator.alike]
 
     def in_place(self, chunk: int, layers: range | None) -> None:
         """Turns K of the chunk at this place of the text, which is in its blocks, in these ranges (None: in all)."""
@@ -113,8 +113,8 @@ class TextRotation:
             if kind is not None:
                 alike, rotation = self._rotator.alike[kind], self._made[kind]
                 start, end = (self._tokens(alike.group, count) for count in (chunk, chunk + 1))
-                keys = next(one for one in alike.planes if one.range_ == number and one.rotates)
-                ids = [int(one) for one in self._blocks[chunk][alike.group].block_ids]
+                keys = next(plane for plane in alike.planes if plane.range_ == number and plane.rotates)
+                ids = [int(block_id) for block_id in self._blocks[chunk][alike.group].block_ids]
                 rotate_blocks(
                     keys.pages, ids, Rotation(rotation.cos[start:end], rotation.sin[start:end]), alike.keys.pairing
                 )
@@ -123,9 +123,9 @@ class TextRotation:
         """The scatters that bring the first `chunks` chunks to their place: range `number` of them, or (None) all."""
         kinds = self._rotator.kinds
         wanted = range(len(self._rotator.shard.ranges)) if number is None else (number,)
-        plain = [Batch(one) for one in wanted if one not in kinds]
+        plain = [Batch(index) for index in wanted if index not in kinds]
         rotated = []
-        for kind in sorted({kinds[one] for one in wanted if one in kinds}):
+        for kind in sorted({kinds[index] for index in wanted if index in kinds}):
             alike, rotation = self._rotator.alike[kind], self._made[kind]
             end = self._tokens(alike.group, chunks)
             rotated.append(Batch(number, alike, Rotation(rotation.cos[:end], rotation.sin[:end])))
@@ -141,7 +141,7 @@ class TextRotation:
     def _tokens(self, group: int, chunks: int) -> int:
         """How many tokens the first `chunks` chunks have in their blocks of a group."""
         size = self._rotator.shard.groups[group].block_tokens
-        return size * sum(len(one[group].block_ids) for one in self._blocks[:chunks])
+        return size * sum(len(blocks[group].block_ids) for blocks in self._blocks[:chunks])
 
 
 def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -> None:
@@ -153,7 +153,7 @@ def _check_apart(caches: Mapping[str, torch.Tensor], keys: Mapping[str, Keys]) -
             raise LayoutMismatch(f"{name}: K cannot be moved: its cache is also that of {other}; register it once")
 
 
-def _rotate_alike(one: Alike, keys: Keys, pages: torch.Tensor) -> bool:
-    mine, first = one.keys, one.planes[0].pages
+def _rotate_alike(alike: Alike, keys: Keys, pages: torch.Tensor) -> bool:
+    mine, first = alike.keys, alike.planes[0].pages
     same = (mine.axes, mine.pairing, first.shape, first.dtype) == (keys.axes, keys.pairing, pages.shape, pages.dtype)
     return same and torch.equal(mine.frequencies, keys.frequencies)

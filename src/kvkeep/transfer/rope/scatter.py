@@ -89,7 +89,8 @@ class RotatingScatter:
     ) -> None:
         pages, pairs, pairing = alike.planes[0].pages, rotation.cos.shape[1], alike.keys.pairing
         check_keys(pages)
-        assert all(one.pages.shape == pages.shape and one.pages.dtype == pages.dtype for one in alike.planes)
+        if any((plane.pages.shape, plane.pages.dtype) != (pages.shape, pages.dtype) for plane in alike.planes):
+            raise LayoutMismatch("planes of several shapes or dtypes do not rotate in one launch")
         if pairing.start + 2 * pairs > pages.shape[3]:
             raise LayoutMismatch(f"{pairs} pairs do not fit a head of {pages.shape[3]}")
         self._parts = tuple(parts)
@@ -102,7 +103,7 @@ class RotatingScatter:
         """As `PageCopier.start`, from the pool only, and only for the rotation's tokens: else ValueError."""
         if to_pool:
             raise ValueError("chunks are stored as they were computed")
-        planes = [one for one in self._alike.planes if only in (None, one.range_)]
+        planes = [plane for plane in self._alike.planes if only in (None, plane.range_)]
         pages, pairs, pairing = self._alike.planes[0].pages, self._rotation.cos.shape[1], self._alike.keys.pairing
         _, block_tokens, heads, head_size = pages.shape
         rows = block_rows(jobs, self._alike.group)
@@ -114,7 +115,7 @@ class RotatingScatter:
         steps = (2, 1) if pairing.interleaved else (1, pairs)
         sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, pairing.start, *steps]
         batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
-        table = upload(np.array([self._numbers(one) for one in planes], np.int64), pages.device)
+        table = upload(np.array([self._numbers(plane) for plane in planes], np.int64), pages.device)
         rotations = torch.stack(self._rotation)
         self._launch(min(self._programs, sizes[0]), table, batch, rotations)
 
