@@ -151,7 +151,7 @@ def library(
     with CacheEngine(access, identity_of(MODEL, groups, CHUNK), source, config) as engine:
         if device:
             engine.lookup(range(CHUNK))  # maps the pool
-            pool = engine._line._mapped._pool
+            pool = engine._store._mapped._pool
             assert pool is not None
             pool.populated.wait(10.0)
             assert (pool.page_lock is not None and pool.page_lock.pinned_nbytes > 0) == locked

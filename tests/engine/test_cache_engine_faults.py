@@ -115,8 +115,8 @@ def test_a_killed_store_is_a_miss_half_way_and_is_found_again():
 @pytest.mark.process
 def test_a_dead_store_leaves_no_memory_behind_in_a_program_that_makes_no_call():
     with private(ManualClock()) as (lib, source):
-        lib.engine._line._mapped._late_s = 0.0
-        pool = lib.engine._line._mapped._pool
+        lib.engine._store._mapped._late_s = 0.0
+        pool = lib.engine._store._mapped._pool
         assert pool is not None
         kill(source)
         until(lambda: pool.wait(0.0))
@@ -281,13 +281,13 @@ def test_a_lost_session_is_resumed_only_when_nothing_is_read_any_more(folder: Pa
             one.lookup(TOKENS, "pin")
             retrieving = one.retrieve_layer(TOKENS, [THERE])
             next(retrieving)
-            client = one._line._link.client
+            client = one._store._link.client
             assert client is not None
             client.lose("on purpose")
             for _ in range(3):
                 assert one.lookup(TOKENS) == 0
                 clock.advance(FIRST_PAUSE_S + 0.1)
-            assert one._line._link._joining is None, "it joins again while a generator reads"
+            assert one._store._link._joining is None, "it joins again while a generator reads"
             assert list(retrieving)[-1].all()
             until(lambda: one.lookup(TOKENS) == 32)  # the pin of the old session holds nothing up
             assert one.store_figures()["pinned_nbytes"] == 0

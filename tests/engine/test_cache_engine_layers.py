@@ -149,7 +149,7 @@ def test_a_generator_that_is_dropped_while_another_call_has_its_turn_is_given_ba
     lib.engine.store(TOKENS, lib.table(HERE, 32))
     retrieving = lib.engine.retrieve_layer(TOKENS, lib.table(THERE, 32))
     next(retrieving)
-    with lib.engine._line._client():  # as a garbage collection amid a verb of this very thread
+    with lib.engine._store._client():  # as a garbage collection amid a verb of this very thread
         retrieving.close()
     lib.settled()
 

@@ -35,7 +35,7 @@ def hold_layers_back(_: object) -> None:
 
     def wait_layer(name):
         waiting(name)
-        runs[half._numbers[name]].set()
+        runs[half._ranges[name]].set()
 
     transfer.scatter, half.wait_layer = scatter, wait_layer
 

@@ -20,7 +20,7 @@ from kvkeep.core.identity import Identity, described, namespace
 from kvkeep.core.key import Tokens, none_hash
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.core.units import SUM_NBYTES
-from kvkeep.doors.library.connection import Connection, Held
+from kvkeep.doors.library.connection import Connection, Loan
 from kvkeep.doors.library.digests import Extra, Prompts
 from kvkeep.doors.library.span import Cut, Mask, Tables, cut
 from kvkeep.engine.copies.copies import ChunkRotation, Copies, Copy, Fault, Gathering, Scattering
@@ -52,10 +52,13 @@ class CacheAccess(NamedTuple):
 
 @dataclass
 class Work:
-    """The copies of one request: each chunk's memory, its blocks, its digest, the sums to verify (none: no check)."""
+    """The chunks of one request: each one's memory, its blocks, its digest, the sums to verify it by (b"": none).
 
-    held: Held | None = None
-    places: list[int] = field(default_factory=list)
+    `indexes` are those of chunks to store, counted from chunk `first` of the request.
+    """
+
+    loan: Loan | None = None
+    indexes: list[int] = field(default_factory=list)
     chunks: list[Lease] = field(default_factory=list)
     blocks: list[list[Blocks]] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
@@ -100,12 +103,12 @@ class CacheEngine:
 
         link = Link(source, hello, [], access.clock)
         link.start(START_LIMIT_S)
-        self._line = Connection(link, shard, config.deadline_s, access.pin_calls)
+        self._store = Connection(link, shard, config.deadline_s, access.pin_calls)
 
     # ---- bulk ------------------------------------------------------------------------------------------------------
 
     def store(self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None) -> int:
-        """Keeps every whole chunk that the mask leaves true from end to end; how many tokens have become readable."""
+        """Keeps every whole chunk whose tokens are all true in the mask; how many tokens have become readable."""
         work = self._room(self._cut(tokens, blocks, mask), tokens, extra)
         with self._giving_back(work), _ending(self._gather(work, layerwise=False)) as gathering:
             return self._commit(work, gathering)
@@ -113,12 +116,12 @@ class CacheEngine:
     def retrieve(
         self, tokens: Tokens, blocks: Tables, mask: Flags = None, extra: Extra | None = None, at: int = 0
     ) -> Mask:
-        """Fills the engine's blocks; the mask is true exactly for the tokens whose bytes have arrived in every layer.
+        """Fills the engine's blocks; the result is true exactly for the tokens that have arrived in every layer.
 
-        They follow the mask's false part without a gap, and end with a chunk. What the mask leaves false is not
-        written; where it does not end with a block of every group, that is a miss. `at` is the position at which the
-        first of the tokens stands now: K moves there, as if the engine had computed these tokens there, and nothing
-        before them. ValueError for one that is negative, or not 0 where nothing says how K text.
+        They follow the mask's false part without a gap, and end with a chunk. Tokens that are false in the mask are not
+        written; if they end inside a block of any group, that is a miss. `at` is the position at which the first token
+        stands now: K moves there, as if the engine had computed these tokens there, and nothing before them. ValueError
+        for a negative position, and for any but 0 where nothing says how K rotates.
         """
         span = self._cut(tokens, blocks, mask)
         self._check_position(at)
@@ -133,9 +136,9 @@ class CacheEngine:
     ) -> Generator[None]:
         """As `store`, layer by layer: yields layers + 1 times, whatever happens.
 
-        At the k-th step the engine must have computed the k-th layer; the last one makes the chunks readable. When a
-        layer is copied is the business of `transfer_mode`, so that the blocks must stay as they are until that step.
-        Closed before it, nothing is kept.
+        At the k-th step the engine must have computed the k-th layer; the last step makes the chunks readable.
+        `transfer_mode` decides when a layer is copied, so the blocks must stay as they are until the last step. Closed
+        before it, nothing is kept.
         """
         return self._storing(self._cut(tokens, blocks, mask), tokens, extra)
 
@@ -145,8 +148,8 @@ class CacheEngine:
         """As `retrieve`, layer by layer: yields layers + 2 times, whatever happens.
 
         First how many tokens are about to come; then, a layer a step, None once that layer has been written (on a
-        device: for what is launched on the current stream from then on); last the mask, which is the only word on what
-        has arrived in every layer.
+        device: for what is launched on the current stream from then on); last the mask, as `retrieve` returns it. Only
+        the mask says which tokens have arrived in every layer.
         """
         self._check_position(at)
         return self._retrieving(self._cut(tokens, blocks, mask), tokens, extra, at)
@@ -175,19 +178,19 @@ class CacheEngine:
     # ---- control ---------------------------------------------------------------------------------------------------
 
     def lookup(self, tokens: Tokens, pin_id: str | None = None, extra: Extra | None = None) -> int:
-        """How many tokens from the first one on could be retrieved now; with `pin_id` they stay until it is unpinned.
+        """How many tokens from the first one on could be retrieved now; with `pin_id` they stay until `unpin`.
 
-        An id pins one prompt at a time. What is pinned counts against `max_pinned_share` of the pool.
+        An id pins one prompt at a time. Pinned chunks count against `max_pinned_share` of the pool.
         """
         if self._bypassed:
             return 0
-        hit = self._line.present(self._prompts.digests(tokens, extra), pin_id) * self._shard.chunk_tokens
+        hit = self._store.present(self._prompts.digests(tokens, extra), pin_id) * self._shard.chunk_tokens
         self._count(lookups=1, lookup_tokens=len(tokens))
         return hit
 
     def unpin(self, pin_id: str) -> None:
-        """What this id pinned may be evicted again; an id that pins nothing is no error."""
-        self._line.unpin(pin_id)
+        """Lets what this id pinned be evicted again; an id that pins nothing is no error."""
+        self._store.unpin(pin_id)
 
     def freeze(self, on: bool) -> None:
         """While it is on, hits are served and nothing new is stored."""
@@ -200,19 +203,19 @@ class CacheEngine:
     def clear(self) -> int:
         """Drops every chunk of this identity, in every tier, and every pin; how many chunks.
 
-        What is being stored at this moment is dropped as well. StoreGone if the store has not said that it is done,
-        TierUnavailable if a disk may give them again after a restart: the message says why, and what to do.
+        Chunks that are just being stored are dropped as well. StoreGone if the store has not answered, TierUnavailable
+        if a disk may give them again after a restart: the message says why, and what to do.
         """
-        return self._line.clear()
+        return self._store.clear()
 
     def store_figures(self) -> dict[str, int]:
-        """What the store says of its pool (bytes and counts by name); empty if it does not answer."""
-        return self._line.figures()
+        """The store's figures of its pool (bytes and counts by name); empty if it does not answer."""
+        return self._store.figures()
 
     def close(self) -> None:
         """Ends the session and a private store; every verb after it is a miss. Idempotent."""
         self._copies.close()
-        self._line.close()
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -228,28 +231,28 @@ class CacheEngine:
         return cut(self._shard, len(tokens), blocks, mask)
 
     def _room(self, span: Cut, tokens: Tokens, extra: Extra | None) -> Work:
-        """Memory for the chunks that are to be stored and are absent; empty if there is nothing to do."""
+        """Reserves memory for the chunks to store that are absent; empty if there are none."""
         first = -(-span.start // span.shard.chunk_tokens)
         if self._frozen or self._bypassed or first >= span.chunks:
             return Work()
         digests = self._prompts.digests(tokens, extra)
-        room = self._line.reserve(digests[first:])
+        room = self._store.reserve(digests[first:])
         if room is None:
             return Work()
-        work = Work(room.held, list(room.chunks), list(room.chunks.values()), first=first)
+        work = Work(room.loan, list(room.chunks), list(room.chunks.values()), first=first)
         full = room.outcomes.count(NO_ROOM)
-        self._count(skipped_full_chunks=full, skipped_present_chunks=len(room.outcomes) - full - len(work.places))
-        work.blocks = span.blocks(first + place for place in work.places)
+        self._count(skipped_full_chunks=full, skipped_present_chunks=len(room.outcomes) - full - len(work.indexes))
+        work.blocks = span.blocks(first + index for index in work.indexes)
         self._check(work, unique=False)
         return work
 
     def _commit(self, work: Work, gathering: Gathering) -> int:
-        """Makes what was gathered readable, unless storing was switched off meanwhile; how many tokens."""
+        """Makes the gathered chunks readable, unless storing was switched off meanwhile; how many tokens."""
         gathering.finish()
         sums = [part for _, part in sorted(gathering.end().items())]
-        if work.held is None or not sums or self._frozen or self._bypassed:
+        if work.loan is None or not sums or self._frozen or self._bypassed:
             return 0
-        chunks = self._line.commit(work.held, work.places, sums)
+        chunks = self._store.commit(work.loan, work.indexes, sums)
         stored = chunks * self._shard.chunk_tokens
         self._count(stored_chunks=chunks, stored_tokens=stored, dropped_chunks=len(sums) - chunks)
         return stored
@@ -266,16 +269,16 @@ class CacheEngine:
                 self._miss(Miss.SHORT)
             return Work()
         digests = self._prompts.digests(tokens, extra)[first:]
-        found = self._line.fetch(digests, first)
+        found = self._store.fetch(digests, first)
         if isinstance(found, Miss):
             self._miss(found)
             return Work()
         if len(found.chunks) < len(digests):
             self._miss(found.why or Miss.PARTLY_STORED)
-        work = Work(found.held, chunks=list(found.chunks), digests=digests, first=first)
-        work.sums = [found.sums.get(place, b"") for place in range(len(work.chunks))]
+        work = Work(found.loan, chunks=list(found.chunks), digests=digests, first=first)
+        work.sums = [found.sums.get(index, b"") for index in range(len(work.chunks))]
         full = SUM_NBYTES * self.layers  # sums of another length hold for no layer
-        work.sums = [one if len(one) in (0, full) else bytes(full) for one in work.sums]
+        work.sums = [sums if len(sums) in (0, full) else bytes(full) for sums in work.sums]
         work.blocks = span.blocks(range(first, first + len(work.chunks)))
         self._check(work, unique=True)
         return work
@@ -316,10 +319,10 @@ class CacheEngine:
             raise ValueError(f"at: nothing says how K moves to position {at}: open the engine with `keys`")
 
     def _check(self, work: Work, unique: bool) -> None:
-        """Every block of the request at once, before anything is copied; a lease does not survive its failure."""
+        """Checks all blocks of a request before anything is copied; gives its memory back if a block is wrong."""
         with ExitStack() as failing:
             failing.callback(self._give_back, work)
-            self._copies.check([one for blocks in work.blocks for one in blocks], unique)
+            self._copies.check([run for blocks in work.blocks for run in blocks], unique)
             failing.pop_all()
 
     def _reach(self, span: Cut, work: Work, arrived: int) -> int:
@@ -332,15 +335,15 @@ class CacheEngine:
         arrived = min(faults, default=len(work.chunks))
         end = self._reach(span, work, arrived) if arrived else span.start
         failed = len(work.chunks) - arrived
-        if work.held is not None and faults.get(arrived) is Fault.DIFFERS:
-            self._line.discard(work.held, work.digests[arrived])
+        if work.loan is not None and faults.get(arrived) is Fault.DIFFERS:
+            self._store.discard(work.loan, work.digests[arrived])
         self._count(delivered_tokens=end - span.start, failed_tokens=failed * span.shard.chunk_tokens)
         return span.mask(end)
 
     def _give_back(self, work: Work) -> None:
-        held, work.held = work.held, None
-        if held is not None:
-            self._line.give_back(held)
+        loan, work.loan = work.loan, None
+        if loan is not None:
+            self._store.give_back(loan)
 
     def _count(self, **amounts: int) -> None:
         with self._counting:

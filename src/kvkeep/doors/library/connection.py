@@ -1,8 +1,8 @@
-"""A library's line to its store: the pool mapped, and one client that several threads use in turn.
+"""A library's connection to its store: the mapped pool, and one client that several threads use one after the other.
 
-The client has one owner and no lock, so whoever talks to it holds this line's lock, at most for a deadline; copies are
-made outside of it. A store that is slow or gone is a miss, and is found again later. Knows nothing about tokens, blocks
-or layers.
+A client has one owner and no lock, so a call to the store takes the connection's lock, at most for a deadline. Copies
+are made without it. A store that is slow or gone is a miss, and is looked for again later. Knows nothing about tokens,
+blocks or layers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from kvkeep.wire.messages import Cleared, Committed, Granted, Matched, Stats, St
 
 
 @dataclass(eq=False)
-class Held:
-    """A lease of the store and the memory that it lends. Every user gives it back once; the last one ends it."""
+class Loan:
+    """A lease of the store with its memory. Every user gives it back once; the last one ends it."""
 
     client: Client
     lease: StoreLease
@@ -39,31 +39,31 @@ class Held:
 
 
 class FoundChunks(NamedTuple):
-    """A run of present chunks, the sums of those that shall be verified by their place in it, why it is no longer."""
+    """A run of present chunks, the sums of those to verify by their index in it, why the run ends there."""
 
-    held: Held
+    loan: Loan
     chunks: Sequence[Lease]
     sums: Mapping[int, bytes]
     why: Miss | None = None
 
 
 class Room(NamedTuple):
-    """Memory for absent chunks by their place in the question; `outcomes` has the store's word on each digest."""
+    """Memory for absent chunks by their index in the question; `outcomes` has the store's answer for each digest."""
 
-    held: Held
+    loan: Loan
     chunks: Mapping[int, Lease]
     outcomes: Sequence[int]
 
 
 class Pin(NamedTuple):
-    """A run that is held until it is unpinned."""
+    """A run that stays in the pool until it is unpinned."""
 
     digests: Sequence[bytes]
     found: FoundChunks
 
 
 class Connection:
-    """Over `link`, which has been started; every call to the store waits at most `deadline_s`, and so does a turn.
+    """Over `link`, which has been started. A call waits at most `deadline_s` for the lock, and as long for the store.
 
     `pin_calls` page-lock the pool where a device copies by itself.
     """
@@ -73,13 +73,13 @@ class Connection:
         self._mapped = MappedPool(pin_calls=pin_calls)
         self._shard = shard
         self._deadline_s = deadline_s
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._pins: dict[str, Pin] = {}
-        self._given_back: deque[Held] = deque()
-        self._held = 0
+        self._given_back: deque[Loan] = deque()
+        self._loans = 0
         self._closed = False
         with self._client():
-            """The pool is mapped now: a descriptor that waits for the first call keeps a dead store's memory."""
+            """Maps the pool now: a descriptor that waited for the first call would keep a dead store's memory."""
 
     def present(self, digests: Sequence[bytes], pin_id: str | None) -> int:
         """How many chunks are present from the first digest on; with `pin_id` they stay until it is unpinned."""
@@ -101,18 +101,18 @@ class Connection:
         """What this id pinned may be evicted again; an id that pins nothing is no error. Never waits."""
         pin = self._pins.pop(pin_id, None)
         if pin is not None:
-            self.give_back(pin.found.held)
+            self.give_back(pin.found.loan)
 
     def fetch(self, digests: Sequence[bytes], first: int) -> FoundChunks | Miss:
         """The longest run of present chunks from the first digest on, which is the `first` chunk of its request.
 
-        What is pinned in full is taken without asking.
+        A run that is pinned in full is taken without asking the store.
         """
         with self._client() as client:
             if client is None:
                 return Miss.DEADLINE if self._link.slow else Miss.STORE_GONE
             for pin in list(self._pins.values()):
-                if pin.found.held.client is client and pin.digests[first : first + len(digests)] == digests:
+                if pin.found.loan.client is client and pin.digests[first : first + len(digests)] == digests:
                     return self._part(pin.found, first, first + len(digests))
             answer = self._fetched(client, digests)
             if answer is None:
@@ -124,48 +124,50 @@ class Connection:
     def reserve(self, digests: Sequence[bytes]) -> Room | None:
         """Room for the chunks that are absent. None: no answer in time."""
         with self._client() as client:
-            answer = self._answer(client, lambda one: one.reserve(digests))
+            answer = self._answer(client, lambda client: client.reserve(digests))
             if client is None or not isinstance(answer, Granted):
                 return None
-            places = [place for place, offset in enumerate(answer.offsets) if offset >= 0]
-            held = self._hold(client, answer.lease, [answer.offsets[place] for place in places])
-            return Room(held, dict(zip(places, held.chunks, strict=True)), answer.offsets) if held is not None else None
+            indexes = [index for index, offset in enumerate(answer.offsets) if offset >= 0]
+            loan = self._borrow(client, answer.lease, [answer.offsets[index] for index in indexes])
+            return (
+                Room(loan, dict(zip(indexes, loan.chunks, strict=True)), answer.offsets) if loan is not None else None
+            )
 
-    def commit(self, held: Held, places: Sequence[int], sums: Sequence[bytes]) -> int:
-        """Makes written chunks readable, in as many messages as their sums need; how many of them are."""
+    def commit(self, loan: Loan, indexes: Sequence[int], sums: Sequence[bytes]) -> int:
+        """Makes written chunks readable, in as many messages as their sums need; how many have become readable."""
         done = 0
         with self._client() as client:
             for part in commit_parts(sums):
-                if client is not held.client:
+                if client is not loan.client:
                     break
-                ask = partial(Client.commit, lease=held.lease, indexes=places[part], sums=sums[part])
+                ask = partial(Client.commit, lease=loan.lease, indexes=indexes[part], sums=sums[part])
                 answer = self._answer(client, ask)
                 if not isinstance(answer, Committed):
                     break
                 done += sum(answer.done)
         return done
 
-    def give_back(self, held: Held) -> None:
-        """One user less. Never waits, so that it may be called wherever an object ends, even amid another call."""
-        self._given_back.append(held)
-        if self._turn.acquire(blocking=False):
-            self._leave()  # else whoever has the turn takes it back on leaving
+    def give_back(self, loan: Loan) -> None:
+        """One user less. Never waits, so that an object may call it when it ends, even within another call."""
+        self._given_back.append(loan)
+        if self._lock.acquire(blocking=False):
+            self._leave()  # else whoever has the lock takes it back on leaving
 
-    def discard(self, held: Held, digest: bytes) -> None:
-        """The chunk is not what was written: it is not given out again."""
+    def discard(self, loan: Loan, digest: bytes) -> None:
+        """Drops a chunk whose checksum failed, so that it is not given out again."""
         with self._client() as client:
-            if client is not None and client is held.client:
+            if client is not None and client is loan.client:
                 client.discard([digest])
 
     def clear(self) -> int:
         """Drops every chunk of the namespace; how many.
 
-        StoreGone if the store has not said that it did, TierUnavailable if they may be there again after a restart.
+        StoreGone if the store has not answered, TierUnavailable if they may be there again after a restart.
         """
         for pin_id in list(self._pins):
             self.unpin(pin_id)
         with self._client() as client:
-            answer = self._answer(client, lambda one: one.clear())
+            answer = self._answer(client, lambda client: client.clear())
             if not isinstance(answer, Cleared):
                 raise StoreGone("the store did not answer within the deadline: nothing is known to be cleared")
             if answer.not_durable:
@@ -175,26 +177,26 @@ class Connection:
     def figures(self) -> dict[str, int]:
         """What the store says of its pool, by name; empty if it does not answer."""
         with self._client() as client:
-            answer = self._answer(client, lambda one: one.stats())
+            answer = self._answer(client, lambda client: client.stats())
             return answer.figures if isinstance(answer, Stats) else {}
 
     def close(self) -> None:
         """Ends the session and a store of our own; idempotent.
 
-        Where something is still in use, no goodbye is said: its memory is lent to nobody else before this process ends.
+        Where memory is still in use, no goodbye is said, so that the store lends it to nobody before this process ends.
         """
-        with self._turn:
+        with self._lock:
             self._closed = True
             self._drop_pins(list(self._pins))
-            if self._held and self._link.client is not None:
+            if self._loans and self._link.client is not None:
                 self._link.client.drop()
             self._link.close()
-        self._mapped.close()  # whoever still holds a part of it keeps it mapped
+        self._mapped.close()  # what is still in use stays mapped
 
     @contextmanager
     def _client(self) -> Iterator[Client | None]:
-        """The turn, and the client if the store may be asked now."""
-        if not self._turn.acquire(timeout=self._deadline_s):
+        """Takes the lock; the client, if the store may be asked now."""
+        if not self._lock.acquire(timeout=self._deadline_s):
             yield None
             return
         try:
@@ -204,36 +206,36 @@ class Connection:
             self._leave()
 
     def _leave(self) -> None:
-        """Ends the turn; what was given back meanwhile is taken back by us, or by who has the turn by then."""
+        """Frees the lock; takes back what was given back meanwhile, unless another call has the lock by then."""
         while True:
             self._take_back()
-            self._turn.release()
-            if not self._given_back or not self._turn.acquire(blocking=False):
+            self._lock.release()
+            if not self._given_back or not self._lock.acquire(blocking=False):
                 return
 
     def _take_back(self) -> None:
         while self._given_back:
-            held = self._given_back.popleft()
-            held.uses -= 1
-            if held.uses < 0:
+            loan = self._given_back.popleft()
+            loan.uses -= 1
+            if loan.uses < 0:
                 raise AssertionError("a lease was given back twice")
-            if not held.uses:
-                self._held -= 1
-                for chunk in held.chunks:
+            if not loan.uses:
+                self._loans -= 1
+                for chunk in loan.chunks:
                     chunk.close()
-                held.client.release(held.lease)
+                loan.client.release(loan.lease)
 
     def _drop_pins(self, pin_ids: Sequence[str]) -> None:
         for pin_id in pin_ids:
             pin = self._pins.pop(pin_id, None)
             if pin is not None:
-                self._given_back.append(pin.found.held)
+                self._given_back.append(pin.found.loan)
         self._take_back()
 
     def _live(self) -> Client | None:
-        """The client, its pool mapped. A session is resumed only while nothing is held: that frees what it lent."""
-        self._drop_pins([pin_id for pin_id, pin in self._pins.items() if not pin.found.held.client.alive])
-        client = self._link.live(idle=not self._held)
+        """The client, its pool mapped. A session is resumed only while no memory is in use, since that frees all."""
+        self._drop_pins([pin_id for pin_id, pin in self._pins.items() if not pin.found.loan.client.alive])
+        client = self._link.live(idle=not self._loans)
         if client is not None and not self._mapped.has(client.welcome.boot):
             try:
                 self._mapped.put(client.take_pool(), region_nbytes(client.welcome.pool_nbytes))
@@ -243,7 +245,7 @@ class Connection:
         return client
 
     def _answer(self, client: Client | None, ask: Callable[[Client], Call]) -> Answer | None:
-        """What the store answers within the deadline; one that is slow is not asked again before it has caught up."""
+        """The store's answer within the deadline. A slow store is not asked again before it has caught up."""
         if client is None:
             return None
         call = ask(client)
@@ -254,20 +256,20 @@ class Connection:
         return answer
 
     def _fetched(self, client: Client | None, digests: Sequence[bytes]) -> Matched | None:
-        answer = self._answer(client, lambda one: one.fetch(digests, self._deadline_s * STORE_SHARE))
+        answer = self._answer(client, lambda client: client.fetch(digests, self._deadline_s * STORE_SHARE))
         return answer if isinstance(answer, Matched) else None
 
     def _found(self, client: Client, answer: Matched) -> FoundChunks | None:
-        held = self._hold(client, answer.lease, answer.offsets)
-        return FoundChunks(held, held.chunks, answer.sums, _cut_by(answer.why)) if held is not None else None
+        loan = self._borrow(client, answer.lease, answer.offsets)
+        return FoundChunks(loan, loan.chunks, answer.sums, _cut_by(answer.why)) if loan is not None else None
 
     def _part(self, found: FoundChunks, start: int, end: int) -> FoundChunks:
         """A part of a run for one more user of its lease."""
-        found.held.uses += 1
-        sums = {place - start: one for place, one in found.sums.items() if start <= place < end}
-        return FoundChunks(found.held, found.chunks[start:end], sums)
+        found.loan.uses += 1
+        sums = {index - start: part for index, part in found.sums.items() if start <= index < end}
+        return FoundChunks(found.loan, found.chunks[start:end], sums)
 
-    def _hold(self, client: Client, lease: StoreLease, offsets: Sequence[int]) -> Held | None:
+    def _borrow(self, client: Client, lease: StoreLease, offsets: Sequence[int]) -> Loan | None:
         """The lease with its memory; None if the store has ended since it answered, and its pool is gone."""
         boot = client.welcome.boot
         chunks = [chunk for offset in offsets if (chunk := self._mapped.lease(boot, offset, self._shard)) is not None]
@@ -276,8 +278,8 @@ class Connection:
                 chunk.close()
             client.release(lease)
             return None
-        self._held += 1
-        return Held(client, lease, chunks)
+        self._loans += 1
+        return Loan(client, lease, chunks)
 
 
 def _cut_by(why: Miss | None) -> Miss | None:

@@ -1,7 +1,7 @@
-"""From what a program says of its model, its cache and its settings to an open `CacheEngine`.
+"""Opens a `CacheEngine` for a program's model, cache and settings.
 
-Knows nothing about requests. What decides whether bytes may be reused is written into the identity: what the program
-says, and what its tensors show (shapes, dtypes, the order of their dimensions).
+The identity decides whether bytes may be reused. It is made of what the program says, and of what its tensors show
+(shapes, dtypes, the order of their dimensions). Knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ log = logging.getLogger("kvkeep")
 class Model:
     """What a program says of its model.
 
-    `weights` is a fingerprint of their content (`engine.fingerprint` makes one of a folder): without one nothing is
-    shared with another engine. `rank` of `ranks` says which part of a model that is cut this engine has. Whatever else
-    the bytes depend on belongs into `notes`.
+    `weights` is a fingerprint of their content (`doors.fingerprint` makes one of a folder); without one nothing is
+    shared with another engine. Of a model that is cut into `ranks` parts this engine has part `rank`. Whatever else the
+    bytes depend on belongs into `notes`.
     """
 
     name: str
@@ -64,10 +64,10 @@ def open_cache(
     """An engine over these caches, with a private store or the shared one that `config.store` names.
 
     `layers` are all layers' names in the order in which the engine computes them (none: as they are registered). `keys`
-    says how the K of layers carries its position, by their names, so that texts may
-    be retrieved at another one; where no layer's does, it is empty. A shared store that is not there is waited for
-    (`config.store_wait_s`), then looked for between calls. Raises ConfigError or StoreGone if one of our own cannot be
-    started, LayoutMismatch for a cache that cannot be copied, or whose K cannot be moved.
+    says, by layers' names, how K carries its position, so that texts may be retrieved at another one; it is empty where
+    no layer's K does. An absent shared store is waited for (`config.store_wait_s`), then looked for between calls.
+    Raises ConfigError or StoreGone if a private store cannot be started, LayoutMismatch for a cache that cannot be
+    copied, or whose K cannot be moved.
     """
     config = config or Config()
     block_tokens = [group.block_tokens for group in groups]
@@ -95,7 +95,7 @@ def open_cache(
 
 
 def identity_of(model: Model, groups: Sequence[GroupCaches], chunk_tokens: int) -> Identity:
-    """The identity of a model over these caches; that of an engine of its own where the weights are not named."""
+    """The identity of a model over these caches; without a fingerprint of the weights, of this engine alone."""
     dtypes = sorted({str(cache.dtype) for group in groups for cache in group.caches.values()})
     return Identity(
         schema=SCHEMA,

@@ -59,8 +59,8 @@ class Copy(NamedTuple):
 class Scattering(Protocol):
     """Scatters under way, named by their index in the list of copies."""
 
-    def wait(self, number: int) -> None:
-        """Range `number` is in its blocks, or has failed, for whatever the caller does (on a device: launches) next."""
+    def wait(self, range_: int) -> None:
+        """Range `range_` is in its blocks, or has failed, for whatever the caller does (on a device: launches) next."""
 
     def layers_ran(self) -> None:
         """Every layer has run: if any did so without `wait`, the layerwise copies fail, and later ones go in bulk."""
@@ -79,8 +79,8 @@ class Scattering(Protocol):
 class Gathering(Protocol):
     """Gathers under way, named by their index in the list of copies."""
 
-    def save(self, number: int) -> None:
-        """Range `number` has been computed (on a device: launched). Computed in parts it comes again; the last counts.
+    def save(self, range_: int) -> None:
+        """Range `range_` has been computed (on a device: launched). Computed in parts it comes again; the last counts.
 
         In bulk nothing is copied before `finish`.
         """

@@ -119,24 +119,24 @@ class _Scatters:
         self.faults: dict[int, Fault] = {}
         self._until_s = until_s
 
-    def scatter(self, indexes: Iterable[int], number: int | None = None, span: str = "") -> bool:
-        """Copies range `number` (None: all ranges) of these; one that has failed is left alone."""
+    def scatter(self, indexes: Iterable[int], range_: int | None = None, span: str = "") -> bool:
+        """Copies range `range_` (None: all ranges) of these; one that has failed is left alone."""
         start_s = self.owner.timing.clock()
         for index in indexes:
             if index not in self.faults:
-                fault = self._copied(self.copies[index], number)
+                fault = self._copied(self.copies[index], range_)
                 if fault is not None:
                     fail(self.faults, self.copies, [index], fault)
         if span:
             self.owner.timing.trace.span(span, "copies", start_s, self.owner.timing.clock())
         return True
 
-    def _copied(self, copy: Copy, number: int | None) -> Fault | None:
+    def _copied(self, copy: Copy, range_: int | None) -> Fault | None:
         transfer = self.owner.transfer(copy.kind)
-        if not self._arrived(copy, number + 1 if number is not None else len(transfer.shard.ranges)):
+        if not self._arrived(copy, range_ + 1 if range_ is not None else len(transfer.shard.ranges)):
             return Fault.LOST
-        layers = range(number, number + 1) if number is not None else None
-        sums = copy.sums[number * SUM_NBYTES : (number + 1) * SUM_NBYTES] if number is not None else copy.sums
+        layers = range(range_, range_ + 1) if range_ is not None else None
+        sums = copy.sums[range_ * SUM_NBYTES : (range_ + 1) * SUM_NBYTES] if range_ is not None else copy.sums
         if not transfer.scatter(copy.memory, copy.blocks, sums, layers):
             return Fault.DIFFERS
         if copy.memory.failed:  # given up meanwhile, so its memory may have been another chunk's
@@ -170,8 +170,8 @@ class CpuScattering:
         start_s = clock()
         batch.scatter(sorted({*range(len(copies))} - {*self._late}))
         if self._late and owner.ahead:
-            for number in owner.order:
-                self._submit(number)
+            for range_ in owner.order:
+                self._submit(range_)
         self._spent_s = clock() - start_s
 
     @property
@@ -179,15 +179,15 @@ class CpuScattering:
         """As `Scattering.faults`."""
         return self._batch.faults
 
-    def wait(self, number: int) -> None:
+    def wait(self, range_: int) -> None:
         """As `Scattering.wait`."""
         if not self._late:
             return
         start_s = self._owner.timing.clock()
-        if number not in self._jobs:
-            self._submit(number)
-        self._finish(self._jobs[number])
-        self._waited.add(number)
+        if range_ not in self._jobs:
+            self._submit(range_)
+        self._finish(self._jobs[range_])
+        self._waited.add(range_)
         self._spent_s += self._owner.timing.clock() - start_s
 
     def layers_ran(self) -> None:
@@ -212,9 +212,9 @@ class CpuScattering:
         self._ended = True
         return self._batch.faults
 
-    def _submit(self, number: int) -> None:
-        call = partial(self._batch.scatter, self._late, number, f"load layer {number}")
-        self._jobs[number] = self._owner.copier.submit(call)
+    def _submit(self, range_: int) -> None:
+        call = partial(self._batch.scatter, self._late, range_, f"load layer {range_}")
+        self._jobs[range_] = self._owner.copier.submit(call)
 
     def _finish(self, job: Future[bool]) -> None:
         if result_of(job) is None:
@@ -237,7 +237,7 @@ class CpuScatteringBeside:
         """As `Scattering.faults`."""
         return self._batch.faults
 
-    def wait(self, number: int) -> None:
+    def wait(self, range_: int) -> None:
         """As `Scattering.wait`: no layer waits for these."""
 
     def layers_ran(self) -> None:
@@ -266,22 +266,22 @@ class CpuGathering:
         self._sums: dict[int, bytes] = {}
         self._spent_s = 0.0
 
-    def save(self, number: int) -> None:
+    def save(self, range_: int) -> None:
         """As `Gathering.save`."""
         if self._late:
             start_s = self._owner.timing.clock()
-            self._submit(number)
+            self._submit(range_)
             self._spent_s += self._owner.timing.clock() - start_s
 
     def finish(self) -> None:
         """As `Gathering.finish`."""
         start_s = self._owner.timing.clock()
-        for number in self._owner.order if self._late else ():
-            if number not in self._jobs:
-                self._submit(number)
+        for range_ in self._owner.order if self._late else ():
+            if range_ not in self._jobs:
+                self._submit(range_)
         late = set(self._late)
         sums = {index: self._gather_all(copy) for index, copy in enumerate(self._copies) if index not in late}
-        parts = [result_of(self._jobs[number]) for number in sorted(self._jobs)]  # a chunk's ranges are in this order
+        parts = [result_of(self._jobs[range_]) for range_ in sorted(self._jobs)]  # a chunk's ranges are in this order
         if None not in parts:
             layers = [part for part in parts if part is not None]
             sums |= {index: b"".join(part[row] for part in layers) for row, index in enumerate(self._late)}
@@ -298,16 +298,16 @@ class CpuGathering:
             result_of(job)
         return self._sums
 
-    def _submit(self, number: int) -> None:
-        self._jobs[number] = self._owner.copier.submit(partial(self._gather, number))
+    def _submit(self, range_: int) -> None:
+        self._jobs[range_] = self._owner.copier.submit(partial(self._gather, range_))
 
-    def _gather(self, number: int) -> list[bytes]:
-        timing, only = self._owner.timing, range(number, number + 1)
+    def _gather(self, range_: int) -> list[bytes]:
+        timing, only = self._owner.timing, range(range_, range_ + 1)
         start_s = timing.clock()
         gather = self._owner.transfers[Kind.CHUNK].gather
         late = [self._copies[index] for index in self._late]
         sums = [gather(copy.blocks, copy.memory, copy.seal, only) for copy in late]
-        timing.trace.span(f"store layer {number}", "copies", start_s, timing.clock())
+        timing.trace.span(f"store layer {range_}", "copies", start_s, timing.clock())
         return sums
 
     def _gather_all(self, copy: Copy) -> bytes:

@@ -101,7 +101,7 @@ class DeviceScattering:
                     event.order()
                 self._rotate_behind(whole, None)
             if self._late:
-                self._layers = {number: self._start(self._late, number) for number in owner.order}
+                self._layers = {range_: self._start(self._late, range_) for range_ in owner.order}
             failing.pop_all()
         settlers = owner.settlers
         self._job: Future[bool] | None = settlers.scatters.submit(self._wait) if settlers is not None else None
@@ -111,14 +111,14 @@ class DeviceScattering:
         """As `Scattering.faults`."""
         return self._faults
 
-    def wait(self, number: int) -> None:
+    def wait(self, range_: int) -> None:
         """As `Scattering.wait`: what is launched from here on comes after the range's copies."""
-        if number in self._layers:
-            for event in self._layers[number]:
+        if range_ in self._layers:
+            for event in self._layers[range_]:
                 event.order()
-            if number not in self._waited:
-                self._rotate_behind(self._late, number)
-            self._waited.add(number)
+            if range_ not in self._waited:
+                self._rotate_behind(self._late, range_)
+            self._waited.add(range_)
 
     def layers_ran(self) -> None:
         """As `Scattering.layers_ran`."""
@@ -157,36 +157,36 @@ class DeviceScattering:
             staged = [index for index in right if index in staged or self._copies[index].rotation]
         return staged, [index for index in right if index not in staged]
 
-    def _start(self, indexes: Sequence[int], number: int | None) -> list[CopyEvent]:
-        """Starts to copy range `number` (None: all) of these."""
+    def _start(self, indexes: Sequence[int], range_: int | None) -> list[CopyEvent]:
+        """Starts to copy range `range_` (None: all) of these."""
         first, transfer = len(self._events), self._owner.transfer
         on_the_way = [n for n in indexes if self._copies[n].rotation and transfer.rotates_on_the_way]
         plain = self._jobs([n for n in indexes if n not in on_the_way])
         if plain:
-            self._events.append(transfer.start_scatter(plain, number))
+            self._events.append(transfer.start_scatter(plain, range_))
         rotations = [(n, rotation) for n in on_the_way if (rotation := self._copies[n].rotation) is not None]
         for _, text in groupby(rotations, lambda pair: id(pair[1].text)):
             chunks = list(text)
             if [rotation.chunk for _, rotation in chunks] != [*range(len(chunks))]:
                 raise ValueError("chunks of a text that is rotated are copied from its first one on, in their order")
             jobs = self._jobs([n for n, _ in chunks])
-            for batch in chunks[0][1].text.batches(number, len(jobs)):
+            for batch in chunks[0][1].text.batches(range_, len(jobs)):
                 self._events.append(transfer.start_rotated(jobs, batch))
         return self._events[first:]
 
     def _jobs(self, indexes: Iterable[int]) -> list[CopyJob]:
         return [CopyJob(self._copies[index].blocks, self._copies[index].memory) for index in indexes]
 
-    def _rotate_behind(self, indexes: Iterable[int], number: int | None) -> None:
+    def _rotate_behind(self, indexes: Iterable[int], range_: int | None) -> None:
         """Rotates what the transfer could not rotate on its way."""
         if not self._owner.transfer.rotates_on_the_way:
             for index in indexes:
-                self._rotate(index, number)
+                self._rotate(index, range_)
 
-    def _rotate(self, index: int, number: int | None) -> None:
+    def _rotate(self, index: int, range_: int | None) -> None:
         rotation = self._copies[index].rotation
         if rotation is not None:
-            rotation.text.in_place(rotation.chunk, range(number, number + 1) if number is not None else None)
+            rotation.text.in_place(rotation.chunk, range(range_, range_ + 1) if range_ is not None else None)
 
     def _wait(self) -> bool:
         return wait(self._events)
@@ -207,16 +207,16 @@ class DeviceGathering:
         self._finished = False
         self._sums: dict[int, bytes] = {}
 
-    def save(self, number: int) -> None:
+    def save(self, range_: int) -> None:
         """As `Gathering.save`."""
         if self._layerwise:
-            self._start(number)
-            self._saved.add(number)
+            self._start(range_)
+            self._saved.add(range_)
 
     def finish(self) -> None:
         """As `Gathering.finish`."""
-        for number in set(self._owner.order) - self._saved if self._saved else (None,):
-            self._start(number)
+        for range_ in set(self._owner.order) - self._saved if self._saved else (None,):
+            self._start(range_)
         gather = self._owner.transfer.gather
         self._staged = {
             index: gather(copy.blocks, copy.memory, copy.seal)
@@ -240,9 +240,9 @@ class DeviceGathering:
         wait(self._events)
         return self._sums
 
-    def _start(self, number: int | None) -> None:
+    def _start(self, range_: int | None) -> None:
         if self._locked:
-            self._owner.last_gather = self._owner.transfer.start_gather(self._locked, number)
+            self._owner.last_gather = self._owner.transfer.start_gather(self._locked, range_)
             self._events.append(self._owner.last_gather)
 
     def _settle(self) -> dict[int, bytes]:

@@ -1,4 +1,4 @@
-"""Opens a rank's half, as its settings say.
+"""Opens a rank's worker as the settings say.
 
 Knows nothing about the engine's classes, plans or keys.
 """
@@ -23,12 +23,12 @@ log = logging.getLogger("kvkeep")
 
 
 def wish_of(config: Config) -> Wish:
-    """How a device shall copy, as it is set; what is measured is kept for this user."""
+    """How a device shall copy, by the settings, and the user's file where what it measures is kept."""
     return Wish(default_file(), config.transfer, config.transfer_programs)
 
 
 def open_rank(rank: int, opened: Opened, door: PoolDoor, config: Config, alone: bool, whole: bool) -> Worker:
-    """A rank's half. `alone`: no other rank computes on this host; `whole`: layers are computed one by one, whole."""
+    """A rank's worker. `alone`: no other rank computes on this host; `whole`: a layer is computed in one piece."""
     log.info("kvkeep: copies: %s", opened.text)
     mode = config.transfer_mode if whole else "bulk"
     if mode != config.transfer_mode:
@@ -40,7 +40,7 @@ def open_rank(rank: int, opened: Opened, door: PoolDoor, config: Config, alone: 
 
 
 def early_loads(config: Config, ranks: Sequence[RankInfo], beside_steps: bool) -> bool:
-    """Whether steps may wait for what a tier still reads; the log says why not where that was asked for."""
+    """Whether steps may wait for chunks that a tier still reads; if that is set and cannot be, the log says why."""
     if not config.early_loads:
         return False
     why = config.early_refusal

@@ -1,6 +1,6 @@
-"""What a rank's copies have come to since it was asked: for the planner, and for the engine.
+"""The results of a rank's copies since they were last taken: for the planner, and for the engine.
 
-Knows nothing about copies or the engine's calls; the same for ranks of every kind.
+Knows nothing about how copies are made, or about the engine's calls.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Results:
     loaded: dict[str, bool] = field(default_factory=dict)
 
     def loads_over(self, done: LoadsDone, ops: Sequence[LoadOp], request: str = "") -> None:
-        """These loads have ended, a step's or (`request`) those of one beside the steps."""
-        for place in done.failed:
-            self.failed_blocks.update(int(block) for one in ops[place].blocks for block in one.block_ids)
+        """Adds loads that have ended, a step's or (`request`) those of one request beside the steps."""
+        for index in done.failed:
+            self.failed_blocks.update(int(block) for run in ops[index].blocks for block in run.block_ids)
         if request:
             self.loaded[request] = not done.failed
         if done.failed:
@@ -33,17 +33,17 @@ class Results:
         self.report.loads.append(done)
 
     def stores_over(self, done: StoresDone) -> None:
-        """A step's stores have ended."""
+        """Adds a step's stores that have ended."""
         self.report.stores.append(done)
 
     def add(self, later: Results) -> None:
-        """Takes in what came after."""
+        """Adds results that came later."""
         self.report = self.report.merged(later.report)
         self.failed_blocks |= later.failed_blocks
         self.loaded |= later.loaded
 
     def take_report(self) -> Report:
-        """What was finished since the last call."""
+        """The copies that have ended since the last call."""
         report, self.report = self.report, Report()
         return report
 
@@ -53,6 +53,6 @@ class Results:
         return failed
 
     def take_loaded(self) -> dict[str, bool]:
-        """The requests whose loads beside the steps ended since the last call, and whether all of it has arrived."""
+        """The requests whose loads beside the steps ended since the last call, and whether all of them arrived."""
         loaded, self.loaded = self.loaded, {}
         return loaded

@@ -30,10 +30,10 @@ IDLE_WAIT_S = 0.005  # how long a step without a forward may wait for a copy
 class _Loads(NamedTuple):
     """Loads under way, a step's or (`request`) those of one request beside the steps.
 
-    `indexes`: the op of each copy. The other ops have failed: their pool is not here.
+    `indexes`: which op each copy is for. The other ops have failed, since their pool is not here.
     """
 
-    number: int
+    step: int
     ops: Sequence[LoadOp]
     indexes: Sequence[int]
     copies: Sequence[Copy]
@@ -47,7 +47,7 @@ class _Loads(NamedTuple):
 
 
 class _Stores(NamedTuple):
-    """Stores under way; `indexes`: the op of each copy, the others' pool is not here."""
+    """Stores under way; `indexes`: which op each copy is for. The other ops' pool is not here."""
 
     step: int
     indexes: Sequence[int]
@@ -69,7 +69,7 @@ class Worker:
         self.results = Results()
         self.early = early
         self._rank = rank
-        self._numbers = copies.shard().numbers
+        self._ranges = copies.shard().numbers
         self._trace = trace or Trace()
         self._step: _Loads | None = None
         self._loading: deque[_Loads] = deque()
@@ -90,19 +90,19 @@ class Worker:
 
     def wait_layer(self, name: str) -> None:
         """The layer is about to run: what it loads is there when this returns, or fails."""
-        number = self._numbers.get(name)
-        if number is None:
+        range_ = self._ranges.get(name)
+        if range_ is None:
             return
         self._computed()
         if self._step is not None:
-            self._step.scattering.wait(number)
-        self._computing = number, time.perf_counter()
+            self._step.scattering.wait(range_)
+        self._computing = range_, time.perf_counter()
 
     def save_layer(self, plan: StepPlan, name: str) -> None:
         """The layer has run: what the plan stores of it leaves beside the next one."""
-        number = self._numbers.get(name)
-        if number is not None and plan.stores:
-            self._stores(plan).gathering.save(number)
+        range_ = self._ranges.get(name)
+        if range_ is not None and plan.stores:
+            self._stores(plan).gathering.save(range_)
 
     def start_stores(self, plan: StepPlan) -> None:
         """The step has run: on a CPU its loads and stores have ended when this returns, on a device all are started."""
@@ -143,13 +143,13 @@ class Worker:
         self._trace.write(time.perf_counter(), at_once=True)
         self.pool.close()
 
-    def _load(self, plan: StepPlan, number: int, ops: Sequence[LoadOp], request: str = "") -> _Loads:
+    def _load(self, plan: StepPlan, step: int, ops: Sequence[LoadOp], request: str = "") -> _Loads:
         """Starts the loads of a step, or (`request`) those of a request beside the steps."""
         self._check(ops, unique=True)
         found = [(index, lease) for index, op in enumerate(ops) if (lease := self._lease(op.boot, op, plan))]
         copies = [self._scatter_of(ops[index], lease) for index, lease in found]
         scattering = self.copies.scatter(copies, beside=bool(request), wait_s=plan.wait_s)
-        return _Loads(number, ops, [index for index, _ in found], copies, scattering, request)
+        return _Loads(step, ops, [index for index, _ in found], copies, scattering, request)
 
     def _scatter_of(self, op: LoadOp, lease: Lease) -> Copy:
         """What the step itself writes to is there before the first layer."""
@@ -196,22 +196,22 @@ class Worker:
             copy.memory.close()
         if Fault.DIFFERS in faults.values():
             log.error("kvkeep: a chunk in the pool changed after it was written: it is dropped; please report this")
-        right = {index for number, index in enumerate(ended.indexes) if number not in faults}
+        right = {index for copy, index in enumerate(ended.indexes) if copy not in faults}
         failed = tuple(index for index in range(len(ended.ops)) if index not in right)
-        self.results.loads_over(LoadsDone(ended.number, self._rank, failed), ended.ops, ended.request)
+        self.results.loads_over(LoadsDone(ended.step, self._rank, failed), ended.ops, ended.request)
 
     def _report_stores(self) -> None:
         """Reports the stores that are over, each after the loads from which its chunks may have been computed."""
         while self._storing and self._storing[0].gathering.done() and not self._awaits_loads(self._storing[0].step):
             ended = self._storing.popleft()
-            sums = {ended.indexes[number]: part for number, part in ended.gathering.end().items()}
+            sums = {ended.indexes[copy]: part for copy, part in ended.gathering.end().items()}
             for copy in ended.copies:
                 copy.memory.close()
             self.results.stores_over(StoresDone(ended.step, self._rank, sums))
 
     def _awaits_loads(self, step: int) -> bool:
         """Whether loads of this step, or of an earlier one, are under way."""
-        return any(not loads.request and loads.number <= step for loads in self._loading)
+        return any(not loads.request and loads.step <= step for loads in self._loading)
 
     def _wait_for_one(self) -> None:
         if self._loading:
@@ -222,8 +222,8 @@ class Worker:
     def _computed(self) -> None:
         """The layer that was running is done."""
         if self._computing is not None:
-            number, start_s = self._computing
-            self._trace.span(f"compute layer {number}", "engine", start_s, time.perf_counter())
+            range_, start_s = self._computing
+            self._trace.span(f"compute layer {range_}", "engine", start_s, time.perf_counter())
             self._computing = None
 
 
