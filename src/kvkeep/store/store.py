@@ -109,11 +109,13 @@ class Store:
 
     def pin(self, session: Session, keys: Sequence[bytes]) -> list[IndexEntry]:
         """Pins the longest run of present chunks that are of the session's shape."""
-        shape = self.shape(session)
+        nbytes, sums_nbytes = self.shape(session)
         entries = self.index.pin_prefix(keys)
-        fitting = next((place for place, entry in enumerate(entries) if not is_shaped(entry, shape)), len(entries))
-        self.index.unpin(entries[fitting:])
-        return entries[:fitting]
+        for count, entry in enumerate(entries):
+            if entry.nbytes != nbytes or (sums_nbytes and len(entry.sums or b"") != sums_nbytes):
+                self.index.unpin(entries[count:])
+                return entries[:count]
+        return entries
 
     def lend(self, session: Session, entries: list[IndexEntry], early: Sequence[Early] = ()) -> Fetched:
         """A lease on chunks; all are pinned, but for those that are lent `early`."""
