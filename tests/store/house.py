@@ -47,9 +47,9 @@ class House:
 
     def __post_init__(self) -> None:
         self.memory = np.zeros(region_nbytes(self.room * CHUNK), dtype=np.uint8)
-        self.words = ProgressTable(self.memory, self.room * CHUNK)
+        self.table = ProgressTable(self.memory, self.room * CHUNK)
         self.store = Store(Index(FreeList(self.room * CHUNK), policy_by_name("lru")), self.room * CHUNK, self.share)
-        self.walk = TierWalk(self.store, self.memory, self.words)
+        self.walk = TierWalk(self.store, self.memory, self.table)
         for name, tier in [("fast", self.fast), ("slow", self.slow)][: self.tiers]:
             self.walk.add(name, tier, max_reads=self.reads)
         self.session = self.join()
@@ -92,9 +92,9 @@ class House:
             for offset, number in zip(offsets, numbers, strict=True)
         )
 
-    def words_of(self, found: Found) -> dict[int, Progress]:
+    def progress_of(self, found: Found) -> dict[int, Progress]:
         """The words of an early answer, by place."""
-        return {place: Progress(self.memory[at : at + 4].view(np.uint32)) for place, at in found.words.items()}
+        return {place: Progress(self.memory[at : at + 4].view(np.uint32)) for place, at in found.progress.items()}
 
     def put(self, *numbers: int, session: Session | None = None) -> list[int]:
         """Stores chunks in the pool as an engine does; where they are."""
@@ -122,6 +122,6 @@ class House:
         figures = self.store.figures()
         assert (figures["pinned_nbytes"], figures["writing_nbytes"], figures["dead_nbytes"]) == (0, 0, 0)
         assert (self.session.promised_nbytes, self.session.pinned_nbytes) == (0, 0)
-        assert self.words.free == TABLE_NBYTES // 4
+        assert self.table.free == TABLE_NBYTES // 4
         assert self.store.index.check() == ""
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.reads)

@@ -45,7 +45,7 @@ def test_it_is_answered_when_its_chunks_are_located_and_words_tell_what_has_come
     house.on(house.fast, 2, 3)
     (found,) = house.ask(1, 2, 3, 4, early=True)
     assert (len(found.fetched.offsets), found.why, found.sources) == (3, Miss.NOT_STORED, {"pool": 1, "fast": 2})
-    words = house.words_of(found)
+    words = house.progress_of(found)
     assert list(words) == [1, 2], "what the pool has needs no word"
     step(house)
     assert counts(words) == [0, 0]
@@ -67,7 +67,7 @@ def test_what_has_come_is_pinned_until_the_lease_ends_and_readable_for_others(ho
         step(house)
     assert house.store.figures()["pinned_nbytes"] == CHUNK
     (other,) = house.ask(1)
-    assert (other.fetched.offsets, other.words) == (found.fetched.offsets, {})
+    assert (other.fetched.offsets, other.progress) == (found.fetched.offsets, {})
     house.store.release(house.session, other.fetched.lease)
     assert house.store.figures()["pinned_nbytes"] == CHUNK
     house.store.release(house.session, found.fetched.lease)
@@ -79,7 +79,7 @@ def test_the_last_of_all_that_was_asked_for_comes_first_and_whole(house: House) 
     (found,) = house.ask(1, 2, 3, early=True)
     house.fast.open("load")
     house.loop.turn()
-    assert counts(house.words_of(found)) == [0, 0, 2]
+    assert counts(house.progress_of(found)) == [0, 0, 2]
     first = next(keys for verb, keys in house.fast.calls if verb == "load")
     assert first == (house.session.namespace + digest(3),)
 
@@ -88,7 +88,7 @@ def test_two_that_want_the_same_share_the_read_and_the_word(house: House) -> Non
     house.on(house.fast, 1, 2)
     first, second = house.ask(1, 2, 9, early=True), house.ask(1, 2, 9, early=True)
     waiting = house.ask(1, 2)
-    assert first[0].words == second[0].words
+    assert first[0].progress == second[0].progress
     house.store.release(house.session, first[0].fetched.lease)
     assert waiting == []
     for _ in range(3):
@@ -101,7 +101,7 @@ def test_two_that_want_the_same_share_the_read_and_the_word(house: House) -> Non
 def test_a_read_that_fails_says_so_and_keeps_its_memory_as_long_as_the_lease(house: House) -> None:
     house.on(house.fast, 1, 2)
     (found,) = house.ask(1, 2, 9, early=True)
-    words = house.words_of(found)
+    words = house.progress_of(found)
     step(house)
     step(house)
     house.fast.keep(house.session.namespace + digest(2), b"torn", sums(2))
@@ -121,7 +121,7 @@ def test_a_read_that_fails_says_so_and_keeps_its_memory_as_long_as_the_lease(hou
 def test_a_tier_that_hangs_fails_the_words_in_time_and_keeps_the_memory_for_the_reader(house: House, verb: str) -> None:
     house.on(house.fast, 1)
     (found,) = house.ask(1, 9, early=True)
-    words = house.words_of(found)
+    words = house.progress_of(found)
     if verb == "range":
         step(house)
     house.loop.advance(DEADLINE_S)
@@ -142,7 +142,7 @@ def test_what_waits_for_its_turn_too_long_fails_and_comes_for_others(house: Hous
     (found,) = house.ask(2, 9, early=True)
     assert [verb for verb, _ in house.fast.calls if verb == "load"] == ["load"], "the second one waits"
     house.loop.advance(DEADLINE_S)
-    words = house.words_of(found)
+    words = house.progress_of(found)
     assert counts(words) == ["failed"]
     for _ in range(4):
         step(house)
@@ -157,7 +157,7 @@ def test_what_is_cleared_while_it_is_read_fails_and_its_memory_is_not_lent_meanw
     house.store.clear(house.session, everything=False)
     house.fast.open("range")
     house.loop.turn()
-    assert counts(house.words_of(found)) == ["failed"]
+    assert counts(house.progress_of(found)) == ["failed"]
     assert not set(house.put(*range(20, 34))) & set(found.fetched.offsets)
     house.store.release(house.session, found.fetched.lease)
     assert house.store.index.contains([house.session.namespace + digest(1)]) == [False]
@@ -171,7 +171,7 @@ def test_a_session_that_ends_while_its_chunks_are_read_holds_them_until_it_is_cl
     house.store.linger(other)
     for _ in range(3):
         step(house)
-    assert counts(house.words_of(found)) == [2]
+    assert counts(house.progress_of(found)) == [2]
     assert house.store.figures()["pinned_nbytes"] == CHUNK
     house.store.close(other)
     assert house.store.figures()["pinned_nbytes"] == 0
@@ -189,15 +189,15 @@ def test_a_lease_that_ends_first_leaves_the_read_to_others(house: House) -> None
 
 
 def test_without_words_it_waits_as_ever(house: House) -> None:
-    taken = [house.words.take() for _ in range(house.words.free - 1)]
+    taken = [house.table.take() for _ in range(house.table.free - 1)]
     house.on(house.fast, 1, 2)
     found = house.ask(1, 2, early=True)
     assert found == []
     for _ in range(3):
         step(house)
-    assert (house.holds(found[0], 1, 2), found[0].words) == (True, {})
+    assert (house.holds(found[0], 1, 2), found[0].progress) == (True, {})
     for one in taken:
-        house.words.give_back(one)
+        house.table.give_back(one)
 
 
 def test_what_a_tier_that_is_left_alone_still_reads_is_not_promised(house: House) -> None:
@@ -205,18 +205,18 @@ def test_what_a_tier_that_is_left_alone_still_reads_is_not_promised(house: House
     house.ask(1)
     house.loop.advance(DEADLINE_S)
     (found,) = house.ask(1, early=True)
-    assert (found.fetched.offsets, found.words, found.took_s) == ([], {}, 0.0)
+    assert (found.fetched.offsets, found.progress, found.took_s) == ([], {}, 0.0)
     for _ in range(3):
         step(house)
     (found,) = house.ask(1, early=True)
-    assert (house.holds(found, 1), found.words) == (True, {})
+    assert (house.holds(found, 1), found.progress) == (True, {})
 
 
 def test_a_tier_that_tells_no_progress_is_there_at_the_end(house: House) -> None:
     house.on(house.fast, 1)
     waiting = house.ask(1)
     (found,) = house.ask(1, early=True)  # the read has begun, without a word
-    words = house.words_of(found)
+    words = house.progress_of(found)
     assert counts(words) == [0]
     step(house)
     assert counts(words) == [2]

@@ -59,8 +59,8 @@ class WalkMachine(RuleBasedStateMachine):
         self.loop = ManualLoop()
         self.memory = np.zeros(ROOM * CHUNK + WORDS * 4, dtype=np.uint8)
         self.store = Store(Index(FreeList(ROOM * CHUNK), policy_by_name("lru")), ROOM * CHUNK, 0.5)
-        self.words = ProgressTable(self.memory, ROOM * CHUNK)
-        self.walk = TierWalk(self.store, self.memory, self.words)
+        self.table = ProgressTable(self.memory, ROOM * CHUNK)
+        self.walk = TierWalk(self.store, self.memory, self.table)
         self.early: list[Promised] = []
         self.tiers = [GateTier(), GateTier()]
         for number, tier in enumerate(self.tiers):
@@ -90,7 +90,7 @@ class WalkMachine(RuleBasedStateMachine):
         assert [figures[f"{name}_nbytes"] for name in ("pinned", "writing", "dead", "quarantined")] == [0] * 4
         assert all(line.under_way_nbytes == line.quarantined_nbytes == 0 for line in self.walk.reads)
         assert [flush.held_nbytes for flush in self.walk.flushes] == [0, 0]
-        assert self.words.free == WORDS
+        assert self.table.free == WORDS
         assert all(line.hung == line.probes == 0 for line in self.walk.reads)
         assert not self.store.late
         assert not self.store.index._spared
@@ -110,11 +110,11 @@ class WalkMachine(RuleBasedStateMachine):
         def answered(found: Found) -> None:
             assert len(found.fetched.offsets) <= len(numbers)
             assert sum(found.sources.values()) == len(found.fetched.offsets)
-            assert early or not found.words
+            assert early or not found.progress
             for place, (number, offset) in enumerate(zip(numbers, found.fetched.offsets, strict=False)):
                 made = [payload(number, epoch) for epoch in (self.epoch - self.clearing, self.epoch)]
-                if place in found.words:
-                    word = Progress(self.memory[found.words[place] :][:4].view(np.uint32))
+                if place in found.progress:
+                    word = Progress(self.memory[found.progress[place] :][:4].view(np.uint32))
                     self.early.append(Promised(one, found.fetched.lease, word, offset, made))
                 else:
                     assert any((self.memory[offset : offset + CHUNK] == octets).all() for octets in made), number

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -262,16 +264,17 @@ def test_a_client_waits_for_what_takes_long_before_it_may_ask_for_more_of_it(
     running: RunningStore, good: Client, raw: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     welcomed(raw)
-    under_way, most, gates = [], [], asyncio.Queue[None]()
+    under_way, most, gates = Counter[str](), Counter[str](), asyncio.Queue[None]()
 
-    async def slow(*_: object) -> None:
-        under_way.append(1)
-        most.append(len(under_way))
+    async def slow(verb: str, *_: object) -> None:
+        under_way[verb] += 1
+        most[verb] = max(most[verb], under_way[verb])
         await gates.get()
-        under_way.pop()
+        under_way[verb] -= 1
 
-    monkeypatch.setattr(running.server.walk, "clear", slow)
-    monkeypatch.setattr(running.server.walk, "discard", slow)
+    monkeypatch.setattr(running.server.walk, "clear", partial(slow, "clear"))
+    monkeypatch.setattr(running.server.walk, "discard", partial(slow, "discard"))
+    monkeypatch.setattr(server_module, "MAX_DISCARDS", 3)
     raw.sendall(b"".join(framed(m.encoded(m.Clear(n))) + framed(m.encoded(m.Discard(bytes(32)))) for n in range(1, 51)))
     assert figures(good)["sessions"] == 2, "the others are served meanwhile"
     loop = running.server._loop
@@ -280,7 +283,7 @@ def test_a_client_waits_for_what_takes_long_before_it_may_ask_for_more_of_it(
     reader, cleared = FrameReader(), 0
     while cleared < 50:
         cleared += sum(isinstance(m.decoded_by_client(frame), m.Cleared) for frame in reader.feed(raw.recv(1 << 16)))
-    assert max(most) <= MAX_ERRANDS
+    assert most == {"clear": MAX_ERRANDS, "discard": 3}
 
 
 def test_a_client_goes_on_after_what_it_waited_for_died_of_a_bug(
@@ -292,6 +295,7 @@ def test_a_client_goes_on_after_what_it_waited_for_died_of_a_bug(
         raise AssertionError("a bug")
 
     monkeypatch.setattr(running.server.walk, "discard", buggy)
+    monkeypatch.setattr(server_module, "MAX_DISCARDS", MAX_ERRANDS)
     running.server._loop.set_exception_handler(lambda *_: None)
     raw.settimeout(LIMIT_S)
     discards = framed(m.encoded(m.Discard(bytes(32)))) * (MAX_ERRANDS + 1)

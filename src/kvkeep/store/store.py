@@ -186,8 +186,8 @@ class Store:
         if isinstance(held, ReadLease):
             session.pinned_nbytes -= held.nbytes
             self.index.unpin(held.entries)
-            for one in held.early:
-                one.end(self.index)
+            for early in held.early:
+                early.release(self.index)
         elif held is not None:
             session.reserved_nbytes -= held.nbytes
             for entry in held.entries.values():

@@ -39,15 +39,15 @@ class FoundState(NamedTuple):
 class Found(NamedTuple):
     """The run that is pinned, how many of its chunks came from where, and why the next one is missing.
 
-    `took_s` is how long the tiers were waited for. `words` are the indexes of chunks that are still being read, each
-    with where its progress word is in the region. `state` is at the end of the run in a session that has states.
+    `took_s` is how long it waited for tiers. `progress` has the indexes of chunks that are still being read, each with
+    the offset of its progress word in the region. In a session that has states `state` is at the end of the run.
     """
 
     fetched: Fetched
     sources: Mapping[str, int]
     why: Miss | None
     took_s: float = 0.0
-    words: Mapping[int, int] = MappingProxyType({})
+    progress: Mapping[int, int] = MappingProxyType({})
     state: FoundState | None = None
 
 
@@ -129,5 +129,5 @@ class Fetches:
 
 
 def _lent(run: Run) -> Found:
-    sources, words = dict(Counter(run.sources)), run.words
-    return Found(run.lend(), sources, run.why, words=words)
+    sources, progress = dict(Counter(run.sources)), run.progress
+    return Found(run.lend(), sources, run.why, progress=progress)

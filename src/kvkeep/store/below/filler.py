@@ -27,12 +27,13 @@ REFUSED = {Outcome.NO_ROOM: Miss.POOL_FULL, Outcome.BUSY: Miss.WRITING, Outcome.
 class Filler:
     """Fills runs from `tiers`, the best first.
 
-    `words` are for chunks that are lent while they are read; without any no chunk is. `opening`: more tiers will come.
+    `table` has the progress words of chunks that are lent while they are read; without it none is lent so. `opening`:
+    more tiers will come.
     """
 
     promotions: Promotions
     tiers: Sequence[TierReads] = ()
-    words: ProgressTable | None = None
+    table: ProgressTable | None = None
     opening: bool = False
 
     def may_help(self, session: Session, wait_s: float) -> bool:
@@ -129,13 +130,13 @@ class Filler:
             run.arrive(index)
 
     def _lend_early(self, run: Run, limit_s: float) -> bool:
-        """Give each chunk that is on its way a progress word; False where words are short or one may not come."""
+        """Give each chunk that is on its way a progress word; False if there are too few, or one may not come."""
         coming = run.coming
         fresh = [chunk for chunk in coming if chunk.early is None]
-        if self.words is None or len(fresh) > self.words.free or any(map(self._is_doubtful, coming)):
+        if self.table is None or len(fresh) > self.table.free or any(map(self._is_doubtful, coming)):
             return False
         for chunk in fresh:
-            chunk.early = Early(chunk.entry, len(chunk.sizes), self.words.take(), self.words.give_back)
+            chunk.early = Early(chunk.entry, len(chunk.sizes), self.table.take(), self.table.give_back)
         if coming and run.chunks[-1] is coming[-1] and len(run.chunks) == len(run.digests):
             coming[-1].whole = True  # a step that computes only its end waits for all of it, before its first layer
         early = [chunk.early for chunk in coming if chunk.early is not None]
@@ -145,7 +146,7 @@ class Filler:
 
     def _is_doubtful(self, promotion: Promotion) -> bool:
         """Whether a chunk that is being read may well not come."""
-        failed = promotion.early is not None and promotion.early.word.failed
+        failed = promotion.early is not None and promotion.early.progress.failed
         return failed or self._is_hopeless(promotion)
 
     def _is_hopeless(self, promotion: Promotion) -> bool:
@@ -153,7 +154,6 @@ class Filler:
         return self.promotions.is_late(promotion) or self.tiers[promotion.tier].gate() is not Gate.CLOSED
 
 
-def _fail_late(early: Sequence[Early]) -> None:
-    """Whoever has waited until now for one of these does not wait any longer; what has come stays."""
-    for one in early:
-        one.late()
+def _fail_late(loans: Sequence[Early]) -> None:
+    for early in loans:
+        early.fail_late()

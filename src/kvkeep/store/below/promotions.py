@@ -39,7 +39,7 @@ class Promotion:
     def read(self, memory: Bytes) -> Read:
         """What to ask the tier for."""
         into = memory[self.entry.offset : self.entry.offset + self.entry.nbytes]
-        arrived = self.early.word.advance if self.early is not None and not self.whole else None
+        arrived = self.early.progress.advance if self.early is not None and not self.whole else None
         return Read(self.entry.key, self.sizes, into, arrived, self._vanished)
 
     def leave(self, index: Index) -> None:
@@ -52,7 +52,7 @@ class Promotion:
     def give_up(self) -> None:
         """Send all away that wait, with or without a lease; the tier may still be at work on the memory."""
         if self.early is not None:
-            self.early.late()
+            self.early.fail_late()
         self._end(readable=False)
 
     def arrive(self, index: Index) -> None:

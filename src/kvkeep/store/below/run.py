@@ -60,11 +60,13 @@ class Run:
         return [chunk for chunk in self.chunks if isinstance(chunk, Promotion)]
 
     @property
-    def words(self) -> dict[int, int]:
-        """Where the progress words of its chunks that are lent early are, by the chunk's index."""
+    def progress(self) -> dict[int, int]:
+        """The offset of the progress word of each chunk that is lent early, by the chunk's index."""
         chunks = enumerate(self.chunks)
         return {
-            index: chunk.early.word.offset for index, chunk in chunks if isinstance(chunk, Promotion) and chunk.early
+            index: chunk.early.progress.offset
+            for index, chunk in chunks
+            if isinstance(chunk, Promotion) and chunk.early
         }
 
     def pin_present(self) -> None:

@@ -50,12 +50,12 @@ class Left(NamedTuple):
 class TierWalk:
     """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before.
 
-    `words` are those behind the pool, of which chunks that are lent early get one each.
+    `table` is behind the pool: each chunk that is lent early gets a progress word of it.
     """
 
     store: Store
     memory: Bytes
-    words: ProgressTable | None = None
+    table: ProgressTable | None = None
     out: dict[str, str] = field(default_factory=dict)  # tiers that are not there, and why
     reads: list[TierReads] = field(default_factory=list)
     flushes: list[Flush] = field(default_factory=list)
@@ -64,11 +64,13 @@ class TierWalk:
     _sizes: dict[bytes, Sequence[int]] = field(default_factory=dict)  # of a chunk's ranges, by namespace
     _cleared: set[bytes | None] = field(default_factory=set)  # namespaces; None: everything
 
+    _unwanted: list[bytes] = field(default_factory=list)  # keys of chunks to discard
+    _discarding: asyncio.Lock = field(default_factory=asyncio.Lock)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)  # `out` has
 
     def __post_init__(self) -> None:
         self.promotions = Promotions(self.store, self._promoted)
-        self.filler = Filler(self.promotions, self.reads, self.words)
+        self.filler = Filler(self.promotions, self.reads, self.table)
         self.fetches = Fetches(self.store, self.filler)
 
     async def admit(
@@ -149,9 +151,13 @@ class TierWalk:
                     flush.submit(entry, sizes)
 
     async def discard(self, keys: Sequence[bytes]) -> None:
-        """Takes chunks out of every tier (the pool has lost them already)."""
-        await self._each(lambda tier: tier.delete(keys))
-        self.store.index.discard(keys)  # what a tier gave before its turn came
+        """Take chunks out of every tier (the pool has lost them already); what comes meanwhile goes in one call."""
+        self._unwanted += keys
+        async with self._discarding:
+            unwanted, self._unwanted = self._unwanted, []
+            if unwanted:
+                await self._each(lambda tier: tier.delete(unwanted))
+                self.store.index.discard(unwanted)  # what a tier gave before its turn came
 
     async def clear(self, namespace: bytes | None) -> str:
         """Drops a namespace, or everything, from every tier, also from later ones (the pool has lost it already).

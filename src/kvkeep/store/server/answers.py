@@ -76,7 +76,7 @@ class Answers:
             why=found.why,
             took_s=found.took_s,
             state=self._state_of(found),
-            progress=dict(found.words),
+            progress=dict(found.progress),
             used_nbytes=used_nbytes,
             pinned_nbytes=pinned_nbytes,
         )

@@ -23,7 +23,7 @@ class Peer:
 
     `control`: it said hello as a tool, and has no session in the store. `asked` are its whole frames without an answer;
     while there are any it is `paused`: the server reads nothing more from it. `errands` counts its requests that take
-    longer than a round, `fetches` its lookups without an answer.
+    longer than a round, `fetches` its lookups without an answer, `discards` its keys that are not discarded yet.
     """
 
     sock: socket.socket
@@ -40,6 +40,7 @@ class Peer:
     writing: bool = False
     errands: int = 0
     fetches: int = 0
+    discards: int = 0
 
     @property
     def greeted(self) -> bool:

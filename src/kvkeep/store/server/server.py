@@ -40,7 +40,8 @@ MAX_CLIENTS = 256
 MAX_DEADLINE_S = 3600.0
 HELLO_LIMIT_S = 5.0
 ROUND_FRAMES, ROUND_S = 32, 1e-3  # what one client gets before the others get theirs
-MAX_ERRANDS = 4  # of one client: clears, discards and checks that are under way
+MAX_ERRANDS = 4  # of one client: clears and checks that are under way
+MAX_DISCARDS = 65_536  # of one client: keys that are not discarded yet
 MAX_FETCHES = 4096  # of one client: lookups that are not answered
 
 
@@ -217,7 +218,8 @@ class Server:
             digests = m.split_digests(message.digests)
             self.store.discard(session, digests)
             keys = [key for side in session.sides for key in self.store.keys(side, digests)]
-            self._errand(peer, self.walk.discard(keys))
+            peer.discards += len(keys)
+            self.walk.tasks.start(self._discard(peer, keys))
         else:
             answer = self.answers.asked(session, message)
             if answer is not None:
@@ -243,20 +245,25 @@ class Server:
         peer.fetches += 1
         self.walk.tasks.start(fetch(), owner=session)
 
-    def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore | None]) -> None:
+    def _errand(self, peer: Peer, steps: Coroutine[None, None, m.FromStore]) -> None:
         """Does what takes longer than a round, then sends its answer."""
         peer.errands += 1
 
         async def do() -> None:
             try:
-                answer = await steps
-                if answer is not None:
-                    self._answer_late(peer, answer)
+                self._answer_late(peer, await steps)
             finally:
                 peer.errands -= 1
                 self._resume(peer)
 
         self.walk.tasks.start(do())
+
+    async def _discard(self, peer: Peer, keys: Sequence[bytes]) -> None:
+        try:
+            await self.walk.discard(keys)
+        finally:
+            peer.discards -= len(keys)
+            self._resume(peer)
 
     async def _clear(self, namespaces: Sequence[bytes | None], answer: m.Cleared) -> m.Cleared:
         failures = [await self.walk.clear(namespace) for namespace in namespaces]
@@ -365,5 +372,7 @@ def _is_too_much(peer: Peer, message: m.ToStore) -> bool:
     """Whether a message must wait until something that its client asked for before has ended."""
     if isinstance(message, m.Fetch):
         return peer.fetches >= MAX_FETCHES
-    heavy = isinstance(message, m.Clear | m.Discard) or (isinstance(message, m.AskStats) and message.check)
+    if isinstance(message, m.Discard):
+        return peer.discards >= MAX_DISCARDS
+    heavy = isinstance(message, m.Clear) or (isinstance(message, m.AskStats) and message.check)
     return heavy and peer.errands >= MAX_ERRANDS
