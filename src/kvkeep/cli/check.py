@@ -1,4 +1,4 @@
-"""`kvkeep check DIR`: reads every record of a disk tier's directory, says what is wrong, removes it if asked to.
+"""`kvkeep check DIR` reads every record of a disk tier's directory, says what is wrong, and removes it if asked to.
 
 Knows nothing about a running store beyond the lock on its directory.
 """
@@ -39,14 +39,14 @@ def check(
     files = posix_files()
     with open(lock_directory(files, directory), "rb") if repair else nullcontext():
         bad, counts, owners = examine(files, directory)
-        left = [one for one in bad if not (repair and _removed(files, one.path))]
+        left = [finding for finding in bad if not (repair and _remove(files, finding.path))]
     console = Console(soft_wrap=True, highlight=False)
-    for one in bad[:_SHOWN]:
-        console.print(cell(f"{one.condition.value}: {one.path}: {one.why}"))
+    for finding in bad[:_SHOWN]:
+        console.print(cell(f"{finding.condition.value}: {finding.path}: {finding.why}"))
     if len(bad) > _SHOWN:
         console.print(f"... and {len(bad) - _SHOWN} more")
     total = sum(counts.values())
-    parts = [f"{counts[one]} {one.value}" for one in Condition if counts[one] or one is Condition.GOOD]
+    parts = [f"{counts[kind]} {kind.value}" for kind in Condition if counts[kind] or kind is Condition.GOOD]
     console.print(f"{total} records: {', '.join(parts)}" + (f"; {len(bad) - len(left)} removed" if repair else ""))
     names, problem = named(Path(directory))
     if problem:
@@ -57,7 +57,7 @@ def check(
 
 
 def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condition], Counter[bytes]]:
-    """The bad records, how many there are of each kind and of each namespace; shows a bar on a terminal."""
+    """The bad records, and how many records there are in each condition and namespace; shows a bar on a terminal."""
     try:
         records, epochs = record_paths(files, directory), known_epochs(files, directory)
     except OSError as error:
@@ -68,12 +68,12 @@ def examine(files: Files, directory: str) -> tuple[list[Finding], Counter[Condit
     )
     bad: list[Finding] = []
     counts: Counter[Condition] = Counter()
-    for one in findings:
-        if one is None:
+    for finding in findings:
+        if finding is None:
             continue
-        counts[one.condition] += 1
-        if one.condition is not Condition.GOOD:
-            bad.append(one)
+        counts[finding.condition] += 1
+        if finding.condition is not Condition.GOOD:
+            bad.append(finding)
     return bad, counts, Counter(key[:NAMESPACE_NBYTES] for key, _ in records)
 
 
@@ -90,7 +90,7 @@ def check_directory(directory: str) -> None:
 
 
 def named(directory: Path) -> tuple[dict[bytes, Named], str]:
-    """The namespaces that the directory has names for, and what is wrong with the file of the names ("": nothing)."""
+    """The namespaces that have a name in this directory, and what is wrong with the file of the names ("": nothing)."""
     try:
         return load_identities(directory), ""
     except FileNotFoundError:
@@ -100,14 +100,14 @@ def named(directory: Path) -> tuple[dict[bytes, Named], str]:
 
 
 def by_namespace(names: Mapping[bytes, Named], owners: Counter[bytes]) -> list[Known]:
-    """Whose records there are, those named last at the end; nothing where nobody has named himself."""
+    """How many records each namespace has, the one named last at the end; empty if no namespace has a name."""
     if not names:
         return []
-    known = [Known(one, *names[one], owners[one]) for one in names if owners[one]]
-    return [*(Known(one, "not named", "", owners[one]) for one in owners if one not in names), *known]
+    known = [Known(key, *names[key], owners[key]) for key in names if owners[key]]
+    return [*(Known(key, "not named", "", owners[key]) for key in owners if key not in names), *known]
 
 
-def _removed(files: Files, path: str) -> bool:
+def _remove(files: Files, path: str) -> bool:
     with suppress(OSError):
         files.names.unlink(path)
         return True

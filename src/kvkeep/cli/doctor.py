@@ -160,7 +160,7 @@ def check_disk(directory: Path, disk: Disk) -> Check:
 
 
 def _disk(name: str, directory: Path, disk: Disk) -> Check:
-    there = next(one for one in (directory, *directory.parents) if one.exists())
+    there = next(folder for folder in (directory, *directory.parents) if folder.exists())
     share = disk.size // len(disk.path)
     wanted = share + disk.min_free
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -1,8 +1,8 @@
-"""The planner's line to its store: started or joined, lost, and found again, without ever making the engine wait.
+"""An engine's link to its store: starts or joins it, notices when it is lost, and finds it again.
 
-Knows nothing about requests. After the first start every step of coming back is a look, never a wait. A store that is
-slow is not asked until it has answered what it was asked; one that is silent for long, or gone, is lost and tried again
-after a pause that doubles, up to a minute.
+After the first start nothing here waits: each call looks whether the next step of coming back is possible. A slow store
+gets no more questions until it has answered the earlier ones. A store that is silent for long, or gone, is lost; the
+link tries again after a pause that doubles, up to a minute. Knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ SILENCE_LIMIT_S = 30.0
 
 
 class StoreSource(Protocol):
-    """Where stores come from: a new connected socket, and the end of what was made for it."""
+    """Where an engine gets its store: by starting a process of its own, or by joining one that runs."""
 
     def connect(self) -> socket.socket:
-        """A socket to a store that may still be starting; StoreGone if there is none."""
+        """A connected socket to a store that may still be starting; StoreGone if there is none."""
 
     def end(self, wait: bool) -> None:
-        """The connection is over; with `wait` what was started has ended when this returns."""
+        """Ends what `connect` started, if anything; with `wait` it has ended when this returns."""
 
     @property
     def outlived(self) -> bool:
-        """Whether what its store keeps may be found by others, or after us."""
+        """Whether another engine, or a later start of this one, may find what the store keeps."""
 
     def patience_s(self) -> float | None:
-        """How long a start waits for a store that is not there before it goes on without; None: it does not go on."""
+        """How long an engine's start waits for the store before it goes on without; None: it fails instead."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class PrivateSource:
     _child: Child | None = None
 
     def connect(self) -> socket.socket:
-        """A new child's socket; ConfigError if the machine has no room for its pool."""
+        """The socket of a new child; ConfigError if the machine has no room for its pool."""
         self.end(wait=False)
         self._child = start_private(self.config)
         return self._child.sock
@@ -79,7 +79,7 @@ class PrivateSource:
         return bool(self.config.tiers)
 
     def patience_s(self) -> float | None:
-        """A store of our own that does not start is a fault that is best known at once."""
+        """None: a store of our own that does not start is a fault, to be shown at once."""
         return None
 
 
@@ -91,7 +91,7 @@ class SharedSource:
     wait_s: float = 0.0
 
     def connect(self) -> socket.socket:
-        """A connection to it, at once: a store that is stopped and has a full backlog holds nobody up."""
+        """A connection, without waiting: a stopped store with a full backlog holds nobody up."""
         return join_shared(self.path, 0.0)
 
     def end(self, wait: bool) -> None:
@@ -99,11 +99,11 @@ class SharedSource:
 
     @property
     def outlived(self) -> bool:
-        """It is for others too."""
+        """True: other engines use it."""
         return True
 
     def patience_s(self) -> float | None:
-        """It may come later than we do, and come back."""
+        """`wait_s`: it may start later than the engine."""
         return self.wait_s
 
 
@@ -135,7 +135,7 @@ def hello_of(
 
 
 def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> StoreSource:
-    """Where the store comes from that is configured; ConfigError if a private pool would hold no chunk."""
+    """The configured source of the store; ConfigError if a private pool would hold no chunk."""
     if config.socket_path is not None:
         return SharedSource(config.socket_path, config.store_wait_s)
     nbytes = config.pool_nbytes(read_limits().available_nbytes)
@@ -149,7 +149,10 @@ def source_of(config: Config, chunk_nbytes: int, chunk_tokens: int) -> StoreSour
 
 @dataclass
 class Link:
-    """`hello` says who we are at each connection; the pool is handed to every door of `doors` once a boot."""
+    """`hello` makes the first message of a connection, from the session that it resumes (0: none).
+
+    Each new start of the store hands its pool to every worker: `doors` are where these listen.
+    """
 
     source: StoreSource
     hello: Callable[[int], Hello]
@@ -167,14 +170,14 @@ class Link:
     def start(self, limit_s: float) -> None:
         """Starts or joins the store and waits at most `limit_s` for its welcome; raises KVKeepError if that fails.
 
-        A store that may come later is waited for as long as its source says; after that it is looked for by `live`.
+        Waits for a shared store as long as its source says; after that `live` looks for it.
         """
         patience_s = self.source.patience_s()
         end_s = self.clock() + (patience_s or 0.0)
         while True:
             try:
                 joining = Joining(self.source.connect(), self.hello(0))
-                self._welcomed(joining.wait(limit_s, self.clock))
+                self._take_in(joining.wait(limit_s, self.clock))
             except KVKeepError as error:
                 if patience_s is None or isinstance(error, ConfigError):
                     self.source.end(wait=True)
@@ -187,40 +190,43 @@ class Link:
                 return
 
     def live(self, idle: bool) -> Client | None:
-        """The client if the store may be asked. While it may not, each call looks on; `idle`: no step is under way."""
+        """The client if the store may be asked; else None, and each call tries to come back.
+
+        `idle`: no step is under way, so that a new session may resume the leases of the last one.
+        """
         if self.client is not None:
             if self.client.alive and self._answers(self.client):
                 return self.client
             if self.client.alive:
                 return None
-            self._lost(self.client.why_gone)
+            self._lose(self.client)
         if self._joining is not None:
-            self._look()
+            self._look(self._joining)
         elif idle and self.clock() >= self._retry_at_s:
             self._try()
         return self.client
 
     @property
     def slow(self) -> bool:
-        """Whether the store is there and has not yet answered what overran a deadline."""
+        """Whether the store is there and still owes the answer that overran a deadline."""
         return self.client is not None and self._silent_since_s is not None
 
     def suspend(self) -> None:
-        """The store overran a deadline: nobody asks it until it has answered everything, and nothing is thrown away."""
+        """Asks a store that overran a deadline nothing more until it has answered everything."""
         if self._silent_since_s is None:
             self._silent_since_s = self.clock()
             log.warning("kvkeep: the store is slow; the engine goes on without it until it answers")
 
     def begin_anew(self, namespace: bytes, identity: str) -> None:
-        """From here on all keys are in a namespace that nobody else has, or will have.
+        """Puts all keys from here on into a namespace that nobody else has, or will have.
 
-        What is in the one before is dropped only where nobody can find it any more.
+        Drops the chunks of the one before only where nobody else can find them.
         """
         outlived = self.source.outlived
         log.info(
-            "kvkeep: the cache was reset: nothing kept so far is given to this engine (%s); what it keeps from here on "
-            "goes to no disk and ends with it",
-            "it stays for other engines and for the next start" if outlived else "it is dropped",
+            "kvkeep: the cache was reset: this engine gets nothing that was kept so far (%s); what it keeps from here "
+            "on goes to no disk and ends with it",
+            "which stays for other engines and for the next start" if outlived else "which is dropped",
         )
         self._anew = True
         if self.client is not None:
@@ -229,7 +235,7 @@ class Link:
             self.client.rename(namespace, identity, lasting=False)
 
     def _answers(self, client: Client) -> bool:
-        """Whether a store that was slow has caught up; one that stays silent is given up."""
+        """Whether the store may be asked: it is not slow, or has caught up. Gives up one that stays silent."""
         if self._silent_since_s is None:
             return True
         client.pump()
@@ -241,7 +247,7 @@ class Link:
         return False
 
     def close(self) -> None:
-        """Says goodbye and ends a store of our own."""
+        """Says goodbye, and ends a store of our own."""
         if self.client is not None:
             self.client.close()
             self.client = None
@@ -259,23 +265,22 @@ class Link:
         except KVKeepError as error:
             self._wait_longer(str(error))
 
-    def _look(self) -> None:
-        assert self._joining is not None
+    def _look(self, joining: Joining) -> None:
         try:
-            client = self._joining.poll()
+            client = joining.poll()
             if client is not None:
-                self._welcomed(client)
+                self._take_in(client)
             elif self.clock() > self._retry_at_s + LONGEST_PAUSE_S:
                 raise StoreGone("no welcome came")
         except KVKeepError as error:
             self._wait_longer(str(error))
 
-    def _welcomed(self, client: Client) -> None:
+    def _take_in(self, client: Client) -> None:
         self._joining = None
         self._pause_s = FIRST_PAUSE_S
         self._last_session = client.welcome.session
         now = self.hello(0)
-        # a reset may have come between our hello and its welcome
+        # the engine may have been reset between our hello and this welcome
         client.rename(now.namespace, now.identity, lasting=not self._anew)
         try:
             self._hand_out(client)
@@ -286,7 +291,7 @@ class Link:
         log.info("kvkeep: store process %d, pool of %s", client.welcome.pid, size_text(client.welcome.pool_nbytes))
 
     def _hand_out(self, client: Client) -> None:
-        """The pool goes to the workers; without any it stays with the client, for its user."""
+        """Hands the pool to the workers; without workers it stays with the client, for the client's user."""
         if not self.doors:
             return
         pool = client.take_pool()
@@ -296,13 +301,12 @@ class Link:
         finally:
             pool.close()
 
-    def _lost(self, why: str) -> None:
+    def _lose(self, client: Client) -> None:
         self._silent_since_s = None
-        log.error("kvkeep: the store is lost (%s); the engine goes on without it", why)
-        assert self.client is not None
-        self.client.drop()
+        log.error("kvkeep: the store is lost (%s); the engine goes on without it", client.why_gone)
+        client.drop()
         self.client = None
-        self._wait_longer(why)
+        self._wait_longer(client.why_gone)
 
     def _wait_longer(self, why: str) -> None:
         self._give_up_joining()

@@ -1,1 +1,1 @@
-"""The channel between an engine's planner and the store: frames, messages, both ends, starting the process."""
+"""What an engine knows of a store: the messages between them, an engine's end of the socket, starting the process."""

@@ -1,7 +1,7 @@
-"""Length-prefixed frames out of a byte stream and into one.
+"""Makes frames of messages and finds frames in a stream of bytes.
 
-Pure: bytes in, bytes out. Knows nothing about sockets or about what a frame means.
-A frame is a 4-byte big-endian length, then that many bytes. The length is bounded before anything else is read.
+A frame is a 4-byte big-endian length, then that many bytes. A length over the bound is refused before any of these
+bytes is kept. Pure: knows nothing about sockets or about what a frame means.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def framed(payload: bytes) -> bytes:
 
 
 class FrameReader:
-    """Collects bytes and gives back whole frames in their order."""
+    """Collects bytes of one stream and returns whole frames, in order."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The frames that `data` completes; WireError as soon as a length over the bound is announced."""
+        """The frames that `data` completes; WireError as soon as a frame begins with a length over the bound."""
         self._buffer += data
         frames: list[bytes] = []
         start = 0

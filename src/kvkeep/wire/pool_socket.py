@@ -1,7 +1,7 @@
-"""How a worker gets the pool's descriptor from its planner: once a boot of the store, and nothing else.
+"""Hands the pool's descriptor from the planner to a worker, once for each start of the store.
 
-Knows nothing about what is done with the pool. The worker listens at a Unix socket in a folder of its own (0700). A
-stale descriptor is never mixed up with a new one: the boot token comes in the same message.
+The worker listens at a Unix socket in a folder of its own (0700). The token of the store's start (`boot`) comes in the
+same message, so that nobody takes an old descriptor for a new one. Knows nothing about what the worker does with it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class HandedPool(NamedTuple):
     life: int
 
     def close(self) -> None:
-        """Gives both back: it is not used."""
+        """Closes both descriptors of a pool that nobody uses."""
         close_all((self.fd, self.life))
 
 
 class PoolDoor:
-    """Where one worker receives pools. `path` is what it publishes."""
+    """Where one worker receives pools. The worker publishes `path`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="kvkeep-")
@@ -52,20 +52,20 @@ class PoolDoor:
 
     @property
     def fds(self) -> list[int]:
-        """The descriptors that are readable when `take` may find something."""
+        """Descriptors to poll: when one is readable, `take` may find something."""
         doors = [self._listener] if len(self._senders) < MAX_SENDERS else []
         return [sock.fileno() for sock in (*doors, *self._senders) if sock.fileno() >= 0]
 
     def take(self) -> list[HandedPool]:
-        """All pools that have been handed over since the last look, the newest at the end. Returns at once."""
-        self._welcome_senders()
+        """All pools that have come since the last call, the newest at the end. Returns at once."""
+        self._accept_senders()
         handed = []
         waiting = []
         for sock in self._senders:
             try:
-                received = self._received(sock)
+                received = self._receive(sock)
             except BlockingIOError:
-                waiting.append(sock)  # it is connected and has not sent yet
+                waiting.append(sock)  # it has connected, and sends later
                 continue
             sock.close()
             if received is not None:
@@ -73,11 +73,11 @@ class PoolDoor:
         self._senders = waiting
         return handed
 
-    def _welcome_senders(self) -> None:
+    def _accept_senders(self) -> None:
         while len(self._senders) < MAX_SENDERS:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:  # nobody is there, or the door is closed
+            except OSError:  # nobody has connected, or the door is closed
                 return
             sock.setblocking(False)
             self._senders.append(sock)
@@ -90,7 +90,7 @@ class PoolDoor:
         self._senders.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _received(self, sock: socket.socket) -> HandedPool | None:
+    def _receive(self, sock: socket.socket) -> HandedPool | None:
         try:
             boot, fds, _, _ = socket.recv_fds(sock, BOOT_NBYTES, 2, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -104,9 +104,9 @@ class PoolDoor:
 
 
 def send_pool(path: str, pool: HandedPool, limit_s: float) -> None:
-    """Hands the pool to the worker that listens at `path`, which gets descriptors of its own.
+    """Hands the pool to the worker that listens at `path`; the worker gets descriptors of its own.
 
-    StoreGone if it cannot be reached within `limit_s`, or if it is stopped and has others waiting.
+    StoreGone if the worker does not accept within `limit_s`, or is stopped while other senders wait for it.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -121,7 +121,7 @@ def send_pool(path: str, pool: HandedPool, limit_s: float) -> None:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Closes those of the descriptors that there are (-1: none)."""
+    """Closes descriptors; -1 stands for none."""
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)

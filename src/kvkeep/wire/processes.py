@@ -1,7 +1,7 @@
-"""The processes that may touch a session's memory, as the kernel's own handles on them (pidfds).
+"""The processes that may touch a session's memory, by the kernel's handles on them (pidfds).
 
-A pid means something in one namespace only and is given out again; a pidfd goes over a Unix socket into another
-container and stays the same process for ever. Knows nothing about sessions, leases or sockets.
+A pid holds in one pid namespace only, and the kernel gives it to another process later. A pidfd passes over a Unix
+socket into another container and always means the same process. Knows nothing about sessions, leases or sockets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Process = tuple[str, int]
 
 
 class Credentials(NamedTuple):
-    """Who made the other end of a Unix socket, as the kernel noted it; a pid of 0 is in another pid namespace."""
+    """The process that made the other end of a Unix socket, says the kernel; pid 0: it is in another pid namespace."""
 
     pid: int
     uid: int
@@ -33,9 +33,9 @@ def credentials_of(sock: socket.socket) -> Credentials:
 
 @dataclass(eq=False)
 class Holders:
-    """`alive` has each process that is not known to have ended, by the pidfd that this owns.
+    """`alive` has each process that may still run, by its pidfd, which belongs to this.
 
-    `doubt`: there is one that cannot be watched, and so is never known to have ended.
+    `doubt`: there is another process that nobody can watch, so that nobody will know when it ends.
     """
 
     alive: dict[int, Process | None] = field(default_factory=dict)
@@ -43,51 +43,51 @@ class Holders:
 
     @property
     def gone(self) -> bool:
-        """Whether every one of them has ended."""
+        """Whether all of them have ended."""
         return not self.alive and not self.doubt
 
     def within(self, others: Holders) -> bool:
-        """Whether every one of these that may live is surely one of `others`."""
+        """Whether each of these that may still run is surely one of `others`."""
         return not self.doubt and None not in self.alive.values() and {*self.alive.values()} <= {*others.alive.values()}
 
     def died(self, fd: int) -> None:
-        """One of them has ended."""
+        """Forgets the process of this pidfd, which has ended, and closes the pidfd."""
         del self.alive[fd]
         os.close(fd)
 
     def close(self) -> None:
-        """Gives the descriptors back; idempotent."""
+        """Closes the descriptors; idempotent."""
         for fd in self.alive:
             os.close(fd)
         self.alive.clear()
 
 
 def open_handles(pids: Iterable[int]) -> list[int]:
-    """A pidfd for each process that this one can see, in order; the caller owns them."""
+    """A pidfd for each of these processes that this process can see, in order; they belong to the caller."""
     fds = []
     for pid in pids:
         try:
             fds.append(os.pidfd_open(pid))
         except (OSError, OverflowError):
-            continue  # the store sees that one is missing
+            continue  # the store counts the pidfds and sees that some are missing
     return fds
 
 
 def is_pidfd(fd: int) -> bool:
-    """Whether the descriptor is a process's: no file, pipe or memory can have a link of these names."""
+    """Whether the descriptor is a pidfd: no file, pipe or memory can have a link of these names."""
     link = os.readlink(f"/proc/self/fd/{fd}")
     return link == "anon_inode:[pidfd]" or link.startswith("pidfd:")
 
 
 def holders_of(fds: Sequence[int], count: int) -> Holders:
-    """The `count` processes of a session, of which these are the pidfds; owns them. Fewer of them leave a doubt."""
+    """The `count` processes of a session, with their pidfds, which it owns. Fewer pidfds than processes: a doubt."""
     return Holders({fd: _process(fd) for fd in fds}, doubt=len(fds) < count)
 
 
 def _process(fd: int) -> Process | None:
-    """Who it is: a pidfd's inode where its name has it (it is never given again), else its pid if it is visible here.
+    """Which process it is: by the pidfd's inode, which is never used again, on kernels that have it; else by its pid.
 
-    None where that cannot be seen, also for want of a descriptor to look with.
+    None if neither can be read here, also for want of a descriptor to read it with.
     """
     name = os.readlink(f"/proc/self/fd/{fd}")
     if name.startswith("pidfd:"):

@@ -1,7 +1,7 @@
-"""Starting a store process, and joining one that runs.
+"""Starts a store process of the engine's own, or joins one that runs.
 
-A private store inherits one end of a socket pair and ends with its file; a shared one listens on a Unix socket.
-Knows nothing about engines, nor about what a store does.
+A private store inherits one end of a socket pair, and ends when the other end is closed. A shared store listens at a
+Unix socket. Knows nothing about engines, or about what a store does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvkeep.errors import ConfigError, StoreGone
 from kvkeep.memory.limits import check_room, read_limits
 from kvkeep.wire.processes import credentials_of
 
-DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
+DRAIN_S = 8.0  # how long an ending store may still write to its tiers; a wait for its end must be longer
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Child:
     sock: socket.socket
 
     def end(self, limit_s: float) -> None:
-        """Closes our end, waits at most `limit_s` for the process, then kills it (by its pid, it is ours)."""
+        """Closes our end, waits at most `limit_s` for the process, then kills it."""
         self.sock.close()
         try:
             self.process.wait(limit_s)
@@ -38,7 +38,7 @@ class Child:
             self.process.wait(limit_s)
 
     def kill(self) -> None:
-        """Ends the process at once and does not wait for it: a large pool takes a while to go."""
+        """Kills the process and does not wait for its end: the kernel takes a while to free a large pool."""
         self.sock.close()
         self.process.kill()
         threading.Thread(target=self.process.wait, daemon=True, name="kvkeep-reap").start()

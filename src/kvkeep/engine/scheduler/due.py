@@ -32,7 +32,7 @@ class DueLoads:
     def add(self, record: RequestRecord, match: Match, external: int, tables: Tables) -> None:
         """Adds the load of `external` tokens of a match into the request's blocks."""
         span = (record.computed, record.computed + external)
-        ops = load_ops(self._shard, record.request, match, span, tables)
+        ops = load_ops(self._shard, record.request, match, span, tables=tables)
         first = span[0] // self._layout.chunk_tokens
         digests = record.chain.digests[first : first + len(ops)]
         ops = [self._completed(op, match, chunk) for chunk, op in enumerate(ops, first)]

@@ -64,6 +64,7 @@ class Gathers:
         scheduled: Sequence[Scheduled],
         records: Mapping[str, RequestRecord],
         tables: Callable[[str], Tables],
+        *,
         client: Client | None,
     ) -> list[StoreOp]:
         """The step's gathers. Gives up a chunk whose blocks are gone."""

@@ -17,7 +17,7 @@ from kvkeep.engine.link import Link
 from kvkeep.engine.scheduler.estimate import Estimate
 from kvkeep.engine.scheduler.request import Match, RequestRecord
 from kvkeep.telemetry import POOL, Figures, Miss, Source
-from kvkeep.wire.client import Client
+from kvkeep.wire.client import Call, Client
 from kvkeep.wire.messages import Matched, StoreLease
 
 MAX_FAILED_KEYS = 65536
@@ -65,6 +65,7 @@ class Lookups:
         layout: ChunkLayout,
         limits: LookupLimits,
         estimate: Estimate,
+        *,
         figures: Figures,
         clock: Callable[[], float],
     ) -> None:
@@ -113,7 +114,8 @@ class Lookups:
         `alone`: no other request runs, so that a step that waits for a tier holds nobody up.
         """
         nothing = Match(first, StoreLease(client.welcome.boot, 0))
-        if record.question is None or record.asked_first != first:
+        question = record.question
+        if question is None or record.asked_first != first:
             digests, short = self._askable(record, request, first)
             if not digests:
                 self._figures.add("covered", short is None)
@@ -121,17 +123,16 @@ class Lookups:
             self.drop(record, client)
             # the answer cannot reach beyond a chunk that was not asked for
             record.short = short if short is Miss.FAILED_BEFORE else None
-            self._ask(record, client, digests, first, alone)
-        assert record.question is not None
+            question = record.question = self._ask(record, client, digests, first, alone=alone)
         waited_from_s = self._clock()
-        answer = client.wait(record.question, self._left_s)
+        answer = client.wait(question, self._left_s)
         self._left_s = max(0.0, self._left_s - (self._clock() - waited_from_s))
         if isinstance(answer, Matched):
             record.question = None
             self._figures.add("lookup_tokens", len(request.tokens))
             self._count(answer)
             return self._match_of(record, answer)
-        if record.question.failed:
+        if question.failed:
             record.question = None
             return replace(nothing, why=Miss.STORE_GONE)
         if self._clock() - record.asked_at_s < self._deadline_s:
@@ -141,7 +142,7 @@ class Lookups:
         self._link.suspend()
         return replace(nothing, why=Miss.DEADLINE)
 
-    def _ask(self, record: RequestRecord, client: Client, digests: Sequence[bytes], first: int, alone: bool) -> None:
+    def _ask(self, record: RequestRecord, client: Client, digests: Sequence[bytes], first: int, *, alone: bool) -> Call:
         tokens = self._layout.chunk_tokens
         span = (first * tokens, (first + len(digests)) * tokens)
         wait_s = self._estimate.worth_s(span, len(digests) * self._layout.nbytes)
@@ -150,8 +151,8 @@ class Lookups:
         limit_s = self._deadline_s if wait_s is None else min(wait_s, self._deadline_s)
         record.limit_s = limit_s
         early = alone and self._may_be_early(limit_s, len(digests))
-        record.question = client.fetch(digests, limit_s * STORE_SHARE, self._deadline_s, early)
         record.asked_first, record.asked_at_s = first, self._clock()
+        return client.fetch(digests, limit_s * STORE_SHARE, self._deadline_s, early)
 
     def _may_be_early(self, limit_s: float, chunks: int) -> bool:
         """Whether the step may wait for the tiers instead of this lookup; at most one lookup a step gets a yes."""

@@ -20,7 +20,7 @@ def aligned(shard: ShardLayout, computed: int) -> bool:
     return all(computed % group.block_tokens == 0 for group in shard.groups)
 
 
-def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, int], tables: Tables) -> list[LoadOp]:
+def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, int], *, tables: Tables) -> list[LoadOp]:
     """The scatters that fill tokens [start, end) of a request from matched chunks, first chunk first.
 
     They leave blocks below `start` alone, which hold what the engine computed. In a group with a sliding window they
@@ -31,7 +31,7 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
     tokens = shard.chunk_tokens
     ops = []
     for chunk in range(start // tokens, -(-end // tokens)):
-        runs = [_load_run(shard, group, chunk, span, tables[group]) for group in range(len(shard.groups))]
+        runs = [_load_run(shard, group, chunk, span, table=tables[group]) for group in range(len(shard.groups))]
         index = chunk - match.first
         blocks = tuple(part for run in runs for part in run)
         # the last block has room for tokens that the step computes
@@ -42,7 +42,9 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
     return ops
 
 
-def _load_run(shard: ShardLayout, group: int, chunk: int, span: tuple[int, int], table: Sequence[int]) -> list[Blocks]:
+def _load_run(
+    shard: ShardLayout, group: int, chunk: int, span: tuple[int, int], *, table: Sequence[int]
+) -> list[Blocks]:
     start, end = span
     block_tokens, window = shard.groups[group].block_tokens, shard.groups[group].window
     per_chunk = shard.blocks(group)

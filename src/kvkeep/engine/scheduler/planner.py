@@ -88,7 +88,7 @@ class Planner:
         self._due = DueLoads(layout, self._states)
         limits = LookupLimits(options.deadline_s, options.patience_s, states is not None, options.early)
         self._size_up()
-        self._lookups = Lookups(link, layout, limits, self._estimate, figures, clock)
+        self._lookups = Lookups(link, layout, limits, self._estimate, figures=figures, clock=clock)
         self._gathers = Gathers(self._shard, figures, link, options.patience_s, deadline_s=options.deadline_s)
 
     def awaits_report(self) -> bool:
@@ -207,9 +207,11 @@ class Planner:
             self._paces.begin([] if ops else [(request.start, request.final) for request in scheduled])
         if self._options.store_generated and client is not None:
             self._wish_generated(scheduled, client)
-        stores = self._gathers.ops(step, scheduled, self._records, tables, client)
+        stores = self._gathers.ops(step, scheduled, self._records, tables, client=client)
         if self._states is not None and client is not None:
-            stores += self._states.store_ops(step, scheduled, self._records, client, self._layout.chunk_tokens)
+            stores += self._states.store_ops(
+                step, scheduled, self._records, client, chunk_tokens=self._layout.chunk_tokens
+            )
         self._steps.launch(step)
         return StepPlan(
             step.number,

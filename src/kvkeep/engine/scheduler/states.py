@@ -62,6 +62,7 @@ class States:
         scheduled: Sequence[Scheduled],
         records: Mapping[str, RequestRecord],
         client: Client,
+        *,
         chunk_tokens: int,
     ) -> list[StoreOp]:
         """The step's gathers of states at chunks' ends; skips those without room, since the engine drops them."""

@@ -1,1 +1,1 @@
-"""The store's end of the channel: who may come in, turns, answers, and what lingers after a client."""
+"""The store's end of the channel: which clients may join, their answers, and the memory that ended clients may use."""

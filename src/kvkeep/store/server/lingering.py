@@ -1,6 +1,7 @@
-"""Sessions whose client is gone while processes may still touch their memory: it comes back when all of these ended.
+"""Sessions whose client is gone while some of its processes may still touch their memory.
 
-Watches processes by their pidfds on the store's event loop. Knows nothing about messages.
+Frees that memory when all these processes have ended, which their pidfds tell the store's event loop. Knows nothing
+about messages.
 """
 
 from __future__ import annotations
@@ -18,44 +19,44 @@ log = logging.getLogger("kvkeep.store")
 
 @dataclass
 class Lingering:
-    """The lingering sessions of `store`, by number, each with the processes that are not known to have ended."""
+    """The lingering sessions of `store`, by number, each with the processes that may still run."""
 
     store: Store
     loop: asyncio.AbstractEventLoop
     _holders: dict[int, Holders] = field(default_factory=dict)
 
     def add(self, session: Session, holders: Holders) -> None:
-        """Takes in a session, and owns `holders`; one that holds nothing ends at once."""
+        """Adds a session, and owns `holders`. Ends a session that holds nothing at once."""
         self.store.linger(session)
         self._holders[session.number] = holders
         for pidfd in list(holders.alive):
             try:
                 self.loop.add_reader(pidfd, self._died, session, pidfd)
-            except OSError:  # the kernel does not watch it: then nobody knows when that process ends
+            except OSError:  # the kernel does not watch this one, so nobody knows when that process ends
                 holders.doubt = True
         if holders.gone or not any(side.leases for side in session.sides):
             self._end(session)
         elif holders.doubt:
             log.warning(
-                "session %d (%s) left memory that a process may still touch which cannot be watched: the memory stays "
+                "session %d (%s) ended, and nobody can see whether one of its processes still runs: its memory stays "
                 "out of use until this store ends",
                 session.number,
                 session.opening.name,
             )
 
     def resume(self, number: int, holders: Holders) -> None:
-        """Ends a lingering session if every process of it is surely one of `holders`, which have begun anew."""
+        """Ends a lingering session if each of its processes is surely one of `holders`, which use nothing of it."""
         old = self._holders.get(number)
         if old is not None and old.within(holders):
             self._end(self.store.lingering[number])
 
     def close(self) -> None:
-        """Watches nothing any more; the memory goes with the store."""
+        """Stops watching; the memory goes with the store."""
         for holders in self._holders.values():
             self._unwatch(holders)
 
     def _died(self, session: Session, pidfd: int) -> None:
-        holders = self._holders[session.number]  # a session that was resumed in the same turn is not called any more
+        holders = self._holders[session.number]  # `_end` has removed the readers of a session that was resumed
         self.loop.remove_reader(pidfd)
         holders.died(pidfd)
         if holders.gone:

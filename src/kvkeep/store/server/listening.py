@@ -1,6 +1,6 @@
-"""Where a shared store listens: a Unix socket in a folder that only its user can enter.
+"""Makes the Unix socket of a shared store, in a folder that only its user can enter.
 
-Knows nothing about what is said over it. Nothing but the socket of a store that is gone is ever removed.
+Removes nothing but the socket of a store that is gone. Knows nothing about what clients send.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _CURE = (
 def listen(path: Path) -> socket.socket:
     """A listening socket at `path`, 0600 in a folder that is 0700 (made where it is missing).
 
-    The socket of a store that is gone is replaced. ConfigError, with what to do, where a store answers, where something
-    else has that name, where others can enter the folder, and where the system refuses.
+    Replaces the socket of a store that is gone. ConfigError, with what to do, if a store answers there, if something
+    else has that name, if others can enter the folder, and if the system refuses.
     """
     length = len(os.fsencode(path))
     if length > MAX_PATH_NBYTES:
@@ -40,7 +40,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def unlink_own(path: Path, own: os.stat_result) -> None:
-    """Removes the socket that was `own` if `path` still names it; else nothing, and nothing fails."""
+    """Removes the socket `own` if `path` still names it. Never fails."""
     try:
         if os.path.samestat(path.lstat(), own):
             path.unlink()
@@ -49,7 +49,7 @@ def unlink_own(path: Path, own: os.stat_result) -> None:
 
 
 def _make_way(path: Path) -> None:
-    """Removes the socket of a store that is gone; ConfigError for anything else that has its name."""
+    """Removes the socket of a store that is gone; ConfigError for anything else of that name."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def _make_way(path: Path) -> None:
 
 
 def _answers(path: Path) -> bool:
-    """Whether somebody listens; one who takes nobody in at this moment does, too."""
+    """Whether a store listens, also one that accepts nobody at this moment."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(ANSWER_LIMIT_S)
         try:

@@ -1,7 +1,7 @@
-"""Where clients of a shared store arrive: whoever may not come in is told why.
+"""Accepts clients of a shared store, and sends those that may not join the reason.
 
-Without descriptors nobody is taken in for a while, for a client that waits would wake the loop again at once. Knows
-nothing about sessions.
+When the process has no descriptor left it accepts nobody for a while: a waiting client would wake the loop again at
+once. Knows nothing about sessions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 @dataclass
 class Reception:
-    """Accepts at `listener` and hands each client to `take_in`; `full` makes room, or says why there is none."""
+    """Accepts clients at `listener` and hands each to `take_in`; `full` makes room, or returns why there is none."""
 
     listener: socket.socket
     loop: asyncio.AbstractEventLoop
@@ -37,20 +37,20 @@ class Reception:
     _short: bool = False
 
     def open(self) -> None:
-        """Takes clients in from here on."""
+        """Accepts clients from here on."""
         self._open = True
         self.listener.setblocking(False)
-        self.loop.add_reader(self.listener, self._welcome)
+        self.loop.add_reader(self.listener, self._accept)
 
     def close(self) -> None:
-        """Takes nobody in any more; the listener stays its owner's."""
+        """Accepts nobody any more; the listener stays its owner's."""
         self._open = False
         self.loop.remove_reader(self.listener)
 
-    def _welcome(self) -> None:
+    def _accept(self) -> None:
         try:
             sock, _ = self.listener.accept()
-        except OSError as error:  # the client is gone again, or descriptors are short: the others are served on
+        except OSError as error:  # the client is gone again, or descriptors are short: serve the others
             if error.errno in _SHORT:
                 self._rest(error)
             return
@@ -65,13 +65,13 @@ class Reception:
     def _rest(self, error: OSError) -> None:
         if not self._short:
             self._short = True
-            log.warning("no client can be taken in (%s): raise the limit of open files of this process", error)
+            log.warning("no client can join (%s): raise the limit of open files of this process", error)
         self.loop.remove_reader(self.listener)
         self.loop.call_later(REST_S, lambda: self.open() if self._open else None)
 
 
 def stranger(sock: socket.socket) -> str:
-    """Why the user at the other end may not come in; empty where it may."""
+    """Why the user at the other end may not join; "" if it may."""
     uid = credentials_of(sock).uid
     if uid in (os.getuid(), 0):
         return ""
@@ -79,7 +79,7 @@ def stranger(sock: socket.socket) -> str:
 
 
 def turn_away(sock: socket.socket, why: str) -> None:
-    """Says why, if the client listens, and closes the socket."""
+    """Sends the reason, if the client reads, and closes the socket."""
     sock.setblocking(False)
     try:
         sock.send(framed(m.encoded(m.Refused(WireError.code, why))))
