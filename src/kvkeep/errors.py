@@ -1,8 +1,8 @@
 """Every exception of kvkeep, the tree at the top, each with a stable code.
 
-A miss, a full pool and "ask again" are values, not exceptions. What a caller or another process hands in is checked
-with one of these, or with a ValueError where it is a plain argument; a broken invariant of our own is an AssertionError
-and is never caught.
+A miss, a full pool and "ask again" are values, not exceptions. What a caller or another process passes in is checked
+with one of these, or with a ValueError where it is a plain argument. A broken invariant of our own is an
+AssertionError, which nobody catches.
 
     KVKeepError
       ConfigError       a setting is wrong: the message names its path and what would be right

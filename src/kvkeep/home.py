@@ -1,6 +1,6 @@
-"""Where kvkeep keeps what it found out for this user and could find out again: digests of files, measured rates.
+"""Names the files in which kvkeep caches what it found out for this user: digests of files, measured rates.
 
-Knows nothing about what is kept there.
+Losing them costs time only. Knows nothing about what is in them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_file(name: str) -> Path | None:
-    """The file of this name in the user's cache folder; None for a user without a home directory: keep nothing."""
+    """Return the file of this name in the user's cache folder; None for a user without a home directory."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(folder):  # as its specification wants it
         folder = os.path.expanduser("~/.cache")  # unlike Path.home() it does not raise

@@ -1,4 +1,4 @@
-"""Spans as a Chrome trace: which layer was copied while which one was computed (chrome://tracing, ui.perfetto.dev).
+"""Writes spans as a Chrome trace: which layer was copied while which was computed (chrome://tracing, ui.perfetto.dev).
 
 Knows nothing about what is measured. Format: the Trace Event Format's complete events ("ph": "X"), microseconds.
 """
@@ -15,7 +15,10 @@ WRITE_EVERY_S = 2.0
 
 
 class Trace:
-    """The last MAX_SPANS spans of this process, in `path` with the pid before its suffix; without one it keeps none."""
+    """Keeps the last MAX_SPANS spans of this process, for a file at `path` with the pid before its suffix.
+
+    Without a path it keeps nothing.
+    """
 
     def __init__(self, path: str = "") -> None:
         self._path = Path(path).with_suffix(f".{os.getpid()}{Path(path).suffix}") if path else None
@@ -24,7 +27,7 @@ class Trace:
         self._new = False
 
     def span(self, name: str, track: str, start_s: float, end_s: float) -> None:
-        """Something took from `start_s` to `end_s`; spans of a track stand in one row. Any thread may call it."""
+        """Add a span from `start_s` to `end_s`; those of one track stand in one row. Any thread may call it."""
         if self._path is not None:
             self._spans.append((name, track, start_s, end_s))
             self._new = True

@@ -196,8 +196,8 @@ def test_sums_of_another_form_never_hold(change: str):
         ([Blocks(1, 0, (-1,))], False, "block -1 of group 1 does not exist"),
         ([Blocks(1, 0, (0,))], False, "block 0 of group 1 is the null block"),
         ([Blocks(0, 0, (1, 2)), Blocks(0, 2, (3, 1))], True, "block 1 of group 0 is named twice"),
-        ([Blocks(0, 3, (1, 2))], False, "place 5 is outside"),
-        ([Blocks(1, -1, (1,))], False, "place -1 is outside"),
+        ([Blocks(0, 3, (1, 2))], False, "slot 5 is outside"),
+        ([Blocks(1, -1, (1,))], False, "slot -1 is outside"),
     ],
 )
 def test_a_plan_with_wrong_blocks_is_refused(blocks: list[Blocks], unique: bool, says: str):

@@ -1,4 +1,4 @@
-"""Lends extents of one address space and takes them back.
+"""Allocates extents in one address space, such as the pool.
 
 Knows nothing about the bytes behind an offset (memory or a file), keys, leases, or who asks. Not thread-safe: one
 thread owns it.

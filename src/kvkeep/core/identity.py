@@ -1,7 +1,7 @@
-"""The identity: all that must agree before KV bytes computed by one engine may be read by another.
+"""The identity: everything that must be equal before one engine may read KV bytes that another computed.
 
-Two engines share chunks only if their identities are equal, for every key begins with the namespace, which is
-a digest of the identity. Knows nothing about how the fields are found out: engines fill them in.
+Every key begins with the namespace, a digest of the identity, so two engines share chunks only if their identities are
+equal. Knows nothing about how the fields are found out: the doors fill them in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCHEMA: Literal[2] = 2
 """The version of the record: a new one whenever a field is added, dropped or changes its meaning."""
 
 MAX_SHOWN_CHARS = 32
-"""How much of a setting is shown: there are hundreds, and what names a namespace for people has a bound."""
+"""How many characters of a setting people see: there are hundreds of settings, and their text has a bound."""
 
 
 class GroupIdentity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +105,7 @@ def _shown_fields(identity: Identity) -> dict[str, str]:
 
 
 def _fields(identity: Identity) -> dict[str, Any]:
-    """Flatten an identity but for its settings; "groups" becomes their number."""
+    """Flatten an identity but for its settings; "groups" becomes their count."""
     fields: dict[str, Any] = {}
     for name, value in msgspec.structs.asdict(identity).items():
         if name == "settings":

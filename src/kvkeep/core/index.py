@@ -1,4 +1,4 @@
-"""The life of entries: reserve, commit, pin, release; and who has to go when memory is short.
+"""The pool's index: reserves, commits, pins and evicts the entries of chunks.
 
 Knows nothing about sockets, sessions, tiers, clocks, or the bytes behind an extent. Not thread-safe: one thread owns
 it. A call for many keys is one step: nothing else sees it half done.
@@ -61,7 +61,7 @@ class IndexEntry:
 
 
 class IndexStats(NamedTuple):
-    """Numbers at one moment: committed + writing + dead bytes are all the memory that is lent."""
+    """The counters at one moment; committed, writing and dead bytes are all the memory that is lent."""
 
     committed_entries: int
     writing_entries: int

@@ -2,8 +2,8 @@
 
 The digest of a chunk is the SHA-256 of
 `cbor2.dumps((digest of the chunk before, tuple of its tokens, extra keys), canonical=True)`:
-byte for byte what vLLM's `hash_block_tokens` gives with `sha256_cbor` for a block of that size. Knows nothing
-about engines, requests or what is stored under a key.
+byte for byte what vLLM's `hash_block_tokens` returns with `sha256_cbor` for a block of that size. Knows nothing about
+engines, requests or what is stored under a key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BATCH_TOKENS = 1 << 13
 
 
 def none_hash(seed: str = DEFAULT_SEED) -> bytes:
-    """Return what is parent to a first chunk: the SHA-256 of the seed as a CBOR text (vLLM's NONE_HASH)."""
+    """Return the parent of a first chunk: the SHA-256 of the seed as a CBOR text (vLLM's NONE_HASH)."""
     return sha256(cbor.encode(seed)).digest()
 
 
@@ -51,16 +51,16 @@ def key_of(namespace: bytes, digest: bytes) -> bytes:
 def token_array(tokens: Tokens) -> cbor.Words:
     """Return the tokens as a contiguous uint32 [n], without a copy where they are one already.
 
-    Takes sequences of ints and whatever numpy reads as an array of ints. Raises ValueError, naming the
-    position, for a token below 0, above 2**32 - 1 or not an int.
+    Takes sequences of ints and whatever numpy reads as an array of ints. Raises ValueError, naming the position, for
+    a token below 0, above 2**32 - 1 or not an int.
     """
     return _converted(tokens, 0, len(tokens))
 
 
 class BlockHashes(NamedTuple):
-    """An engine's own hashes of a request's whole blocks of `block_tokens`, a list that grows as its tokens come.
+    """An engine's own hashes of a request's whole blocks of `block_tokens`: a list that grows as its tokens come.
 
-    `fingerprint` is the content of the request's adapter, which such a hash does not cover; empty for none.
+    `fingerprint` is the digest of the request's adapter, which such a hash does not cover; empty without an adapter.
     """
 
     hashes: Sequence[bytes]

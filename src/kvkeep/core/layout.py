@@ -1,10 +1,11 @@
-"""How a chunk's bytes are arranged: shards, in them groups, in them one range a layer.
+"""How a chunk's bytes are arranged: a shard for each rank, in it a range for each layer, group by group.
 
-Sizes and offsets only. Knows nothing about memory, tensors, tokens' values or who reads the bytes.
+Computes sizes and offsets. Knows nothing about memory, tensors, tokens' values or who reads the bytes.
 
-A chunk is its shards one after the other. A shard is one **range** a layer, group by group; every range starts at a
-4 KiB multiple and is padded with zeros to one. Inside a range the parts of the pages follow each other (all K pages,
-then all V pages; an engine whose page is one piece has one part), each part's pages in the order of the blocks.
+A chunk is its shards, one after the other. A shard is one **range** for each layer, group by group. Every range starts
+at a multiple of 4 KiB and is padded with zeros to the next. Inside a range the parts of the pages follow each other:
+all K pages, then all V pages (an engine whose page is one piece has one part), each part's pages in the order of the
+blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ VERSION = 1
 
 
 class Range(NamedTuple):
-    """One layer of one group in a shard: where it starts, what it holds, what it takes with its padding (bytes)."""
+    """One layer of one group in a shard: its offset, its bytes, and its bytes with the padding."""
 
     group: int
     layer: int
@@ -64,10 +65,10 @@ class ShardLayout:
     groups: tuple[GroupLayout, ...]
 
     def __post_init__(self) -> None:
-        for number, group in enumerate(self.groups):
+        for index, group in enumerate(self.groups):
             if group.block_tokens <= 0 or self.chunk_tokens % group.block_tokens:
                 raise ValueError(
-                    f"chunk_tokens {self.chunk_tokens} is not a multiple of group {number}'s "
+                    f"chunk_tokens {self.chunk_tokens} is not a multiple of group {index}'s "
                     f"block size {group.block_tokens}"
                 )
 
@@ -80,31 +81,29 @@ class ShardLayout:
         """The shard's ranges in their order, without gaps."""
         ranges: list[Range] = []
         offset = 0
-        for number, group in enumerate(self.groups):
-            for place, layer in enumerate(group.layers):
-                nbytes = layer.page_nbytes * self.blocks(number)
+        for index, group in enumerate(self.groups):
+            for position, layer in enumerate(group.layers):
+                nbytes = layer.page_nbytes * self.blocks(index)
                 padded = padded_nbytes(nbytes)
-                ranges.append(Range(number, place, offset, nbytes, padded_nbytes=padded))
+                ranges.append(Range(index, position, offset, nbytes, padded_nbytes=padded))
                 offset += padded
         return tuple(ranges)
 
     def chosen(self, layers: range | None) -> Sequence[Range]:
-        """The ranges with these numbers; None: all."""
-        return self.ranges if layers is None else [self.ranges[number] for number in layers]
+        """The ranges with these indexes; None: all."""
+        return self.ranges if layers is None else [self.ranges[index] for index in layers]
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
-        """The number of each layer's range by the layer's name."""
-        return {
-            self.groups[range_.group].layers[range_.layer].name: number for number, range_ in enumerate(self.ranges)
-        }
+    def range_indexes(self) -> dict[str, int]:
+        """The index of each layer's range, by the layer's name."""
+        return {self.groups[range_.group].layers[range_.layer].name: index for index, range_ in enumerate(self.ranges)}
 
     def in_order(self, names: Sequence[str]) -> list[int]:
-        """The number of each layer's range, in the order of `names` (none: as they are arranged).
+        """The index of each layer's range, in the order of `names` (none: as they are arranged).
 
         Raises ValueError unless every layer is named once, there and here.
         """
-        known = self.numbers
+        known = self.range_indexes
         if len(known) < len(self.ranges):
             raise ValueError("two layers have one name: each is registered once, in one group")
         wrong = set(names) ^ set(known) or {name for name in names if names.count(name) > 1}

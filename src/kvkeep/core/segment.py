@@ -1,4 +1,4 @@
-"""Segments: the stretches of a prompt between separators, with digests that do not depend on what is around them.
+"""Splits a prompt at separators into segments, whose digests do not depend on what is around them.
 
 The digest of a segment is the SHA-256 of `cbor2.dumps((None, tuple of its tokens, extra keys), canonical=True)`: no
 parent, so it can never be that of a chunk, which has one. Knows nothing about where a segment's KV may be reused.
@@ -47,8 +47,8 @@ def _occurrences(words: cbor.Words, needle: cbor.Words) -> list[int]:
     """Where needle stands in words, from the left, none overlapping the one before."""
     size = needle.size
     starts = np.flatnonzero(words[: max(0, words.size - size + 1)] == needle[0])
-    for place in range(1, size):
-        starts = starts[words[starts + place] == needle[place]]
+    for offset in range(1, size):
+        starts = starts[words[starts + offset] == needle[offset]]
     apart: list[int] = []
     for at in starts.tolist():
         if not apart or at >= apart[-1] + size:

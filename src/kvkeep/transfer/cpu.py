@@ -1,4 +1,4 @@
-"""Gather and scatter of whole blocks with NumPy: the path on CPUs, and the oracle for every other transfer.
+"""Gathers and scatters whole blocks with NumPy: the path on CPUs, and what every other transfer is tested against.
 
 Knows nothing about keys, the store or requests.
 """
@@ -38,8 +38,8 @@ class ReferenceTransfer:
         rows = [group_rows(group) for group in groups]
         self._shard = shard_of(groups, rows, chunk_tokens)
         self._parts = [
-            [_parts([part.numpy() for part in parts], self._shard.blocks(number)) for parts in layers]
-            for number, layers in enumerate(rows)
+            [_parts([part.numpy() for part in parts], self._shard.blocks(group)) for parts in layers]
+            for group, layers in enumerate(rows)
         ]
 
     @property
@@ -57,9 +57,9 @@ class ReferenceTransfer:
         sums: list[bytes] = []
         for range_, view in zip(self._shard.chosen(layers), lease.views(layers), strict=True):
             for pages, start, end, dense in self._parts[range_.group][range_.layer]:
-                places = view[start:end].reshape(-1, pages.shape[1])
+                slots = view[start:end].reshape(-1, pages.shape[1])
                 for first, ids in by_group.get(range_.group, ()):
-                    out = places[first : first + len(ids)]
+                    out = slots[first : first + len(ids)]
                     if dense:
                         # the ids were checked with the plan; 'clip' is the mode that needs no buffer
                         pages.take(ids, 0, out, "clip")
@@ -77,9 +77,9 @@ class ReferenceTransfer:
         by_group = _indexes(blocks)
         for range_, view in zip(self._shard.chosen(layers), views, strict=True):
             for pages, start, end, _ in self._parts[range_.group][range_.layer]:
-                places = view[start:end].reshape(-1, pages.shape[1])
+                slots = view[start:end].reshape(-1, pages.shape[1])
                 for first, ids in by_group.get(range_.group, ()):
-                    pages[ids] = places[first : first + len(ids)]
+                    pages[ids] = slots[first : first + len(ids)]
         return True
 
 

@@ -1,4 +1,4 @@
-"""Which transfer suits a cache's device, and what page-locks the pool for it: the one place that asks what is there.
+"""Chooses the transfer for a cache's device, and what page-locks the pool for it. Only this module asks what is there.
 
 NumPy on a CPU; kernel (where Triton is) and copy engine on a CUDA device; staging copies anywhere else. Knows nothing
 about plans, pools or the engine.
@@ -84,7 +84,7 @@ class _CopyWays:
         return probe(self._device, CudaStream(self._device), self.kernel, self.copy)
 
     def directions(self, choice: DevicePath, parts: tuple[Part, ...]) -> tuple[Direction, Direction]:
-        """The way that is right for the largest pages, where most bytes are, with a stream for each direction."""
+        """Make both directions as `choice` says for the largest pages, where most bytes are."""
         page_nbytes = max(part.pages.nbytes for part in parts)
         made: dict[str, Callable[[Sequence[Part]], PageCopier]] = {"kernel": self.kernel, "copy": self.copy}
         to_pool, from_pool = (made[choice.way(direction, page_nbytes)](parts) for direction in (True, False))

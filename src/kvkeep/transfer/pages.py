@@ -1,8 +1,8 @@
-"""The pages of an engine's cache as plain bytes, whatever tensors it keeps them in.
+"""Reads the pages of an engine's cache as plain bytes, whatever tensors hold them.
 
 Any cache whose pages are dense pieces of memory works: blocks first (vLLM's CPU backend, MLA), K and V apart
-(flash-attention), any order of the inner dimensions. What a page means is nobody's business here: its bytes are kept.
-Knows nothing about chunks' memory or who copies.
+(flash-attention), any order of the inner dimensions. Bytes are kept as they
+are, whatever they mean. Knows nothing about chunks' memory or who copies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Gather and scatter of whole blocks for any device that torch knows: through a staging copy, on the current stream.
+"""Gathers and scatters whole blocks on any device that torch knows, through a staging copy on the current stream.
 
-Simple and right rather than fast, one indexed copy and one transfer a layer: for devices that are not CUDA's, and for
-memory that is not page-locked. Knows nothing about keys, the
-store or requests.
+Simple and right rather than fast: an indexed copy and a transfer for each layer. For devices that are not CUDA's, and
+for memory that is not page-locked. Knows nothing about keys, the store or requests.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from kvkeep.transfer.transfer import Blocks, check_blocks, ranges_hold, seal_ran
 class StagedTransfer:
     """Copies for one rank over caches on one device.
 
-    Both verbs wait for the device where the pool's memory is concerned; what a scatter writes is in the order of the
-    current stream, so what is launched after it sees it. Raises LayoutMismatch, naming the layer, for a cache that has
+    Both verbs return when the device has finished with the pool's memory. A scatter writes in the order of the current
+    stream, so what is launched after it sees its blocks. Raises LayoutMismatch, naming the layer, for a cache that has
     no dense pages.
     """
 
@@ -46,8 +45,8 @@ class StagedTransfer:
         ranges, views = self._shard.chosen(layers), lease.views(layers)
         for range_, view in zip(ranges, views, strict=True):
             for group, first, ids in indexes:
-                for pages, places in self._parts(range_, view) if group == range_.group else ():
-                    places[first : first + len(ids)].copy_(pages.index_select(0, ids))
+                for pages, slots in self._parts(range_, view) if group == range_.group else ():
+                    slots[first : first + len(ids)].copy_(pages.index_select(0, ids))
         return seal_ranges(ranges, views) if seal else b""
 
     def scatter(self, lease: Lease, blocks: Sequence[Blocks], sums: bytes, layers: range | None = None) -> bool:
@@ -58,9 +57,9 @@ class StagedTransfer:
         indexes = [(run.group, run.first, self._ids(run)) for run in blocks]
         for range_, view in zip(self._shard.chosen(layers), views, strict=True):
             for group, first, ids in indexes:
-                for pages, places in self._parts(range_, view) if group == range_.group else ():
+                for pages, slots in self._parts(range_, view) if group == range_.group else ():
                     # not asynchronous: the pool's memory may be lent to another as soon as this returns
-                    pages[ids] = places[first : first + len(ids)].to(self._device)
+                    pages[ids] = slots[first : first + len(ids)].to(self._device)
         return True
 
     def _ids(self, blocks: Blocks) -> torch.Tensor:

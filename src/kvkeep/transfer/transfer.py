@@ -1,6 +1,6 @@
-"""What a transfer is: copies between the blocks of an engine's paged cache and a chunk's shard in the pool.
+"""The `Transfer` interface: copies between the blocks of an engine's paged cache and a chunk's shard in the pool.
 
-Interfaces and the checks that every transfer shares. Knows nothing about devices, leases' owners or requests.
+The checks that every transfer makes are here too. Knows nothing about devices, leases' owners or requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NULL_BLOCK = 0
 
 
 class Blocks(NamedTuple):
-    """A run of a chunk's blocks in one group: the engine's block for each place from `first` on."""
+    """A run of a chunk's blocks in one group: the engine's block for each slot from `first` on."""
 
     group: int
     first: int
@@ -50,9 +50,9 @@ class Transfer(Protocol):
 
 
 class Opened(NamedTuple):
-    """A transfer, what page-locks the pool for it (None: nothing needs to), and what people should know about it.
+    """A transfer, what page-locks the pool for it (None: nothing needs to), and a text about it for people.
 
-    `states` reaches the states of a model that has any: one block of each of its groups is one of them.
+    `states` copies the states of a model that has recurrent layers: a state is one block of each of its groups.
     """
 
     transfer: Transfer
@@ -69,7 +69,7 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
     for group, first, block_ids in blocks:
         end = first + len(block_ids)
         if first < 0 or end > shard.blocks(group):
-            raise BlockError(f"place {first if first < 0 else end} is outside of a chunk's blocks of group {group}")
+            raise BlockError(f"slot {first if first < 0 else end} is outside of a chunk's blocks of group {group}")
     for group, count in enumerate(num_blocks):
         runs = [np.asarray(run.block_ids, np.intp) for run in blocks if run.group == group]
         ids = np.concatenate(runs) if runs else np.zeros(0, np.intp)
@@ -83,14 +83,14 @@ def check_blocks(shard: ShardLayout, num_blocks: Sequence[int], blocks: Sequence
 
 
 def seal_range(range_: Range, view: Bytes) -> bytes:
-    """Zeroes the padding of a range that has been filled and gives its sum."""
+    """Zero the padding of a filled range and return its sum."""
     if range_.nbytes < range_.padded_nbytes:
         view[range_.nbytes :] = 0
     return xxhash.xxh3_128_digest(view.data)
 
 
 def seal_ranges(ranges: Sequence[Range], views: Sequence[Bytes]) -> bytes:
-    """The sums of all ranges in order: the end of a gather that completes a chunk."""
+    """Seal all ranges in order and return their sums: the end of a gather that completes a chunk."""
     return b"".join(seal_range(range_, view) for range_, view in zip(ranges, views, strict=True))
 
 

@@ -138,7 +138,7 @@ class Engine:
     def _ranges(self) -> list[str]:
         """What the rank in this process copies apart from each other; none if there is no such rank."""
         worker = get_kv_transfer_group().worker if has_kv_transfer_group() else None
-        return list(worker.copies.shard().numbers) if worker is not None else []
+        return list(worker.copies.shard().range_indexes) if worker is not None else []
 
     def _connector(self) -> Any:
         """The scheduler's connector where the engine runs in this process."""

@@ -17,7 +17,7 @@ class Queue:
     """A policy by one queue: keys enter at its end, and where `touch_moves` a touched key moves there again.
 
     The queue is a plain dict. It keeps the order of entry, but reading its head is slow: Python steps over every key
-    that has left there. So `evict` takes many keys from the head at once and sets them aside, numbered in their order;
+    that has left there. So `evict` takes many keys from the head at once and sets them aside, ranked in their order;
     all of them come before what is still in the queue. The visible ones become candidates at once, a hidden one when
     it is shown. Each operation is O(1) amortised however many keys are hidden, but for the heap of candidates. Takes
     42 to 60 bytes a key, the key not counted.
@@ -29,8 +29,8 @@ class Queue:
         self._touch_moves = touch_moves
         self._queue: dict[bytes, None] = {}
         self._hidden: set[bytes] = set()
-        self._aside: dict[bytes, int] = {}  # key -> its number; not in the queue
-        self._last = 0  # number given
+        self._aside: dict[bytes, int] = {}  # key -> its rank; not in the queue
+        self._last = 0  # the last rank given
         self._candidates: list[tuple[int, bytes]] = []  # heap of visible keys aside, and of some that were
 
     def insert(self, key: bytes, nbytes: int, cost: float) -> None:
@@ -90,21 +90,21 @@ class Queue:
             self._hidden.remove(key)
         except KeyError:
             raise AssertionError(self._why_not(key)) from None
-        number = self._aside.get(key)
-        if number is not None:
-            heappush(self._candidates, (number, key))
+        rank = self._aside.get(key)
+        if rank is not None:
+            heappush(self._candidates, (rank, key))
             if len(self._candidates) > 2 * len(self._aside) + _SLACK:
-                self._candidates = [(number, key) for key, number in self._aside.items() if key not in self._hidden]
+                self._candidates = [(rank, key) for key, rank in self._aside.items() if key not in self._hidden]
                 heapify(self._candidates)
 
     def _set_aside(self) -> None:
-        """Take keys from the queue's head; only while there is no candidate, whose number would become stale."""
+        """Take keys from the queue's head; only while there is no candidate, whose rank would become stale."""
         for key in list(islice(self._queue, min(len(self._queue) // 64, _MOST_ASIDE) + _SLACK)):
             del self._queue[key]
             self._last += 1
             self._aside[key] = self._last
             if key not in self._hidden:
-                self._candidates.append((self._last, key))  # a heap, since numbers rise
+                self._candidates.append((self._last, key))  # a heap, since ranks rise
 
     def _why_not(self, key: bytes) -> str:
         """Say why a key can be neither hidden nor shown."""

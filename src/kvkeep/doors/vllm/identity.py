@@ -80,7 +80,7 @@ def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor], sh
         sets.add(str(getattr(layer, "isa", None) or getattr(getattr(layer, "impl", None), "isa", None) or ""))
         scales.append((name, getattr(layer, "_k_scale_float", None), getattr(layer, "_v_scale_float", None)))
     shapes = [(name, str(tensor.dtype), list(tensor.shape[1:])) for name, tensor in sorted(caches.items())]
-    shapes += [(name, "across layers", []) for name in sorted(shard.numbers.keys() - caches.keys())]
+    shapes += [(name, "across layers", []) for name in sorted(shard.range_indexes.keys() - caches.keys())]
     return {
         "attention_backend": ",".join(sorted(backends)),
         "instruction_set": ",".join(sorted(sets - {""})),

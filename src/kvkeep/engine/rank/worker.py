@@ -69,7 +69,7 @@ class Worker:
         self.results = Results()
         self.early = early
         self._rank = rank
-        self._ranges = copies.shard().numbers
+        self._ranges = copies.shard().range_indexes
         self._trace = trace or Trace()
         self._step: _Loads | None = None
         self._loading: deque[_Loads] = deque()

@@ -81,7 +81,7 @@ class FakeEngine:
         mode = CopyMode("layerwise" if shape.layerwise else "bulk", possible=True)
         self.workers = [rank(n, *pair, mode) for n, pair in enumerate(zip(transfers, doors, strict=True))]
         self.pids = [os.getpid(), *(worker.pid for worker in self.workers if isinstance(worker, RankProcess))]
-        self.layers = list(transfers[0].shard.numbers)  # the same names on every rank
+        self.layers = list(transfers[0].shard.range_indexes)  # the same names on every rank
         self.layout = ChunkLayout(tuple(transfer.shard for transfer in transfers))
         self.link = Link(source, self._hello, [door.path for door in doors])
         self.link.start(START_LIMIT_S)

@@ -61,7 +61,7 @@ class CudaDriver:
             self._check("cuMemcpyAsync", code)
 
     def _batch(self, targets: Int64Array, sources: Int64Array, sizes: Int64Array, stream: int) -> int:
-        """One call with one set of attributes for all; CUDA 12's form has a place for the number of a failed copy."""
+        """One call with one set of attributes for all; CUDA 12's form has a place for the index of a failed copy."""
         attributes, first, failed = _Attributes(order=_IN_STREAM_ORDER), ctypes.c_size_t(0), ctypes.c_size_t(0)
         arrays = (ctypes.c_void_p(array.ctypes.data) for array in (targets, sources, sizes))
         count, sets = ctypes.c_size_t(len(sizes)), ctypes.c_size_t(1)
@@ -77,7 +77,7 @@ class CudaDriver:
 
 
 class CudaMemory:
-    """Page-locks memory for one device, from any thread; `library` as for `CudaDriver`, `device` is its number.
+    """Page-locks memory for one device, from any thread; `library` as for `CudaDriver`, `device` is its index.
 
     The device's primary context, the one that torch uses, is current during a call only.
     """

@@ -1,7 +1,8 @@
-"""Gather and scatter for caches on a device that reads and writes the pool itself.
+"""Gathers and scatters where the device itself reads and writes the pool.
 
-A `Transfer`, and in its batches what it is made of: many chunks at once, one layer or all, complete when its event is.
-Memory that is not page-locked goes through `StagedTransfer`. Knows nothing about keys, requests or how bytes move.
+`DeviceTransfer` is a `Transfer`; its `start_...` methods copy many chunks at once, one layer or all of them, and return
+an event that completes with the copies. Memory that is not page-locked goes through `StagedTransfer`. Knows nothing
+about keys, requests or how bytes move.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvkeep.transfer.transfer import Blocks, ranges_hold, seal_ranges
 
 
 class Direction(NamedTuple):
-    """How one direction is copied, and where beside the model's work."""
+    """How one direction is copied, and on which stream."""
 
     copier: PageCopier
     stream: CopyStream
@@ -103,17 +104,18 @@ class DeviceTransfer:
         return True
 
     def start_gather(self, jobs: Sequence[CopyJob], only: int | None = None) -> CopyEvent:
-        """Starts to copy blocks into chunks, all after what the current stream has now: every range, or number `only`.
+        """Starts to copy blocks into chunks: every range, or the one with index `only`.
 
+        The copies run after what the current stream has now.
         Every lease must be page-locked (else ValueError) and stay open until the event is done; then `seal_ranges` may
         sum.
         """
         return self._start(self._to_pool, jobs, True, only)
 
     def start_scatter(self, jobs: Sequence[CopyJob], only: int | None = None) -> CopyEvent:
-        """Starts to copy chunks into blocks, likewise; sums are the caller's business.
+        """Starts to copy chunks into blocks, likewise; the caller verifies sums.
 
-        What reads the blocks must come after the event's `order`, and a layer's attention after that of its `only`.
+        Launch what reads the blocks after the event's `order`; for one layer, after the event of its `only`.
         """
         return self._start(self._from_pool, jobs, False, only)
 
@@ -131,10 +133,10 @@ class DeviceTransfer:
 
 
 def _each(layers: range | None) -> Sequence[int | None]:
-    """What a batch is limited to, one after the other; once to nothing where all ranges are meant."""
+    """Return the index of each range to start a batch for; one batch for all ranges (None) where `layers` is None."""
     return (None,) if layers is None else layers
 
 
 def _pages(group: GroupCaches) -> list[list[Pages]]:
-    """The group's pages as numbers."""
+    """The group's pages as addresses."""
     return [[Pages(part.data_ptr(), part.stride(0), part.shape[1]) for part in parts] for parts in group_rows(group)]

@@ -1,4 +1,4 @@
-"""Gather and scatter as one Triton kernel over tables of numbers: any layout, all layers, many chunks, one launch.
+"""Gathers and scatters with one Triton kernel over tables of int64: any layout, all layers, many chunks, one launch.
 
 The device reads and writes the pool itself, so its memory must be page-locked. A bounded number of programs leaves the
 other multiprocessors to the model. Knows nothing about streams, leases' owners or when a copy is complete.
@@ -25,10 +25,10 @@ _HEAD = 4
 
 @triton.jit
 def copy_pages(parts, batch, TO_POOL: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
-    """Copies tile by tile; tile numbers run over (part, block, tile of a page) and past the ends of the smaller ones.
+    """Copies tile by tile; tiles are counted over (part, block, tile of a page) and past the ends of the smaller ones.
 
     `parts`: int64 [n, 5] of group, address, stride, bytes, offset. `batch`: int64 [total tiles, blocks, tiles of a
-    page, where rows begin, (first row, rows) a group..., rows of (block id, chunk's address, place)...].
+    page, where rows begin, (first row, rows) a group..., rows of (block id, chunk's address, slot)...].
     """
     word: tl.constexpr = tl.int32 if WIDTH >= 4 else (tl.int16 if WIDTH == 2 else tl.int8)
     size: tl.constexpr = 4 if WIDTH >= 4 else WIDTH
@@ -46,10 +46,10 @@ def copy_pages(parts, batch, TO_POOL: tl.constexpr, WIDTH: tl.constexpr, TILE: t
         if (block < tl.load(group + 1)) & (start < nbytes):
             row = rows + 3 * (tl.load(group) + block)
             page = tl.load(part + 1) + tl.load(row) * tl.load(part + 2) + start
-            place = tl.load(row + 1) + tl.load(part + 4) + tl.load(row + 2) * nbytes + start
+            there = tl.load(row + 1) + tl.load(part + 4) + tl.load(row + 2) * nbytes + start
             inside = lanes < tl.multiple_of((nbytes - start) // size, WIDTH // size)
             pages = tl.multiple_of(page.to(tl.pointer_type(word)), WIDTH) + lanes
-            pool = tl.multiple_of(place.to(tl.pointer_type(word)), WIDTH) + lanes
+            pool = tl.multiple_of(there.to(tl.pointer_type(word)), WIDTH) + lanes
             if TO_POOL:
                 tl.store(pool, tl.load(pages, mask=inside), mask=inside)
             else:
@@ -61,7 +61,7 @@ class _Table(NamedTuple):
 
     width: int
     parts: tuple[Part, ...]
-    numbers: torch.Tensor
+    table: torch.Tensor
 
 
 class KernelCopier:
@@ -78,25 +78,25 @@ class KernelCopier:
         self._kernel = kernel
         # made here, since a copy to the device's memory waits for the stream that it is made on
         self._tables: dict[int | None, list[_Table]] = {None: self._tabulate(self._parts)}
-        for number in {part.range_ for part in self._parts}:
-            self._tables[number] = self._tabulate([part for part in self._parts if part.range_ == number])
+        for index in {part.range_ for part in self._parts}:
+            self._tables[index] = self._tabulate([part for part in self._parts if part.range_ == index])
 
     def prepare(self) -> None:
         """Compiles what `start` will launch: the first step that copies shall not wait for it."""
-        for width, parts, numbers in self._tables[None]:
+        for width, parts, table in self._tables[None]:
             nothing = torch.zeros(_HEAD, dtype=torch.int64, device=self._device)
             for to_pool in (True, False):
-                self._kernel[(1,)](numbers, nothing, to_pool, width, _tile(parts))
+                self._kernel[(1,)](table, nothing, to_pool, width, _tile(parts))
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
         """As `PageCopier.start`: one launch for each width of access that the layout has; most have one."""
         aligned = width_of(address_of(job.lease) for job in jobs)
-        for width, parts, numbers in self._tables[only]:
+        for width, parts, table in self._tables[only]:
             tile = _tile(parts)
             batch = batch_of(parts, jobs, tile)
             if batch[0]:
                 grid = (min(self._programs, int(batch[0])),)
-                self._kernel[grid](numbers, upload(batch, self._device), to_pool, min(width, aligned), tile)
+                self._kernel[grid](table, upload(batch, self._device), to_pool, min(width, aligned), tile)
 
     def _tabulate(self, parts: Sequence[Part]) -> list[_Table]:
         by_width: dict[int, list[Part]] = {}

@@ -1,4 +1,4 @@
-"""Gather and scatter by the device's copy engines: one asynchronous copy a run of neighbouring blocks.
+"""Gathers and scatters with the device's copy engines: an asynchronous copy for each run of neighbouring blocks.
 
 It takes no multiprocessor from the model, and suits large pages: each copy costs the driver about a microsecond, or
 less where the driver takes a batch in one call (CUDA 12.8). Knows nothing about streams' order or leases' owners.
@@ -35,6 +35,6 @@ class MemcpyCopier:
         rows = cut(merged(copies(parts, jobs)), edges_of(jobs))
         if not len(rows):
             return
-        pages, places, sizes = (np.ascontiguousarray(column) for column in rows.T)
-        targets, sources = (places, pages) if to_pool else (pages, places)
+        pages, pool, sizes = (np.ascontiguousarray(column) for column in rows.T)
+        targets, sources = (pool, pages) if to_pool else (pages, pool)
         self._driver.copy(targets, sources, sizes, self._stream())

@@ -1,4 +1,4 @@
-"""In which order copies run beside the model's own work: one stream a direction, joined by events, never by a sync.
+"""Runs copies beside the model's own work: a stream for each direction, ordered by events, never by a synchronization.
 
 Knows nothing about blocks, chunks or how bytes are copied.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 class CopyEvent(Protocol):
-    """Copies under way. Their memory, in the pool and in the engine, belongs to them until `done`."""
+    """Completes with the copies of one batch. Until `done` their memory, in the pool and in the engine, must stay."""
 
     def done(self) -> bool:
         """Whether every copy is complete; never waits."""
@@ -26,14 +26,14 @@ class CopyEvent(Protocol):
 
 
 class CopyStream(Protocol):
-    """Where the copies of one direction run, one batch after the other."""
+    """Runs the copies of one direction, batch after batch."""
 
     def run(self, start: Callable[[], None]) -> CopyEvent:
-        """Lets `start` launch copies that run after everything launched on the current stream until now."""
+        """Call `start`, which launches copies; they run after everything launched on the current stream until now."""
 
 
 class CudaCopyEvent:
-    """Copies that are complete when an event is."""
+    """A `CopyEvent` that is a CUDA event."""
 
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
@@ -53,10 +53,10 @@ class CudaCopyEvent:
 
 
 class CudaStream:
-    """A stream of its own on one device.
+    """A `CopyStream` that is a CUDA stream of its own.
 
-    A batch waits for the compute stream both ways: a gather reads what the step has written, and a scatter writes
-    into blocks that an earlier step may still be reading.
+    Every batch waits for the compute stream: a gather reads what the step has written, and a scatter writes into
+    blocks that an earlier step may still be reading.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,7 +82,7 @@ class CudaStream:
 
 
 def upload(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The numbers on the device, in the order of the current stream and without waiting for it.
+    """Copy an array to the device, in the order of the current stream and without waiting for it.
 
     Torch keeps the page-locked source until it was read.
     """

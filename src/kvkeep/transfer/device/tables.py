@@ -1,4 +1,4 @@
-"""A batch of copies as plain numbers: which bytes of an engine's pages belong where in chunks.
+"""A batch of copies as tables of int64: which bytes of an engine's pages belong where in chunks.
 
 Pure. Addresses are integers; knows nothing about devices, tensors, streams or who copies.
 """
@@ -30,7 +30,7 @@ class Pages(NamedTuple):
 
 
 class Part(NamedTuple):
-    """`Pages` and their place in a shard: `offset` is where those of place 0 begin, in range number `range_`."""
+    """`Pages` and where they lie in a shard: in the range with index `range_`, those of slot 0 at `offset`."""
 
     group: int
     range_: int
@@ -49,16 +49,16 @@ class PageCopier(Protocol):
     """One way to copy."""
 
     def start(self, jobs: Sequence[CopyJob], to_pool: bool, only: int | None) -> None:
-        """Starts the copies of all jobs on the current stream: of every layer, or of range number `only`."""
+        """Starts the copies of all jobs on the current stream: of every layer, or of the range with index `only`."""
 
 
 def parts_of(shard: ShardLayout, pages: Sequence[Sequence[Sequence[Pages]]]) -> tuple[Part, ...]:
     """The parts of a shard in the order of its ranges; `pages` are by group, layer and part."""
     parts = []
-    for number, range_ in enumerate(shard.ranges):
+    for index, range_ in enumerate(shard.ranges):
         offset = range_.offset
         for part in pages[range_.group][range_.layer]:
-            parts.append(Part(range_.group, number, part, offset))
+            parts.append(Part(range_.group, index, part, offset))
             offset += part.nbytes * shard.blocks(range_.group)
     return tuple(parts)
 
@@ -68,16 +68,16 @@ def address_of(lease: Lease) -> int:
     return int(lease.views(_FIRST)[0].__array_interface__["data"][0])  # a layer's copies ask for every chunk's
 
 
-def width_of(numbers: Iterable[int]) -> int:
+def width_of(values: Iterable[int]) -> int:
     """The widest access (bytes) that divides all these addresses, strides and sizes."""
     bits = 0
-    for number in numbers:
-        bits |= number
+    for value in values:
+        bits |= value
     return next(width for width in WIDTHS if bits % width == 0)
 
 
 def block_rows(jobs: Sequence[CopyJob], group: int) -> Int64Array:
-    """The blocks that the jobs name in a group: [n, 3] of block id, address of the chunk's shard, place in it."""
+    """The blocks that the jobs name in a group: [n, 3] of block id, address of the chunk's shard, slot in it."""
     runs = [(address_of(job.lease), blocks) for job in jobs for blocks in job.blocks if blocks.group == group]
     if not runs:
         return np.empty((0, 3), np.int64)
@@ -101,7 +101,7 @@ def copies(parts: Sequence[Part], jobs: Sequence[CopyJob]) -> Int64Array:
 
 
 def merged(rows: Int64Array) -> Int64Array:
-    """The same copies with each run of rows that go on where the last one ended, on both sides, as one."""
+    """Merge each run of rows that continue the row before them, on both sides, into one row."""
     if len(rows) < 2:
         return rows
     ends = rows[:-1, :2] + rows[:-1, 2:]
@@ -110,7 +110,7 @@ def merged(rows: Int64Array) -> Int64Array:
 
 
 def cut(rows: Int64Array, edges: Sequence[int]) -> Int64Array:
-    """The same copies, none over an address of `edges` (sorted) in the pool: each side is page-locked on its own."""
+    """Split the copies that cross an address of `edges` (sorted) in the pool: each side is page-locked on its own."""
     inside = np.array(edges, np.int64)
     first = np.searchsorted(inside, rows[:, 1], "right")
     last = np.searchsorted(inside, rows[:, 1] + rows[:, 2], "left")
@@ -120,10 +120,10 @@ def cut(rows: Int64Array, edges: Sequence[int]) -> Int64Array:
 
 
 def _cut(rows: Int64Array, edges: Int64Array, crossed: Int64Array) -> Iterator[tuple[int, int, int]]:
-    for (page, place, nbytes), (first, last) in zip(rows.tolist(), crossed.tolist(), strict=True):
-        stops = [place, *edges[first:last].tolist(), place + nbytes]
+    for (page, pool, nbytes), (first, last) in zip(rows.tolist(), crossed.tolist(), strict=True):
+        stops = [pool, *edges[first:last].tolist(), pool + nbytes]
         for start, stop in pairwise(stops):
-            yield page + start - place, start, stop - start
+            yield page + start - pool, start, stop - start
 
 
 def edges_of(jobs: Sequence[CopyJob]) -> list[int]:

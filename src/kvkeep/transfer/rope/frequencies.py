@@ -1,4 +1,4 @@
-"""How fast RoPE turns the pairs of a head: the frequencies of each scaling that is known; all others are refused.
+"""How fast RoPE rotates the pairs of a head: the frequencies of each scaling that is known; all others are refused.
 
 Sources: RoFormer (Su et al. 2021), position interpolation (Chen et al. 2023), dynamic NTK (bloc97, emozilla 2023),
 YaRN (Peng et al. 2023), Llama 3.1's model card. What scales the length of K (YaRN's attention factor) is the same at
@@ -34,13 +34,13 @@ class _Rope(NamedTuple):
     pairs: int
     span: Span
 
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.parameters.get(name)
-        if value is None:
-            value = default
-        if value is None:
+    def value(self, name: str, default: float | None = None) -> float:
+        given = self.parameters.get(name)
+        if given is None:
+            given = default
+        if given is None:
             raise LayoutMismatch(f"K cannot be moved: the RoPE parameters have no {name}")
-        return float(cast(SupportsFloat, value))
+        return float(cast(SupportsFloat, given))
 
     def plain(self, base: float) -> torch.Tensor:
         """One full circle in `base` ** (pair / pairs) tokens and two pi, float32 [pairs]."""
@@ -49,11 +49,11 @@ class _Rope(NamedTuple):
 
     @property
     def base(self) -> float:
-        return self.number("rope_theta")
+        return self.value("rope_theta")
 
 
 def frequencies(parameters: Mapping[str, object], head_size: int, span: Span) -> torch.Tensor:
-    """The angle (radians) by which each pair turns from one token to the next: float32 [pairs], on the CPU.
+    """The angle (radians) by which each pair rotates from one token to the next: float32 [pairs], on the CPU.
 
     `parameters` are a model's own `rope_parameters`. LayoutMismatch, naming it, for a kind or a parameter that is not
     known here: a guess would be wrong answers without an error.
@@ -74,12 +74,12 @@ def _default(rope: _Rope) -> torch.Tensor:
 
 
 def _linear(rope: _Rope) -> torch.Tensor:
-    return rope.plain(rope.base) / rope.number("factor")
+    return rope.plain(rope.base) / rope.value("factor")
 
 
 def _dynamic(rope: _Rope) -> torch.Tensor:
     """The base grows with the text, so K of one text moves only from the length it was computed with to another."""
-    factor, dim = rope.number("factor"), 2 * rope.pairs
+    factor, dim = rope.value("factor"), 2 * rope.pairs
     if not rope.span.computed:
         raise LayoutMismatch("K cannot be moved: dynamic RoPE depends on the length that was computed with")
     longer = max(rope.span.computed, rope.span.model) / rope.span.model
@@ -87,15 +87,15 @@ def _dynamic(rope: _Rope) -> torch.Tensor:
 
 
 def _yarn(rope: _Rope) -> torch.Tensor:
-    """Pairs that turn often keep their pace, those that turn seldom are slowed by `factor`, a ramp lies between."""
-    original = rope.number("original_max_position_embeddings", rope.span.model)
-    factor = rope.number("factor", rope.span.model / original)
+    """Pairs that rotate fast keep their pace, slow ones are slowed by `factor`, a ramp lies between."""
+    original = rope.value("original_max_position_embeddings", rope.span.model)
+    factor = rope.value("factor", rope.span.model / original)
 
-    def place(turns: float) -> float:
-        """The (fractional) pair that makes so many turns in the original length."""
-        return rope.pairs * math.log(original / (turns * 2 * math.pi)) / math.log(rope.base)
+    def pair_of(circles: float) -> float:
+        """The (fractional) pair that makes so many full circles in the original length."""
+        return rope.pairs * math.log(original / (circles * 2 * math.pi)) / math.log(rope.base)
 
-    low, high = place(rope.number("beta_fast", 32)), place(rope.number("beta_slow", 1))
+    low, high = pair_of(rope.value("beta_fast", 32)), pair_of(rope.value("beta_slow", 1))
     if rope.parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * rope.pairs - 1)
@@ -107,11 +107,11 @@ def _yarn(rope: _Rope) -> torch.Tensor:
 
 def _llama3(rope: _Rope) -> torch.Tensor:
     """Long waves are slowed by `factor`, short ones not, those between in proportion."""
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    low, high = rope.value("low_freq_factor"), rope.value("high_freq_factor")
     plain = rope.plain(rope.base)
-    waves = rope.number("original_max_position_embeddings") * plain / (2 * math.pi)  # in the original length
+    waves = rope.value("original_max_position_embeddings") * plain / (2 * math.pi)  # in the original length
     kept = ((waves - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * plain / rope.number("factor") + kept * plain
+    return (1 - kept) * plain / rope.value("factor") + kept * plain
 
 
 _KINDS: dict[str, tuple[set[str], Callable[[_Rope], torch.Tensor]]] = {

@@ -1,4 +1,4 @@
-"""The move of a text's K to another position: which layers' K rotates, in which blocks, by how much.
+"""Moves a text's K to another position: which layers' K rotates, in which blocks, by how much.
 
 V and what carries no position stay as they were stored. Knows nothing about leases, streams or how bytes come into the
 blocks: K is rotated in them afterwards, or on its way there (`rope/scatter`).
@@ -31,7 +31,7 @@ class Keys(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """K, or V, which does not rotate, in range number `range_`: a view [blocks, tokens, heads, head_size]."""
+    """K, or V, which does not rotate, in the range with index `range_`: a view [blocks, tokens, heads, head_size]."""
 
     pages: torch.Tensor
     range_: int
@@ -47,7 +47,7 @@ class Alike(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One scatter: of range number `only` (None: of all that have planes here), and how it rotates (None: not)."""
+    """One scatter: of the range with index `only` (None: all that have planes here); `rotation` None: plain."""
 
     only: int | None
     alike: Alike | None = None
@@ -61,17 +61,17 @@ class Rotator:
     """
 
     def __init__(self, groups: Sequence[GroupCaches], shard: ShardLayout, keys: Mapping[str, Keys]) -> None:
-        if unknown := keys.keys() - shard.numbers.keys():
+        if unknown := keys.keys() - shard.range_indexes.keys():
             raise LayoutMismatch(f"{min(unknown)}: K cannot be moved: there is no such layer")
         self.shard = shard
         self.alike: list[Alike] = []
         self.kinds: dict[int, int] = {}
-        """Which of `alike` a range belongs to, by its number."""
+        """Which of `alike` a range belongs to, by the range's index."""
         for group in groups:
             _check_apart(group.caches, keys)
-        for name, number in shard.numbers.items():
+        for name, index in shard.range_indexes.items():
             if name in keys:
-                self._add(groups[shard.ranges[number].group], name, number, keys[name])
+                self._add(groups[shard.ranges[index].group], name, index, keys[name])
 
     def for_text(self, blocks: Sequence[Sequence[Blocks]], first_chunk: int, by: int) -> TextRotation:
         """The move by so many positions of a text's chunks from `first_chunk` on, which go to these blocks.
@@ -80,8 +80,8 @@ class Rotator:
         """
         return TextRotation(self, blocks, first_chunk * self.shard.chunk_tokens, by)
 
-    def _add(self, group: GroupCaches, name: str, number: int, keys: Keys) -> None:
-        made, which = group.caches[name], self.shard.ranges[number].group
+    def _add(self, group: GroupCaches, name: str, index: int, keys: Keys) -> None:
+        made, which = group.caches[name], self.shard.ranges[index].group
         cache = storage_of(made, made.dtype).as_strided(made.shape, made.stride(), made.storage_offset())
         pages = key_pages(name, cache, keys.axes, keys.packed)
         if pages.shape[:2] != (group.num_blocks, group.block_tokens):
@@ -90,16 +90,16 @@ class Rotator:
             raise LayoutMismatch(f"{name}: K cannot be moved: {len(keys.frequencies)} pairs do not fit a head of it")
         keys = keys._replace(frequencies=keys.frequencies.to(cache.device, torch.float32))
         same = (n for n, alike in enumerate(self.alike) if alike.group == which and _rotate_alike(alike, keys, pages))
-        kind = self.kinds[number] = next(same, len(self.alike))
+        kind = self.kinds[index] = next(same, len(self.alike))
         if kind == len(self.alike):
             self.alike.append(Alike(which, keys, []))
-        self.alike[kind].planes.append(Plane(pages, number, True))
+        self.alike[kind].planes.append(Plane(pages, index, True))
         if "2" in keys.axes:
-            self.alike[kind].planes.append(Plane(key_pages(name, cache, keys.axes, half=1), number, False))
+            self.alike[kind].planes.append(Plane(key_pages(name, cache, keys.axes, half=1), index, False))
 
 
 class TextRotation:
-    """The rotation of one text: that of each of its tokens from number `start` on, in the order of its blocks."""
+    """The rotation of one text: of each token from `start` on, in the order of its blocks."""
 
     def __init__(self, rotator: Rotator, blocks: Sequence[Sequence[Blocks]], start: int, by: int) -> None:
         self._rotator = rotator
@@ -107,28 +107,28 @@ class TextRotation:
         self._made = [self._rotation(alike, start, by) for alike in rotator.alike]
 
     def in_place(self, chunk: int, layers: range | None) -> None:
-        """Turns K of the chunk at this place of the text, which is in its blocks, in these ranges (None: in all)."""
-        for number in range(len(self._rotator.shard.ranges)) if layers is None else layers:
-            kind = self._rotator.kinds.get(number)
+        """Rotates K of this chunk of the text, which is in its blocks, in these ranges (None: in all)."""
+        for index in range(len(self._rotator.shard.ranges)) if layers is None else layers:
+            kind = self._rotator.kinds.get(index)
             if kind is not None:
                 alike, rotation = self._rotator.alike[kind], self._made[kind]
                 start, end = (self._tokens(alike.group, count) for count in (chunk, chunk + 1))
-                keys = next(plane for plane in alike.planes if plane.range_ == number and plane.rotates)
+                keys = next(plane for plane in alike.planes if plane.range_ == index and plane.rotates)
                 ids = [int(block_id) for block_id in self._blocks[chunk][alike.group].block_ids]
                 rotate_blocks(
                     keys.pages, ids, Rotation(rotation.cos[start:end], rotation.sin[start:end]), alike.keys.pairing
                 )
 
-    def batches(self, number: int | None, chunks: int) -> list[Batch]:
-        """The scatters that bring the first `chunks` chunks to their place: range `number` of them, or (None) all."""
+    def batches(self, index: int | None, chunks: int) -> list[Batch]:
+        """The scatters that bring the first `chunks` chunks to their place: range `index` of them, or (None) all."""
         kinds = self._rotator.kinds
-        wanted = range(len(self._rotator.shard.ranges)) if number is None else (number,)
+        wanted = range(len(self._rotator.shard.ranges)) if index is None else (index,)
         plain = [Batch(index) for index in wanted if index not in kinds]
         rotated = []
         for kind in sorted({kinds[index] for index in wanted if index in kinds}):
             alike, rotation = self._rotator.alike[kind], self._made[kind]
             end = self._tokens(alike.group, chunks)
-            rotated.append(Batch(number, alike, Rotation(rotation.cos[:end], rotation.sin[:end])))
+            rotated.append(Batch(index, alike, Rotation(rotation.cos[:end], rotation.sin[:end])))
         return plain + rotated
 
     def _rotation(self, alike: Alike, start: int, by: int) -> Rotation:

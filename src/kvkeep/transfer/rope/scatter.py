@@ -30,9 +30,9 @@ def scatter_rotated(planes, batch, rotations, HEADS: tl.constexpr, DIMS: tl.cons
     """Copies token by token, all heads of one at once; HEADS and DIMS are powers of two, DIMS holds pairs and rest.
 
     `planes`: int64 [planes, 8] of whether it rotates, address, bytes to the next block, to the next token, elements to
-    the next head, to the next dimension; in the pool, where place 0 begins in a chunk, bytes to the next. `batch`:
+    the next head, to the next dimension; in the pool, where slot 0 begins in a chunk, bytes to the next. `batch`:
     int64 [tokens of all planes, tokens of a plane, tokens of a block, heads, pairs, dimensions, first dimension that
-    rotates, from a pair to the next, from its first to its second, (block id, chunk's address, place)...]. `rotations`:
+    rotates, from a pair to the next, from its first to its second, (block id, chunk's address, slot)...]. `rotations`:
     float32 [2, tokens of a plane, pairs], cosines first.
     """
     total = tl.load(batch)
@@ -51,19 +51,19 @@ def scatter_rotated(planes, batch, rotations, HEADS: tl.constexpr, DIMS: tl.cons
     rest_dim = tl.where(rest < start, rest, rest + 2 * pairs)
     for at in range(tl.program_id(0).to(tl.int64), total, tl.num_programs(0).to(tl.int64)):
         plane = planes + at // moved * 8
-        number = at % moved
-        row = batch + 9 + 3 * (number // block_tokens)
-        within = number % block_tokens * tl.load(plane + 3)
+        token = at % moved
+        row = batch + 9 + 3 * (token // block_tokens)
+        within = token % block_tokens * tl.load(plane + 3)
         page = tl.load(plane + 1) + tl.load(row) * tl.load(plane + 2) + within
-        place = tl.load(row + 1) + tl.load(plane + 6) + tl.load(row + 2) * tl.load(plane + 7) + within
+        there = tl.load(row + 1) + tl.load(plane + 6) + tl.load(row + 2) * tl.load(plane + 7) + within
         out = page.to(tl.pointer_type(DTYPE)) + head * tl.load(plane + 4)
-        held = place.to(tl.pointer_type(DTYPE)) + head * tl.load(plane + 4)
+        held = there.to(tl.pointer_type(DTYPE)) + head * tl.load(plane + 4)
         step = tl.load(plane + 5)
         first = tl.load(held + first_dim * step, mask=rotated)
         second = tl.load(held + second_dim * step, mask=rotated)
         other = tl.load(held + rest_dim * step, mask=staying)
-        cos = tl.load(rotations + number * pairs + pair, mask=pair < pairs)
-        sin = tl.load(rotations + (moved + number) * pairs + pair, mask=pair < pairs)
+        cos = tl.load(rotations + token * pairs + pair, mask=pair < pairs)
+        sin = tl.load(rotations + (moved + token) * pairs + pair, mask=pair < pairs)
         x, y = first.to(tl.float32), second.to(tl.float32)
         rotates = tl.load(plane) != 0  # V is copied bit for bit: 0 * inf would be NaN
         tl.store(out + first_dim * step, tl.where(rotates, (x * cos - y * sin).to(DTYPE), first), mask=rotated)
@@ -115,7 +115,7 @@ class RotatingScatter:
         steps = (2, 1) if pairing.interleaved else (1, pairs)
         sizes = [len(planes) * moved, moved, block_tokens, heads, pairs, head_size, pairing.start, *steps]
         batch = upload(np.concatenate((np.array(sizes, np.int64), rows.ravel())), pages.device)
-        table = upload(np.array([self._numbers(plane) for plane in planes], np.int64), pages.device)
+        table = upload(np.array([self._row(plane) for plane in planes], np.int64), pages.device)
         rotations = torch.stack(self._rotation)
         self._launch(min(self._programs, sizes[0]), table, batch, rotations)
 
@@ -131,7 +131,7 @@ class RotatingScatter:
         widths = (triton.next_power_of_2(n) for n in (heads, max(1, pairs, head_size - 2 * pairs)))
         self._kernel[(programs,)](table, batch, rotations, *widths, _DTYPES[pages.dtype])
 
-    def _numbers(self, plane: Plane) -> tuple[int, ...]:
+    def _row(self, plane: Plane) -> tuple[int, ...]:
         pages, nbytes = plane.pages, plane.pages.element_size()
         block, token, head, dim = pages.stride()
         part, inside = next(
