@@ -81,3 +81,11 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
     figures = runpy.run_path(str(ROOT / "scripts" / "figures.py"))
     text = (ROOT / "README.md").read_text()
     assert figures["written"](text) == text, "python scripts/figures.py writes them"
+
+
+def test_every_test_and_script_that_the_makefile_names_exists() -> None:
+    named = set(re.findall(r"\b(?:tests|bench|scripts|demo)/[\w/]+\.\w+", (ROOT / "Makefile").read_text()))
+    assert len(named) > 10
+    assert [
+        name for name in sorted(named) if not (ROOT / name).exists() and not name.startswith("bench/results/")
+    ] == []
