@@ -19,8 +19,8 @@ from typing import IO
 
 import xxhash
 
-from kvkeep.bench.disk import SIZES, Maker, Size, disk_rows
-from kvkeep.bench.disk_sides import READERS, WRITERS, rate
+from kvkeep.bench.disk import SIZES, DiskBenches, DiskSize, disk_rows
+from kvkeep.bench.disk_yardsticks import READERS, WRITERS, rate
 from kvkeep.bench.rows import Case, Row, alternate, run_groups, say, seconds
 from kvkeep.config import Disk
 from kvkeep.tiers.disk.disk import open_disk
@@ -40,10 +40,10 @@ def lmcache_rows() -> list[Row]:
         say(f"no LMCache at {PEER}: its rows are left out (bash scripts/peers.sh makes it)")
         return []
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as directory:
-        return [row for size in SIZES[:2] for row in size_rows(Maker(Path(directory) / size.name), size)]
+        return [row for size in SIZES[:2] for row in size_rows(DiskBenches(Path(directory) / size.name), size)]
 
 
-def size_rows(make: Maker, size: Size) -> list[Row]:
+def size_rows(make: DiskBenches, size: DiskSize) -> list[Row]:
     """Both verbs for chunks of one size."""
     with make.sides(size.nbytes, size.chunks) as sides, peer(sides.aside, size) as tell:
         nbytes = size.nbytes * size.chunks
@@ -88,7 +88,7 @@ class Tell:
 
 
 @contextmanager
-def peer(folder: Path, size: Size) -> Iterator[Tell]:
+def peer(folder: Path, size: DiskSize) -> Iterator[Tell]:
     """LMCache's side over a folder, ended with the block."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "ERROR"}

@@ -21,7 +21,7 @@ from typing import Any
 
 from ttft import BUILD, KVKEEP, ROOT, Asked, Engine, engine, lmcache_server, times
 
-from kvkeep.bench.disk_sides import READERS
+from kvkeep.bench.disk_yardsticks import READERS
 from kvkeep.bench.rows import Case, Row, say, seconds, show, write
 from kvkeep.memory.region import Region
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from kvkeep.bench import engine_child as bench_engine
 from kvkeep.bench.daemon import idle_rows, lookup_rows
-from kvkeep.bench.disk import Maker, Size, cached_rows, disk_rows, transfer_rows
+from kvkeep.bench.disk import DiskBenches, DiskSize, cached_rows, disk_rows, transfer_rows
 from kvkeep.bench.engine_child import engine_rows
 from kvkeep.bench.index import MILLION, index_rows, process_nbytes
-from kvkeep.bench.moves import LINE_NBYTES, aligned, move_rows
+from kvkeep.bench.pieces import LINE_NBYTES, aligned, piece_rows
 from kvkeep.bench.rows import Case, write
 from kvkeep.cli.main import app
 
@@ -75,8 +75,8 @@ def test_the_disk_cases_of_a_small_size(tmp_path: Path, monkeypatch: pytest.Monk
     if fio and shutil.which("fio") is None:
         pytest.skip("fio is not installed")
     monkeypatch.setattr("kvkeep.bench.disk.has_fio", lambda: fio)
-    size = Size("64k", 64 << 10, 6, "")
-    rows = [*transfer_rows(Maker(tmp_path), size, 1), *cached_rows(Maker(tmp_path / "cached"), size, 1)]
+    size = DiskSize("64k", 64 << 10, 6, "")
+    rows = [*transfer_rows(DiskBenches(tmp_path), size, 1), *cached_rows(DiskBenches(tmp_path / "cached"), size, 1)]
     beside = ("", "-vs-fio") if fio else ("",)
     names = [f"disk-{verb}-64k{what}" for verb in ("store", "load") for what in beside]
     assert [row.case for row in rows] == [*names, "disk-load-64k-cached"]
@@ -118,7 +118,7 @@ def test_the_index_cases():
 
 @pytest.mark.slow
 def test_the_cases_of_a_store_process():
-    cases = [row.case for rows in (lookup_rows, move_rows, idle_rows) for row in rows(1)]
+    cases = [row.case for rows in (lookup_rows, piece_rows, idle_rows) for row in rows(1)]
     lookups = ["p50", "p99", "p50-flat-out", "p50-one-client", "512-one-client"]
     moves = ["store", "retrieve", "store-shared", "retrieve-shared"]
     asked = [f"lookup-{name}" for name in lookups] + ["messages", "cpu", *moves, "idle-mib"]

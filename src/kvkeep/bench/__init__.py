@@ -1,1 +1,1 @@
-"""What `kvkeep bench` measures: the cases, each beside a yardstick of the same run, and how rows are shown."""
+"""The cases of `kvkeep bench`, each timed beside a yardstick in the same run, and the table that shows them."""

@@ -1,6 +1,6 @@
-"""The copies of `CacheEngine`, beside a block-wise memmove.
+"""Times the copies of `CacheEngine` beside a block-wise memmove.
 
-Those of 2,048 tokens: 32 layers, K and V apart, blocks of 16 tokens of 32 KiB each, in random order; the yardstick
+It copies 2,048 tokens: 32 layers, K and V apart, blocks of 16 tokens of 32 KiB each, in random order. The yardstick
 moves the same blocks of the same cache to and from memory of the same kind with ctypes.memmove. Knows nothing about how
 rows are shown.
 """
@@ -84,7 +84,7 @@ class NoSums:
 
 
 @dataclass
-class Bench:
+class CopyBench:
     """A cache full of random bytes, two engines over it (with and without sums), and memory for the yardstick."""
 
     engines: dict[str, CacheEngine]
@@ -144,7 +144,7 @@ class Bench:
 
 
 @contextmanager
-def bench() -> Iterator[Bench]:
+def bench() -> Iterator[CopyBench]:
     """Everything allocated and touched."""
     per_prompt = COPIED_TOKENS // BLOCK_TOKENS
     num_blocks = 1 + 2 * per_prompt
@@ -168,7 +168,7 @@ def bench() -> Iterator[Bench]:
                 library.store(fresh(numbers, COPIED_TOKENS), tables[0])
         moves = moved(layers, tables[0][0], region, transfer.shard), moved(layers, tables[1][0], region, transfer.shard)
         back = [(there, here) for here, there in moves[1]]
-        yield Bench(engines, tables, (moves[0], back), fresh(numbers, COPIED_TOKENS), numbers=numbers)
+        yield CopyBench(engines, tables, (moves[0], back), fresh(numbers, COPIED_TOKENS), numbers=numbers)
     finally:
         for library in engines.values():
             library.close()

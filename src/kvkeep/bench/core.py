@@ -1,4 +1,4 @@
-"""The cases `keys`, `alloc` and `policy` of `kvkeep bench`: one structure each, no memory behind it.
+"""Times keys, the allocator and the eviction policy: `kvkeep bench keys alloc policy`.
 
 Every measure is CPU time of one thread. Knows nothing about how rows are shown.
 """

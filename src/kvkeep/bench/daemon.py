@@ -1,6 +1,6 @@
-"""`kvkeep bench daemon`, what is asked: lookups of several client processes over one store process, and an idle store.
+"""Times lookups of several client processes at one store process, and weighs an idle store: `kvkeep bench daemon`.
 
-Knows nothing about engines. The rates are those of a busy host; the yardstick is a bare echo over a socket.
+The rates are those of a busy host; the yardstick is a bare echo over a socket. Knows nothing about engines.
 """
 
 from __future__ import annotations

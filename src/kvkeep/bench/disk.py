@@ -1,7 +1,7 @@
-"""The cases `disk` of `kvkeep bench`: the disk tier beside bare preadv and pwritev of the same bytes, and beside fio.
+"""Times the disk tier beside bare preadv and pwritev of the same bytes, and beside fio: `kvkeep bench disk`.
 
-The same files, as many threads, the same O_DIRECT; checksums are part of every load of ours. Where O_DIRECT is not to
-be had, the page cache is dropped file by file. Knows nothing about how rows are shown.
+All use the same files, as many threads and O_DIRECT; every load of ours includes checksums. Where there is no O_DIRECT
+the page cache is dropped file by file. Knows nothing about how rows are shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from kvkeep.bench.disk_sides import READERS, WRITERS, Sides, has_fio, rate
+from kvkeep.bench.disk_yardsticks import READERS, WRITERS, DiskBench, has_fio, rate
 from kvkeep.bench.rows import Case, Row, alternate, say, seconds
 from kvkeep.config import Durability
 from kvkeep.tiers.record import first_bad_range
@@ -23,7 +23,7 @@ TINY = 4096
 SMALL_COUNT = 512
 
 
-class Size(NamedTuple):
+class DiskSize(NamedTuple):
     """Chunks of one size: what they are called, how many, what is asked for."""
 
     name: str
@@ -33,9 +33,9 @@ class Size(NamedTuple):
 
 
 SIZES = (
-    Size("32m", 32 << 20, 8, ">= 0.95"),
-    Size("2m", 2 << 20, 128, ">= 0.95"),
-    Size("256k", 256 << 10, SMALL_COUNT, ">= 0.70"),
+    DiskSize("32m", 32 << 20, 8, ">= 0.95"),
+    DiskSize("2m", 2 << 20, 128, ">= 0.95"),
+    DiskSize("256k", 256 << 10, SMALL_COUNT, ">= 0.70"),
 )
 
 
@@ -45,7 +45,7 @@ def disk_rows(runs: int) -> list[Row]:
     if not has_fio():
         say("fio is not installed: its rows are left out")
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as directory:
-        make = Maker(Path(directory))
+        make = DiskBenches(Path(directory))
         return [
             *[row for size in SIZES for row in transfer_rows(make, size, few)],
             *[row for size in SIZES[:2] for row in cached_rows(make, size, few)],
@@ -55,7 +55,7 @@ def disk_rows(runs: int) -> list[Row]:
         ]
 
 
-class Maker:
+class DiskBenches:
     """Makes sides, each in a directory of its own under `root`, which it makes too."""
 
     def __init__(self, root: Path) -> None:
@@ -66,16 +66,16 @@ class Maker:
     @contextmanager
     def sides(
         self, nbytes: int, chunks: int, durability: Durability = Durability.NONE, direct: bool = True
-    ) -> Iterator[Sides]:
-        """Sides that are ended and removed."""
-        sides = Sides(self._root / str(next(self._numbers)), nbytes, chunks, durability, direct=direct)
+    ) -> Iterator[DiskBench]:
+        """DiskBench that are ended and removed."""
+        sides = DiskBench(self._root / str(next(self._numbers)), nbytes, chunks, durability, direct=direct)
         try:
             yield sides
         finally:
             sides.close()
 
 
-def transfer_rows(make: Maker, size: Size, runs: int) -> list[Row]:
+def transfer_rows(make: DiskBenches, size: DiskSize, runs: int) -> list[Row]:
     """Store and load of chunks of one size, past the page cache."""
     with make.sides(size.nbytes, size.chunks) as sides:
         say(f"disk, {size.name} ...")
@@ -103,7 +103,7 @@ def beside(runs: int, *measures: Callable[[], float]) -> list[list[float]]:
     return alternate(runs, *measures) if has_fio() else alternate(runs, *measures[:-1])
 
 
-def cached_rows(make: Maker, size: Size, runs: int) -> list[Row]:
+def cached_rows(make: DiskBenches, size: DiskSize, runs: int) -> list[Row]:
     """Loads through the page cache that has it all."""
     with make.sides(size.nbytes, size.chunks, direct=False) as sides:
         sides.store()
@@ -112,7 +112,7 @@ def cached_rows(make: Maker, size: Size, runs: int) -> list[Row]:
     return [Case(f"disk-load-{size.name}-cached", "GB/s", "preadv, page cache", "higher").row(loaded, read)]
 
 
-def verify_rows(make: Maker, runs: int) -> list[Row]:
+def verify_rows(make: DiskBenches, runs: int) -> list[Row]:
     """What the checksums of a chunk of 32 MiB cost, beside reading it; one thread."""
     with make.sides(32 << 20, 4) as sides:
         sides.store()
@@ -129,7 +129,7 @@ def verify_rows(make: Maker, runs: int) -> list[Row]:
     return [Case("disk-verify-share", "ms", "preadv of the chunk", goal="<= 0.10").row(ours, theirs)]
 
 
-def metadata_rows(make: Maker, runs: int) -> list[Row]:
+def metadata_rows(make: DiskBenches, runs: int) -> list[Row]:
     """All that is not the transfer itself, a chunk: chunks of one page that are in the page cache, 512 a call."""
     with make.sides(TINY, SMALL_COUNT, direct=False) as sides:
         per_chunk = 1e6 / SMALL_COUNT
@@ -148,7 +148,7 @@ def metadata_rows(make: Maker, runs: int) -> list[Row]:
     ]
 
 
-def durability_rows(make: Maker, runs: int) -> list[Row]:
+def durability_rows(make: DiskBenches, runs: int) -> list[Row]:
     """What each setting costs a store of chunks of 2 MiB."""
     rows = []
     for durability in Durability:

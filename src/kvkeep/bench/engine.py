@@ -1,7 +1,7 @@
-"""The cases `engine` of `kvkeep bench`: what `CacheEngine` costs, its verbs without any copying and its copies.
+"""Times `CacheEngine`, its verbs without any copying and its copies: `kvkeep bench engine`.
 
-A private store process each, one thread here; wall time, since the verbs wait for the store's answers. Knows nothing
-about how rows are shown. `python -m kvkeep.bench.engine RUNS` prints the rows as JSON: a process of its own,
+Each case has a private store process and one thread here. It takes wall time, since the verbs wait for the store. Knows
+nothing about how rows are shown. `python -m kvkeep.bench.engine RUNS` prints the rows as JSON: a process of its own,
 because the command line imports no torch.
 """
 
@@ -26,7 +26,7 @@ TOKENS = CHUNKS * CHUNK_TOKENS
 
 
 @dataclass
-class Verbs:
+class VerbBench:
     """A prompt and what each verb costs with it: microseconds a chunk."""
 
     engine: CacheEngine
@@ -64,7 +64,7 @@ def verb_rows(runs: int) -> list[Row]:
     numbers = np.random.default_rng(1)
     table = np.arange(1, TOKENS // BLOCK_TOKENS + 1)
     with engine(StillTransfer(shard), 3 * CHUNKS, []) as library:
-        verbs = Verbs(library, fresh(numbers, TOKENS), table, numbers)
+        verbs = VerbBench(library, fresh(numbers, TOKENS), table, numbers)
         cases: list[tuple[str, Callable[[], float], str]] = [
             ("store-chunk", verbs.store, "<= 15 us"),
             ("retrieve-chunk", verbs.retrieve, "<= 15 us"),

@@ -1,4 +1,4 @@
-"""The cases `engine` of `kvkeep bench`, measured by a child: they need torch, which the command line does not import.
+"""Runs `kvkeep bench engine` in a child process: its cases need torch, which the command line does not import.
 
 Knows nothing about the cases, which are in `kvkeep.bench.engine`, or about how rows are shown.
 """

@@ -1,4 +1,4 @@
-"""The cases `index` of `kvkeep bench`: a request's chunks in one call each, and the memory that a million take.
+"""Times the index with a request's chunks in one call, and weighs a million chunks: `kvkeep bench index`.
 
 Knows nothing about how rows are shown. `python -m kvkeep.bench.index WHAT COUNT` prints the bytes a chunk of an
 index, or of a dict of the same keys, with COUNT chunks; only a process of its own can tell.

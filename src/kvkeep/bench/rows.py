@@ -1,6 +1,5 @@
-"""The rows that every benchmark reports: what was measured, against which yardstick, on which machine.
-
-Timing, a table and a JSON file. Knows nothing about what is measured.
+"""Times cases beside their yardsticks, and shows the rows as a table or a JSON file, with the machine they ran on.
+Knows nothing about what is measured.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from kvkeep.bench.daemon import idle_rows, lookup_rows
 from kvkeep.bench.disk import disk_rows
 from kvkeep.bench.engine_child import WITHOUT_TORCH, engine_rows, has_torch
 from kvkeep.bench.index import index_rows
-from kvkeep.bench.moves import move_rows
+from kvkeep.bench.pieces import piece_rows
 from kvkeep.bench.rows import Row, check_target, say, show, write
 
 
@@ -39,7 +39,7 @@ ROWS: dict[Group, Callable[[int], list[Row]]] = {
     Group.POLICY: policy_rows,
     Group.INDEX: index_rows,
     Group.ENGINE: engine_rows,
-    Group.DAEMON: lambda runs: [*lookup_rows(runs), *move_rows(runs), *idle_rows(runs)],
+    Group.DAEMON: lambda runs: [*lookup_rows(runs), *piece_rows(runs), *idle_rows(runs)],
     Group.DISK: disk_rows,
 }
 CORE = (Group.KEYS, Group.ALLOC, Group.POLICY, Group.INDEX)

@@ -1,1 +1,3 @@
-"""Test kit that ships: conformance suites and doubles for those who extend kvkeep. Nothing in kvkeep imports it."""
+"""The test kit that ships: conformance suites and doubles for those who extend kvkeep. Only `kvkeep.bench` imports
+it.
+"""

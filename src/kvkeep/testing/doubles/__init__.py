@@ -1,1 +1,1 @@
-"""Doubles for what a test must hold in its hands: time, a device, files that fail, a tier, a store."""
+"""Doubles of what a test must control: time, a device, files that fail, a tier, a place, a store."""

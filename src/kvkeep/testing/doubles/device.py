@@ -1,7 +1,7 @@
-"""A device in a test's hands: its copies are really made, by the CPU, but only when the test says so.
+"""Plays a device: the CPU makes its copies, each as late as the events allow, which is when a missing event shows.
 
-Its compute stream is always at its end, so what is launched there runs at once; what must come before it is copied
-then. So a copy is as late as the events allow, which is when a missing event shows. Knows nothing about plans.
+What is launched on the played compute stream runs at once; copies that an event orders before it are made then. All
+other copies wait until the test lets them through. Knows nothing about plans.
 """
 
 from __future__ import annotations

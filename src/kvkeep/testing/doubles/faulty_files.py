@@ -1,6 +1,6 @@
-"""A file system that fails when it is told to: errors, short transfers, calls that hang, a kill.
+"""Plays a file system that fails on demand: errors, short transfers, calls that hang, a kill.
 
-Stands between the disk tier and the real files. Knows nothing about records.
+It stands between the disk tier and the real files. Knows nothing about records.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ class FaultyDisk:
                     found[stat.inode] = stat.allocated_nbytes
             return sum(found.values())
 
-    def _call(self, name: str, path: str) -> _Turn:
+    def _call(self, name: str, path: str) -> _Call:
         if name in self.hanging or f"{name} {path}" in self.hanging:
             with self._lock:
                 self.waiting += 1
             self.wake.wait()
-        return _Turn(self, name, path)
+        return _Call(self, name, path)
 
     def _path(self, file: int | str) -> str:
         return self.paths.get(file, "") if isinstance(file, int) else file
@@ -150,8 +150,8 @@ class FaultyDisk:
 
 
 @dataclass(eq=False)
-class _Turn:
-    """One call's turn: nobody else's runs meanwhile, and it may be told to fail."""
+class _Call:
+    """One call: no other runs meanwhile, and it may be the one that fails."""
 
     disk: FaultyDisk
     name: str

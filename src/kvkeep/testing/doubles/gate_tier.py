@@ -1,4 +1,4 @@
-"""Doubles for what lies below the pool: a tier whose every verb can be held up, and an event loop with its own time.
+"""Plays a tier whose every verb can be held up, and an event loop with a clock of its own.
 
 Knows nothing about the store. Nothing here sleeps or looks at a real clock.
 """

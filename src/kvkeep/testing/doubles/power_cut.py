@@ -1,6 +1,6 @@
-"""What a power cut leaves of a directory: only what was made durable.
+"""Plays a power cut: of a directory only what was made durable is left.
 
-Stands between the disk tier and a `FaultyDisk`. Knows nothing about records.
+It stands between the disk tier and a `FaultyDisk`. Knows nothing about records.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A real store and its server in a thread of the test, so that a test can look into the store and needs no process.
+"""Runs a real store and its server in a thread of the test, so that a test can look into the store without a process.
 
-Knows nothing about engines. An engine must never do this: a busy thread beside it would take its interpreter.
+An engine must never do this: the busy thread would take its interpreter. Knows nothing about engines.
 """
 
 from __future__ import annotations

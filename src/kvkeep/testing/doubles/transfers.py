@@ -1,4 +1,4 @@
-"""Doubles for what tests must hold in their hands: time, and transfers that fail when they are told to.
+"""Plays a clock, and transfers that fail on demand.
 
 Knows nothing about requests, stores or engines.
 """

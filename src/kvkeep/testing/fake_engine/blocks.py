@@ -1,4 +1,4 @@
-"""The block pool of a fake engine with its own prefix cache: blocks by id, counted references, names of full blocks.
+"""The fake engine's block pool and prefix cache: blocks by id, counted references, names of full blocks.
 
 Knows nothing about requests, tensors or kvkeep. Block 0 is the null block and is never lent. A block's name is its
 group and all tokens up to its end, so there are no collisions to think of.

@@ -1,4 +1,4 @@
-"""Whether the pool's chunks and the engine's blocks hold what a fake model computes, as integers.
+"""Checks that the pool's chunks and the engine's blocks hold what the fake model computes.
 
 Knows nothing about scheduling or the store.
 """

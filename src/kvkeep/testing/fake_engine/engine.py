@@ -1,4 +1,4 @@
-"""A paged engine in miniature: plays vLLM's part against a real Planner and real Workers, and checks every byte.
+"""A small paged engine that plays vLLM against a real Planner and real Workers, and checks every byte.
 
 It schedules as vLLM's V1 does: a token budget, chunked prefill, decode, preemption of the youngest, a prefix cache of
 its own that knows a synchronous load's blocks as soon as they are allocated, sliding windows that give blocks up, loads

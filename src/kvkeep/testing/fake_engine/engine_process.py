@@ -1,7 +1,7 @@
 """The fake engine as processes (a planner, its ranks) over a shared store: `python -m` and this module's name.
 
-It is told by lines of JSON on stdin what to answer, answers by lines on stdout, and checks every byte after every step.
-A process of it can be told to stop itself (SIGSTOP) at a given point. It never says goodbye to its store.
+It reads what to answer as lines of JSON on stdin, answers on stdout, and checks every byte after every step. On demand
+it stops itself (SIGSTOP) at a given point. It never says goodbye to its store.
 """
 
 from __future__ import annotations

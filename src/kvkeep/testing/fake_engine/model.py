@@ -1,6 +1,6 @@
-"""A model in integers: the "KV" of a token is a function of the KV that its layer can still see, and of the token.
+"""A model in integers: the "KV" of a token is computed from the token and from the KV that its layer can still see.
 
-So garbage that is read makes garbage, as in a real model, and a right value proves that every byte before it was right.
+So whoever reads garbage computes garbage, as a real model does, and a right value proves every byte before it.
 Knows nothing about requests, stores or tensors; NumPy only.
 """
 

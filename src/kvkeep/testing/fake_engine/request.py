@@ -1,4 +1,4 @@
-"""What a fake engine is asked to do: its sizes, and requests as its scheduler sees them.
+"""The fake engine's sizes, and its requests as its scheduler sees them.
 
 Data only. Knows nothing about blocks' content, tensors or kvkeep.
 """

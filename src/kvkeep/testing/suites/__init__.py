@@ -1,1 +1,1 @@
-"""Conformance suites: what every allocator, transfer and tier must do."""
+"""Conformance suites: what every allocator, transfer, place and tier must do."""

@@ -1,6 +1,6 @@
-"""What the cases `disk` of `kvkeep bench` time: the disk tier, bare system calls on the same files, fio.
+"""Makes what `kvkeep bench disk` times: the disk tier, bare system calls on the same files, fio.
 
-Each measure gives seconds or GB/s. Knows nothing about how rows are shown.
+Each measure returns seconds or GB/s. Knows nothing about how rows are shown.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def chunk(memory: np.ndarray, number: int, nbytes: int) -> Write:
     return Write(bytes(16) + xxhash.xxh3_128_digest(number.to_bytes(4, "big")) * 2, sizes, payload, b"".join(sums))
 
 
-class Sides:
+class DiskBench:
     """A tier in a directory of its own, `count` chunks of `nbytes`, and the loop that drives it."""
 
     def __init__(self, root: Path, nbytes: int, count: int, durability: Durability, direct: bool) -> None:

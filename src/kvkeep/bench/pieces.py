@@ -1,7 +1,7 @@
-"""`kvkeep bench daemon`, what is moved: a client of a store process stores and retrieves 256 MiB, block by block.
+"""Times a client of a store process that stores and retrieves 256 MiB, block by block: `kvkeep bench daemon`.
 
-Each copy is one layer of one block, as between a cache with layers first and a chunk, in a loop in Python on both sides
-of the comparison. Knows nothing about engines.
+Each copy is one layer of one block, as between a cache with layers first and a chunk. Both sides of the comparison loop
+in Python. Knows nothing about engines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINE_NBYTES = 64
 Octets = npt.NDArray[np.uint8]
 
 
-class PieceMover:
+class PieceBench:
     """One client over an engine's cache of blocks, layer by layer, and bare memory to compare with."""
 
     def __init__(self, joined: Client, pool: Octets, bare: Octets) -> None:
@@ -80,7 +80,7 @@ class PieceMover:
         return [self.pool[offset : offset + CHUNK_NBYTES] for offset in offsets]
 
 
-def move_rows(runs: int) -> list[Row]:
+def piece_rows(runs: int) -> list[Row]:
     """Stores and retrieves by one client, beside the same copies to private and to shared memory."""
     rows = []
     with serving(2 * MOVED_NBYTES + CHUNK_NBYTES) as (path, _):
@@ -89,13 +89,13 @@ def move_rows(runs: int) -> list[Row]:
             region.populate(0, region.nbytes)
             shared.array[:] = 1
             for name, bare in (("private", aligned(MOVED_NBYTES)), ("shared", shared.array)):
-                rows += _beside(PieceMover(joined, region.array, bare), name, runs)
+                rows += _beside(PieceBench(joined, region.array, bare), name, runs)
             del bare
         joined.close()
     return rows
 
 
-def _beside(mover: PieceMover, name: str, runs: int) -> list[Row]:
+def _beside(mover: PieceBench, name: str, runs: int) -> list[Row]:
     measures = (lambda: mover.memmove(True), mover.store, lambda: mover.memmove(False), mover.retrieve)
     bare_out, stored, bare_in, retrieved = alternate(runs, *measures)
     end, yardstick = "" if name == "private" else f"-{name}", f"memmove, {name} memory (GB/s)"
