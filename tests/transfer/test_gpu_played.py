@@ -35,5 +35,5 @@ def test_the_benchmark_runs_through_and_writes_its_rows(tmp_path: Path):
     said = run(str(PLAYED), "bench/gpu.py", "--json", str(tmp_path / "gpu.json"))
     rows = json.loads((tmp_path / "gpu.json").read_text())
     names = {row["case"] for row in rows}
-    assert {"store-4KiB-kernel", "both-64KiB-engine", "product-beside-load-kernel", "load-64KiB-turned"} <= names
+    assert {"store-4KiB-kernel", "both-64KiB-copy", "product-beside-load-kernel", "load-64KiB-turned"} <= names
     assert "a CPU that plays a device: copy engine for pages from" in said
