@@ -125,7 +125,7 @@ def scan_rows() -> list[Row]:
 
 async def look_through(root: Path, records: int) -> float:
     tier = await open_disk(Disk(path=(str(root),), size=1 << 50, min_free=0))
-    await tier.looked_through()
+    await tier.wait_for_scan()
     figures = tier.figures()
     assert figures.records == records
     await tier.aclose()

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 async def use(root: Path, stores: bool) -> list[bool]:
     tier = await open_disk(Disk(path=(str(root),), size=1 << 20, min_free=0))
-    await tier.looked_through()
+    await tier.wait_for_scan()
     if stores:
         await tier.store(WRITES)
     there = [await holds(tier, one) for one in WRITES]

@@ -49,7 +49,7 @@ def test_one_read_that_hangs_leaves_the_other_threads_of_a_disk_in_use(
 
     async def take(name: str, tier: Tier, figures: Callable[[], Mapping[str, int]], reads: int) -> None:
         assert isinstance(tier, DiskTier)
-        await tier.looked_through()
+        await tier.wait_for_scan()
         await tier.store(WRITES)
         await walk.admit(name, tier, figures, reads)
 

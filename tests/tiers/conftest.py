@@ -49,7 +49,7 @@ def opened(root: Path) -> Opened:
         tier = await open_disk(Disk(**settings), files, lambda: next(clock))
         try:
             if not at_once:
-                await tier.looked_through()
+                await tier.wait_for_scan()
             yield tier
         finally:
             await tier.aclose()

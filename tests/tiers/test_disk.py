@@ -94,7 +94,7 @@ def test_it_serves_at_once_after_a_restart(run: Any, opened: Any) -> None:
             await tier.delete([WRITES[1].key])
             assert await tier.contains([WRITES[1].key]) == [False]
             disk.wake.set()
-            await tier.looked_through()
+            await tier.wait_for_scan()
             assert await kept(tier) == [0, 2, 3]
             assert tier.figures().used_nbytes == 3 * RECORD
 
@@ -113,7 +113,7 @@ def test_after_a_kill_nothing_is_stored_before_it_was_looked_through(run: Any, o
             assert await tier.store([WRITES[3]]) == [Stored.REFUSED]
             assert await kept(tier) == [0, 1]
             disk.wake.set()
-            await tier.looked_through()
+            await tier.wait_for_scan()
             assert await tier.store([WRITES[3]]) == [Stored.STORED]
 
     run(test)
@@ -130,7 +130,7 @@ def test_a_clear_while_it_is_looked_through(run: Any, opened: Any) -> None:
             assert await tier.contains([WRITES[0].key]) == [False]
             assert await tier.store(WRITES[1:2]) == [Stored.STORED], "an old record makes way for a new one"
             disk.wake.set()
-            await tier.looked_through()
+            await tier.wait_for_scan()
             assert await kept(tier) == [1]
             assert await holds(tier, write_of(key(1, namespace=2)))
             assert tier.figures().used_nbytes == 2 * RECORD
@@ -439,12 +439,12 @@ def test_the_policy_of_the_settings_says_which_record_goes_also_after_a_restart(
         config = Config(disk_path=str(root), disk_size=4 * RECORD - 4096, disk_min_free=0, disk_policy=policy)
         [disk] = config.tiers
         tier = await open_disk(disk)
-        await tier.looked_through()
+        await tier.wait_for_scan()
         assert await tier.store(WRITES[:3]) == [Stored.STORED] * 3
         assert await holds(tier, WRITES[0])
         await tier.aclose()
         tier = await open_disk(disk)
-        await tier.looked_through()
+        await tier.wait_for_scan()
         assert await tier.store(WRITES[3:4]) == [Stored.STORED]
         assert [number for number in range(4) if not await holds(tier, WRITES[number])] == [evicted]
         assert tier.figures().evicted == 1

@@ -56,7 +56,7 @@ def test_where_no_room_was_taken_the_records_make_it(run: Any, opened: Any, root
             disk.fault = lambda call, path: no_new_files(call, path) if list(record_paths(str(root))) else 0
             await tier.clear(OURS)
             epochs = decode_epochs((root / "epochs").read_bytes())
-            assert epochs.of(OURS) == tier.drives[0].holding.epochs.of(OURS)
+            assert epochs.of(OURS) == tier.directories[0].state.epochs.of(OURS)
 
     run(test)
 
@@ -97,8 +97,8 @@ def test_epochs_that_could_not_be_written_are_tried_again(run: Any, opened: Any,
             disk.fault = lambda call, _: errno.EIO if call == "unlink" else 0
             if when == "at the next store":
                 await tier.store(SMALL[3:4])
-                while len(tier.drives[0].holding.tasks):
-                    await asyncio.wait(set(tier.drives[0].holding.tasks))
+                while len(tier.directories[0].state.tasks):
+                    await asyncio.wait(set(tier.directories[0].state.tasks))
             elif when == "at the next clear":
                 await tier.clear(bytes(16))
             if when != "at the end":
@@ -130,7 +130,7 @@ def test_a_directory_of_before_is_read_and_so_is_what_is_filled_up(run: Any, ope
     async def test() -> None:
         async with opened() as tier:
             await tier.store(SMALL[:1])
-            epochs = tier.drives[0].holding.epochs
+            epochs = tier.directories[0].state.epochs
         (root / "epochs").write_bytes(encode_epochs(epochs))
         async with opened() as tier:
             assert await holds(tier, SMALL[0])

@@ -43,7 +43,7 @@ async def is_whole(tier: DiskTier, disk: FaultyDisk | None = None) -> None:
     assert figures.records == len(SMALL)
     assert figures.used_nbytes == len(SMALL) * RECORD, "bytes are leaked"
     assert (figures.stalled, figures.degraded) == (0, "")
-    root = tier.drives[0].holding.shelf.root
+    root = tier.directories[0].state.record_files.root
     assert (disk or FaultyDisk()).allocated_nbytes(root) == figures.used_nbytes
 
 
@@ -206,7 +206,11 @@ def test_names_that_may_not_be_durable_are_no_store(run: Any, opened: Any, durab
             assert await tier.store(SMALL[1:3]) == [Stored.REFUSED] * 2
             assert tier.figures().degraded
             assert tier.figures().refused == 2
-            assert tier.figures().used_nbytes == disk.allocated_nbytes(tier.drives[0].holding.shelf.root) == RECORD
+            assert (
+                tier.figures().used_nbytes
+                == disk.allocated_nbytes(tier.directories[0].state.record_files.root)
+                == RECORD
+            )
             assert await tier.store(SMALL[:1]) == [Stored.PRESENT], "it was stored when the device worked"
             disk.fault = lambda _call, _path: 0
             await is_whole(tier, disk)
@@ -218,7 +222,7 @@ def test_a_directory_that_cannot_be_synced_costs_only_its_own_records(run: Any, 
     async def test() -> None:
         disk = FaultyDisk()
         async with opened(disk.files, durability=Durability.GROUP) as tier:
-            bad = path_of(Path(tier.drives[0].holding.shelf.root), SMALL[1].key).rpartition("/")[0]
+            bad = path_of(Path(tier.directories[0].state.record_files.root), SMALL[1].key).rpartition("/")[0]
             disk.fault = lambda call, path: errno.EIO if call == "sync" and path == bad else 0
             assert await tier.store(SMALL[:3]) == [Stored.STORED, Stored.REFUSED, Stored.STORED]
 
@@ -698,7 +702,7 @@ def test_what_is_written_again_while_it_is_found_counts_once_and_at_once(run: An
         async with opened(disk.files, at_once=True, size=limit_nbytes) as tier:
             for one in writes:
                 await tier.store([one])
-            await tier.looked_through()
+            await tier.wait_for_scan()
             assert most <= limit_nbytes
             assert tier.figures().used_nbytes == disk.allocated_nbytes(str(root))
 

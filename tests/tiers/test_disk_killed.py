@@ -45,7 +45,7 @@ async def main():
     disk = FaultyDisk()
     options = Disk(path=(sys.argv[1],), size=3 << 20, min_free=0, close_s=0.05)
     tier = await open_disk(options, disk.files)
-    await tier.looked_through()
+    await tier.wait_for_scan()
     await tier.store([write_of(key(1))])
     disk.hanging = frozenset({"readv"})
     load = asyncio.ensure_future(tier.load([memory_for(key(1))[0]]))

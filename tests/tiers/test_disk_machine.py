@@ -181,7 +181,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.do(self.tier.aclose())
         self.start()
         if not at_once:
-            self.do(self.tier.looked_through())
+            self.do(self.tier.wait_for_scan())
         # A delete is not made durable against failing unlinks: such a chunk, never wrong, may be back.
 
     @rule(numbers=SOME, after=st.integers(1, 12))
@@ -195,7 +195,7 @@ class DiskMachine(RuleBasedStateMachine):
     def is_exact(self) -> None:
         """Without faults, and with everything known: not a byte is leaked, and the limit was kept all the time."""
         self.failing.clear()
-        self.do(self.tier.looked_through())
+        self.do(self.tier.wait_for_scan())
         self.load(list(range(len(WRITES))))
         self.do(self.tier.store([]))  # what could not be removed is tried again
         figures = self.tier.figures()

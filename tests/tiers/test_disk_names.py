@@ -300,7 +300,7 @@ def test_chunks_that_no_record_can_hold_are_refused_and_the_others_stored(run: A
         untouched = np.frombuffer(mmap.mmap(-1, 4096 * ranges), np.uint8)
         wide = Write(SMALL[2].key, (4096,) * ranges, untouched, bytes(16 * ranges))
         async with opened(size=1 << 40) as tier:
-            for _ in range(tier.drives[0].holding.options.threads + 1):
+            for _ in range(tier.directories[0].state.options.threads + 1):
                 answers = await tier.store([SMALL[0], torn, wide])
                 assert answers[1:] == [Stored.REFUSED] * 2
             assert await holds(tier, SMALL[0])
@@ -322,7 +322,7 @@ def test_a_bug_in_an_io_thread_costs_only_its_job(run: Any, opened: Any, monkeyp
             def breaks() -> None:
                 raise ZeroDivisionError
 
-            bugs = 2 * tier.drives[0].holding.options.threads
+            bugs = 2 * tier.directories[0].state.options.threads
             for _ in range(bugs):
                 disk.after = breaks
                 with pytest.raises(TierUnavailable, match="bug"):

@@ -43,7 +43,7 @@ async def work(folder, step):
     disk.after = lambda: os.kill(os.getpid(), signal.SIGKILL) if disk.calls >= step else None
     options = Disk(path=(folder,), size=1 << 20, min_free=0, threads=2)
     tier = await open_disk(options, disk.files)
-    await tier.looked_through()
+    await tier.wait_for_scan()
     await tier.store([write_of(key(number), (4096, 8192)) for number in (2, 3)])
     await tier.clear(key(0)[:16])
     await tier.store([write_of(key(2), (4096, 8192))])
@@ -68,7 +68,7 @@ async def is_whole(tier: DiskTier, disk: FaultyDisk | None = None) -> list[bool]
     wanted = [Stored.PRESENT if one else Stored.STORED for one in there]
     assert await tier.store(CHUNKS) == wanted
     assert [await holds(tier, one) for one in CHUNKS] == [True] * 4
-    root = tier.drives[0].holding.shelf.root
+    root = tier.directories[0].state.record_files.root
     assert tier.figures().used_nbytes == 4 * RECORD == (disk or FaultyDisk()).allocated_nbytes(root)
     return there
 

@@ -83,11 +83,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def unlink(self, pick: int) -> None:
         entry = sorted(self.ledger.dying.values(), key=lambda one: one.key)[pick % len(self.ledger.dying)]
         self.names.pop(entry.key, None)
-        self.ledger.buried(entry, entry.nbytes)
+        self.ledger.forget(entry, entry.nbytes)
 
     @precondition(lambda self: not self.settled)
     @rule()
-    def look_through(self) -> None:
+    def begin_scan(self) -> None:
         for key, nbytes in self.old.items():  # a list made at the start: some of it is gone or replaced
             if key not in [one for one, _ in self.temporary]:
                 self.ledger.adopt(key, nbytes)

@@ -227,7 +227,7 @@ def test_epochs_that_the_place_fails_to_give_are_not_replaced(run: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["delete", "clear"])
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_what_is_being_written_is_deleted_and_cleared_too(run: Any, verb: str, cancelled: bool) -> None:
+def test_what_count_if_being_written_is_deleted_and_cleared_too(run: Any, verb: str, cancelled: bool) -> None:
     async def test() -> None:
         place = FaultyPlace()
         tier = await opened(place)

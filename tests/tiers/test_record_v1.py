@@ -59,7 +59,7 @@ def test_it_is_swept_and_said_once(run: Any, opened: Any, root: Path, clean: boo
         async with opened(at_once=True) as tier:
             assert tier.figures().used_nbytes in ((VERSION_1_NBYTES,) if clean else (1 << 20,))
             assert [await holds(tier, one) for one in WRITES] == [False] * 4, "before it is swept"
-            await tier.looked_through()
+            await tier.wait_for_scan()
             assert [await holds(tier, one) for one in WRITES] == [False] * 4
             assert await tier.contains([one.key for one in WRITES]) == [False] * 4
             assert (list(record_paths(str(root))), tier.figures().used_nbytes, tier.figures().corrupt) == ([], 0, 0)
@@ -95,7 +95,7 @@ def test_the_limit_holds_while_it_is_swept(run: Any, opened: Any, root: Path) ->
         async with opened(disk.files, at_once=True, size=limit_nbytes) as tier:
             await tier.store([FRESH, *WRITES[:2]])
             assert tier.figures().used_nbytes <= limit_nbytes
-            await tier.looked_through()
+            await tier.wait_for_scan()
             await tier.store([FRESH, *WRITES])
             assert await holds(tier, FRESH)
             assert tier.figures().used_nbytes <= limit_nbytes

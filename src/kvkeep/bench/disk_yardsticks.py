@@ -55,7 +55,7 @@ class DiskBench:
             direct=direct,
         )
         self.tier: DiskTier = self.loop.run_until_complete(open_disk(options))
-        self.loop.run_until_complete(self.tier.looked_through())
+        self.loop.run_until_complete(self.tier.wait_for_scan())
         self.direct = self.tier.figures().direct
         self.region = Region.create(nbytes * count)  # what a pool is made of
         self.memory = self.region.array

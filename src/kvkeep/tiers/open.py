@@ -43,7 +43,7 @@ async def open_tiers(tiers: Sequence[TierSettings], take: Taker, left_out: Calla
 
 
 async def _open_disk(disk: Disk, take: Taker, waits: Callable[[str], None]) -> None:
-    tier = await _owned(disk, waits)
+    tier = await _open_when_free(disk, waits)
     await take(disk.kind, tier, lambda: disk_figures(tier), disk.threads * len(disk.path))
     how = "past the page cache (O_DIRECT)" if tier.figures().direct else "through the page cache"
     log.info("disk tier of %s in %s, %s", size_text(disk.size), ", ".join(disk.path), how)
@@ -62,7 +62,7 @@ def disk_figures(tier: DiskTier) -> dict[str, int]:
     return {name: int(number) for name, number in numbers.items()}
 
 
-async def _owned(disk: Disk, waits: Callable[[str], None]) -> DiskTier:
+async def _open_when_free(disk: Disk, waits: Callable[[str], None]) -> DiskTier:
     """The disk tier, once no other process owns a directory of it, however long that takes: nobody waits for it."""
     loop = asyncio.get_running_loop()
     later_s, pause_s, said = loop.time() + SOON_S, SOON_PAUSE_S, False

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from kvkeep.errors import TierError, TierUnavailable
+from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.codec import Codec
 from kvkeep.tiers.epochs import EVERYTHING
 from kvkeep.tiers.place import Get, Missing, Place, Put
 from kvkeep.tiers.place_epochs import PlaceEpochs, read_epochs
 from kvkeep.tiers.record import fits, header_nbytes, key_in_name, record_name
-from kvkeep.tiers.records import Records
+from kvkeep.tiers.records import Records, check_payloads
 from kvkeep.tiers.tasks import in_thread, outlast
 from kvkeep.tiers.tier import Bytes, Read, Stored, Write, operation
 
@@ -107,11 +107,10 @@ class RecordTier:
             return await self._store(writes)
 
     async def _store(self, writes: Sequence[Write]) -> list[Stored]:
+        check_payloads(writes)
         answers: list[Stored | asyncio.Future[Stored]] = []
         fresh: list[_Writing] = []
         for write in writes:
-            if write.payload.nbytes != sum(write.sizes):
-                raise TierError(f"{write.payload.nbytes} bytes for ranges of {write.sizes}")
             if write.key in self._writing:
                 answers.append(asyncio.ensure_future(_joined(self._writing[write.key].outcome)))
             elif not fits(write.sizes, write.sums):

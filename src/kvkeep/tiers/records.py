@@ -14,7 +14,7 @@ import xxhash
 
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.core.units import ALIGN_NBYTES
-from kvkeep.errors import CorruptChunk
+from kvkeep.errors import CorruptChunk, TierError
 from kvkeep.tiers.aligned import aligned_bytes
 from kvkeep.tiers.codec import RAW, Codec
 from kvkeep.tiers.record import (
@@ -103,6 +103,13 @@ class Records(NamedTuple):
 
 
 RAW_RECORDS = Records()
+
+
+def check_payloads(writes: Sequence[Write]) -> None:
+    """Raise TierError where a payload is not as long as its ranges."""
+    for write in writes:
+        if write.payload.nbytes != sum(write.sizes):
+            raise TierError(f"a chunk of {write.payload.nbytes} bytes cannot have ranges of {write.sizes} bytes")
 
 
 def _ranges(payload: Bytes, sizes: Sequence[int]) -> list[Bytes]:

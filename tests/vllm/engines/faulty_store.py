@@ -83,7 +83,7 @@ async def opened(faults: Faults, options: Disk) -> None:
     except TierError as error:
         print(f"not ready: {error}", flush=True)
         return
-    await tier.looked_through()
+    await tier.wait_for_scan()
     await faults.walk.admit("disk", tier, lambda: disk_figures(tier), options.threads)
 
     def command() -> None:

@@ -1,6 +1,6 @@
 """The edge to the file system: system calls behind two small protocols, and the loops that make a transfer whole.
 
-Knows nothing about records, keys or limits. Errors are OSErrors: whoever knows which chunk it was translates them.
+Errors are OSErrors; the caller knows which chunk it was and translates them.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Descriptors(Protocol):
         """A descriptor: of a new file to write (0600, an error if there is one), or of one that is there to read."""
 
     def close(self, fd: int) -> None:
-        """Ends the descriptor; never fails."""
+        """Close the descriptor; never fails."""
 
     def stat(self, file: int | str) -> Stat:
-        """Of an open file, or of a name."""
+        """The state of an open file, or of what has a name."""
 
     def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """Fills the buffers in order from `offset`; bytes read."""
@@ -119,7 +119,7 @@ class PosixDescriptors:
         """As `Descriptors.close`."""
         try:
             os.close(fd)
-        except OSError:  # it is given up either way; a late write error shows in the sums
+        except OSError:  # the descriptor is gone either way; a late write error shows in the checksums
             return
 
     def stat(self, file: int | str) -> Stat:
@@ -128,11 +128,11 @@ class PosixDescriptors:
 
     def readv(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """As `Descriptors.readv`."""
-        return os.preadv(fd, [one.data for one in buffers], offset)
+        return os.preadv(fd, [buffer.data for buffer in buffers], offset)
 
     def writev(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         """As `Descriptors.writev`."""
-        return os.pwritev(fd, [one.data for one in buffers], offset)
+        return os.pwritev(fd, [buffer.data for buffer in buffers], offset)
 
     def sync(self, fd: int) -> None:
         """As `Descriptors.sync`."""
@@ -204,7 +204,7 @@ def posix_files() -> Files:
 
 def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes], start: int = 0) -> int:
     """Fill the buffers from byte `start` of the file on; bytes read, fewer only where the file ends."""
-    done, wanted = 0, sum([one.nbytes for one in buffers])
+    done, wanted = 0, sum([buffer.nbytes for buffer in buffers])
     while done < wanted:
         got = data.readv(fd, _rest(buffers, done) if done else buffers, start + done)
         if got == 0:
@@ -215,7 +215,7 @@ def read_all(data: Descriptors, fd: int, buffers: Sequence[Bytes], start: int = 
 
 def write_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> None:
     """Write the buffers from the file's beginning; OSError if not all of it can be written."""
-    done, wanted = 0, sum([one.nbytes for one in buffers])
+    done, wanted = 0, sum([buffer.nbytes for buffer in buffers])
     while done < wanted:
         put = data.writev(fd, _rest(buffers, done) if done else buffers, done)
         if put == 0:
@@ -224,12 +224,12 @@ def write_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> None:
 
 
 def write_durably(files: Files, temporary: str, path: str, octets: bytes) -> None:
-    """Put `octets` at `path`, whole and durable, whatever was there; on an OSError the old content may be left."""
+    """Write `octets` to `path`, whole and durable, over whatever is there; on an OSError the old content may stay."""
     put_durably(files, files.data.open(temporary, create=True, direct=False), temporary, path, octets)
 
 
 def put_durably(files: Files, fd: int, temporary: str, path: str, octets: bytes) -> None:
-    """The same by way of a file that is open to be written, is no longer than `octets`, and is given up."""
+    """The same through a file that is open for writing and no longer than `octets`; this closes it."""
     try:
         write_all(files.data, fd, [np.frombuffer(octets, np.uint8)])
         files.data.sync(fd)
@@ -252,7 +252,7 @@ def sync_directory(files: Files, path: str) -> None:
 
 
 def read_small(files: Files, path: str, max_nbytes: int) -> bytes | None:
-    """A small file's content; None if there is none, if it is no file, or if it is longer than it may be."""
+    """A small file's content; None if there is no file, or if it is longer than `max_nbytes`."""
     try:
         fd = files.data.open(path, create=False, direct=False)
     except FileNotFoundError:
@@ -268,9 +268,9 @@ def read_small(files: Files, path: str, max_nbytes: int) -> bytes | None:
 
 
 def takes_direct(files: Files, path: str) -> bool:
-    """Whether files in a directory can be read and written past the page cache, found by doing it.
+    """Whether files in a directory can be read and written past the page cache: this tries it.
 
-    `path` is a name in it that is free; nothing is left there.
+    `path` is a free name in the directory; the file is deleted again.
     """
     try:
         fd = files.data.open(path, create=True, direct=True)
@@ -291,7 +291,7 @@ def takes_direct(files: Files, path: str) -> bool:
 
 
 def direct_alignment(fd: int) -> int:
-    """What statx says that direct transfers must be aligned to (bytes; 0: not possible; 1: it does not say)."""
+    """The alignment of direct transfers that statx asks for (bytes; 0: not possible; 1: it does not say)."""
     statx = getattr(_LIBC, "statx", None)
     found = ctypes.create_string_buffer(_STATX_NBYTES)
     if statx is None or statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, found) != 0:
@@ -306,15 +306,15 @@ def direct_alignment(fd: int) -> int:
 def _rest(buffers: Sequence[Bytes], done: int) -> list[Bytes]:
     """The buffers without their first `done` bytes."""
     rest = []
-    for one in buffers:
-        if done < one.nbytes:
-            rest.append(one[done:] if done else one)
-        done = max(0, done - one.nbytes)
+    for buffer in buffers:
+        if done < buffer.nbytes:
+            rest.append(buffer[done:] if done else buffer)
+        done = max(0, done - buffer.nbytes)
     return rest
 
 
 def unlink_quietly(files: Files, path: str) -> None:
-    """Removes a name if that can be done."""
+    """Delete a name if that is possible."""
     try:
         files.names.unlink(path)
     except OSError:

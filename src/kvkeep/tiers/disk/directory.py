@@ -1,7 +1,7 @@
-"""One directory of the disk tier: its verbs, its start, the look through what is there, its end.
+"""One directory of the disk tier: its verbs, its start, the scan of what the last run left, its end.
 
-Knows nothing about other directories. It serves from the first moment: until every name has been looked through, what
-is not known is tried, and nothing is stored beyond the bound that a clean end left.
+It serves from the first moment: until the scan has ended a key that is not known yet is tried, and nothing is written
+beyond the bound that a clean end left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.memory.limits import size_text
 from kvkeep.tiers.disk.boot import (
-    FoundRecords,
+    FoundRecord,
     Order,
     find_records,
     is_empty,
@@ -33,10 +33,10 @@ from kvkeep.tiers.disk.boot import (
 )
 from kvkeep.tiers.disk.directio import Files, takes_direct
 from kvkeep.tiers.disk.epoch_file import EpochFile
-from kvkeep.tiers.disk.files import Shelf
+from kvkeep.tiers.disk.files import RecordFiles
 from kvkeep.tiers.disk.ledger import Ledger
 from kvkeep.tiers.disk.reads import DiskReads
-from kvkeep.tiers.disk.state import Errand, Holding
+from kvkeep.tiers.disk.state import DiskState, Errand
 from kvkeep.tiers.disk.threads import IoThreads, Urgency
 from kvkeep.tiers.disk.writes import DiskWrites
 from kvkeep.tiers.epochs import VERSION, Epochs
@@ -57,14 +57,14 @@ _OLD_FORMAT = (
     "%s: its %d records have format version %d, this kvkeep reads version %d only: they are removed now, and count "
     "within disk_size until they are gone"
 )
-_SLICE = 1000  # records that are taken in before others get the loop
+_SLICE = 1000  # records that join the ledger before the event loop does other work
 
 
 class StartedDirectory(NamedTuple):
-    """What the first job finds: who owns the directory, how it is read, what an earlier boot left."""
+    """What the first job finds: the lock that owns the directory, how to read it, what the last run left."""
 
     lock_fd: int
-    shelf: Shelf
+    record_files: RecordFiles
     epoch_file: EpochFile
     epochs: Epochs
     order: Order | None
@@ -72,19 +72,19 @@ class StartedDirectory(NamedTuple):
 
 
 @dataclass(eq=False)
-class Drive:
-    """One directory, owned until `aclose`."""
+class Directory:
+    """One directory, owned until `aclose`. Make it with `open_directory`."""
 
-    holding: Holding
+    state: DiskState
     started: StartedDirectory
-    loads: DiskReads
-    stores: DiskWrites
+    reads: DiskReads
+    writes: DiskWrites
     clock_ns: Callable[[], int]
     now_s: Callable[[], float]
-    scan_s: float = -1.0  # how long the look through took; below 0: it is not over
-    short_nbytes: int = 0  # how much less room than its limit there was when all was looked through
+    scan_s: float = -1.0  # how long the scan took; below 0: it has not ended
+    short_nbytes: int = 0  # how much less room than its limit there was at the end of the scan
     _durable: Epochs = field(init=False)  # the epochs that the disk has
-    _clears: int = 0
+    _clears: int = 0  # that are under way
     _persisting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _scan: Errand = field(default_factory=Errand)
 
@@ -92,125 +92,127 @@ class Drive:
         self._durable = self.started.epochs
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
-        """Keep chunks; epochs that could not be made durable are tried again, for which these do not wait."""
+        """Keep chunks. Where the epochs are not durable yet, try that again beside it, without waiting."""
         if not self._is_durable and not self._persisting.locked():
-            self.holding.begin(lambda _: self._catch_up())
-        return await self.stores.store(writes)
+            self.state.begin(lambda _: self._catch_up())
+        return await self.writes.store(writes)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """Forget chunks; also those that are being written."""
-        ledger, doomed = self.holding.ledger, []
+        ledger, doomed = self.state.ledger, []
         for key in dict.fromkeys(keys):
-            if key in self.holding.writing:
-                self.holding.writing[key].doomed = True
+            if key in self.state.writing:
+                self.state.writing[key].doomed = True
             elif key in ledger.live:
                 doomed.append(ledger.kill(ledger.live[key]))
-            elif not self.holding.complete and key not in ledger.dying:
+            elif not self.state.complete and key not in ledger.dying:
                 doomed.append(ledger.kill_unknown(key))
-        await self.holding.bury((entry, None) for entry in doomed)
+        await self.state.remove_files((entry, None) for entry in doomed)
 
     async def clear(self, namespace: bytes | None) -> None:
         """Forget a namespace, or everything: raise its epoch, make that durable, then delete; goes on if cancelled.
 
-        Where it cannot be made durable, what can be deleted is deleted, and it raises TierUnavailable.
+        TierUnavailable where the epoch cannot be made durable; what can be deleted is deleted all the same.
         """
-        task = self.holding.begin(lambda _: self._clear(namespace)).task
+        task = self.state.begin(lambda _: self._clear(namespace)).task
         assert task is not None, "an errand has begun"
         await asyncio.wait([task])
         task.result()
 
     async def _clear(self, namespace: bytes | None) -> None:
-        holding = self.holding
+        state = self.state
         self._clears += 1
         try:
-            holding.epochs = holding.epochs.raised(namespace, self.clock_ns())
+            state.epochs = state.epochs.raised(namespace, self.clock_ns())
             await self._catch_up()
-            live = list(holding.ledger.live.values())
-            doomed = [one for one in live if namespace is None or one.key[:NAMESPACE_NBYTES] == namespace]
-            await holding.bury([(holding.ledger.kill(one), None) for one in doomed])
-            await self._persist()  # where it failed before: a full disk has room now
+            live = list(state.ledger.live.values())
+            doomed = [entry for entry in live if namespace is None or entry.key[:NAMESPACE_NBYTES] == namespace]
+            await state.remove_files([(state.ledger.kill(entry), None) for entry in doomed])
+            await self._persist()  # if it failed before: a full disk has room now
         finally:
             self._clears -= 1
         await self._settle_epochs()
 
     async def aclose(self) -> None:
-        """End: nothing new, at most `close_s` for what is under way; leave the order if all of it came to an end."""
-        holding, limit_s = self.holding, self.holding.options.close_s
-        if holding.closed:
+        """End: wait `close_s` at most for what is under way, and leave `order` if all of it has ended."""
+        state, limit_s = self.state, self.state.options.close_s
+        if state.closed:
             return
-        holding.closed = True
-        holding.threads.withdraw_all()
-        if holding.tasks:
-            await asyncio.wait(holding.tasks, timeout=limit_s)
-        if holding.tasks:
-            log.warning("%s does not answer; it stays locked until this process ends", holding.shelf.root)
-            holding.threads.close()
+        state.closed = True
+        state.threads.withdraw_all()
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=limit_s)
+        if state.tasks:
+            log.warning("%s does not answer; it stays locked until this process ends", state.record_files.root)
+            state.threads.close()
             return
         if not self._is_durable:
-            await self._in_the_end(asyncio.ensure_future(self._persist()))
+            await self._wait_at_the_end(asyncio.ensure_future(self._persist()))
         left = None
-        if holding.ledger.settled and not holding.unburied:
-            left = Order([], holding.ledger.used_nbytes)._replace(keys=list(holding.ledger.order()))
-        await self._in_the_end(holding.threads.submit(Urgency.STORE, lambda _: self._leave(left)).done)
-        holding.threads.close()
+        if state.ledger.settled and not state.undeleted:
+            left = Order([], state.ledger.used_nbytes)._replace(keys=list(state.ledger.order()))
+        await self._wait_at_the_end(state.threads.submit(Urgency.WRITE, lambda _: self._leave(left)).done)
+        state.threads.close()
         os.close(self.started.lock_fd)
 
     def _leave(self, order: Order | None) -> None:
-        """In a thread: what the next start finds."""
+        """In a thread: write what the next start reads."""
         try:
             if order is not None:
-                write_order(self.holding.shelf, order)
+                write_order(self.state.record_files, order)
         finally:
             self.started.epoch_file.close()
 
-    async def _in_the_end(self, work: asyncio.Future[Any]) -> None:
-        """Waits for one more piece of work; what went wrong is said, since nobody asks any more."""
-        await asyncio.wait([work], timeout=self.holding.options.close_s)
+    async def _wait_at_the_end(self, work: asyncio.Future[Any]) -> None:
+        """Wait for the last pieces of work, and log a failure, for no caller is left to hear of it."""
+        await asyncio.wait([work], timeout=self.state.options.close_s)
         if work.done() and not work.cancelled() and work.exception() is not None:
-            log.warning("%s did not end well: %s", self.holding.shelf.root, work.exception())
+            log.warning("%s did not end well: %s", self.state.record_files.root, work.exception())
 
-    async def looked_through(self) -> None:
-        """Returns when what an earlier boot left is known, or cannot be."""
+    async def wait_for_scan(self) -> None:
+        """Wait until the scan has ended, or failed."""
         if self._scan.task is not None:
             await asyncio.wait([self._scan.task])
 
-    # ---- what an earlier boot left
+    # ---- what the last run left
 
-    def look_through(self) -> None:
-        """Begins to take in what is there."""
-        self._scan = self.holding.begin(self._look_through)
+    def begin_scan(self) -> None:
+        """Begin to enter what is there into the ledger."""
+        self._scan = self.state.begin(self._scan_all)
 
-    async def _look_through(self, errand: Errand) -> None:
-        holding, order = self.holding, self.started.order
+    async def _scan_all(self, errand: Errand) -> None:
+        state, order = self.state, self.started.order
         began_s = self.now_s()
-        errand.job = holding.threads.submit(
-            Urgency.LOAD, lambda _: find_records(holding.shelf, order.keys if order else ())
+        errand.job = state.threads.submit(
+            Urgency.READ, lambda _: find_records(state.record_files, order.keys if order else ())
         )
         try:
             found = await errand.job.done
         except TierUnavailable as error:
-            if not holding.closed:
-                holding.failed(f"it cannot be looked through, and nothing is stored: {error}")
+            if not state.closed:
+                state.note_failure(f"it cannot be scanned, and nothing is stored: {error}")
             return
         if found is None:
             return
         if found and self.started.epoch_file.found_version != VERSION:
-            log.warning(_OLD_FORMAT, holding.shelf.root, len(found), self.started.epoch_file.found_version, VERSION)
-        await self._take_in(found if evicts_oldest(holding.options.policy) else found[::-1])
-        holding.complete = True
-        await self.loads.no_guesses()
-        holding.ledger.settle()
+            log.warning(
+                _OLD_FORMAT, state.record_files.root, len(found), self.started.epoch_file.found_version, VERSION
+            )
+        await self._take_in(found if evicts_oldest(state.options.policy) else found[::-1])
+        state.complete = True
+        await self.reads.wait_for_guesses()
+        state.ledger.settle()
         self.scan_s = self.now_s() - began_s
-        log.info("%s: %d records, %.2f s", holding.shelf.root, len(holding.ledger.live), self.scan_s)
-        await holding.bury((entry, None) for entry in holding.ledger.evict(0))
+        log.info("%s: %d records, %.2f s", state.record_files.root, len(state.ledger.live), self.scan_s)
+        await state.remove_files((entry, None) for entry in state.ledger.evict(0))
         await self._settle_epochs()
         await self._compare_room()
 
     async def _compare_room(self) -> None:
-        """Says so where the file system has less room than the limit and what is to stay free."""
-        holding, ledger, options = self.holding, self.holding.ledger, self.holding.options
+        """Warn if the file system has less room than the limit and `min_free` ask for."""
+        state, ledger, options = self.state, self.state.ledger, self.state.options
         try:
-            free_nbytes = await holding.threads.submit(Urgency.DELETE, lambda _: holding.shelf.free_nbytes()).done
+            free_nbytes = await state.threads.submit(Urgency.DELETE, lambda _: state.record_files.free_nbytes()).done
         except TierUnavailable as error:
             log.debug("what is free is not known: %s", error)
             return
@@ -220,109 +222,117 @@ class Drive:
         self.short_nbytes = max(0, ledger.limit_nbytes - room_nbytes)
         if self.short_nbytes:
             sizes = (ledger.limit_nbytes, options.min_free, room_nbytes)
-            log.warning(_SHORT, holding.shelf.root, *map(size_text, sizes))
+            log.warning(_SHORT, state.record_files.root, *map(size_text, sizes))
 
-    async def _take_in(self, found: Sequence[FoundRecords]) -> None:
-        """What was found joins the ledger; in namespaces that were cleared only what carries the epoch of now."""
-        holding = self.holding
+    async def _take_in(self, found: Sequence[FoundRecord]) -> None:
+        """Enter what the scan found into the ledger; in cleared namespaces only records of the epoch of now."""
+        state = self.state
         suspects = []
         for at in range(0, len(found), _SLICE):
-            for one in found[at : at + _SLICE]:
-                if holding.meet(one.key, one.allocated_nbytes):
+            for record in found[at : at + _SLICE]:
+                if state.count_if_being_written(record.key, record.allocated_nbytes):
                     continue
-                if holding.epochs.is_unsettled(one.key[:NAMESPACE_NBYTES]):
-                    suspects.append(one)
+                if state.epochs.is_unsettled(record.key[:NAMESPACE_NBYTES]):
+                    suspects.append(record)
                 else:
-                    holding.ledger.adopt(one.key, one.allocated_nbytes)
+                    state.ledger.adopt(record.key, record.allocated_nbytes)
             await asyncio.sleep(0)
         for at in range(0, len(suspects), _SLICE):
             await self._sift(suspects[at : at + _SLICE])
 
-    async def _sift(self, suspects: Sequence[FoundRecords]) -> None:
-        holding, ledger = self.holding, self.holding.ledger
-        job = holding.threads.submit(
-            Urgency.DELETE, lambda scratch: [holding.shelf.epoch_of(one.key, scratch) for one in suspects]
+    async def _sift(self, suspects: Sequence[FoundRecord]) -> None:
+        """Read the headers of records in cleared namespaces, and delete those of an older epoch."""
+        state, ledger = self.state, self.state.ledger
+        job = state.threads.submit(
+            Urgency.DELETE, lambda scratch: [state.record_files.epoch_of(record.key, scratch) for record in suspects]
         )
         stale = []
-        for one, epoch in zip(suspects, await job.done or [], strict=False):
-            if one.key in ledger.live or holding.meet(one.key, one.allocated_nbytes):
+        for (key, nbytes), epoch in zip(suspects, await job.done or [], strict=False):
+            if key in ledger.live or state.count_if_being_written(key, nbytes):
                 continue
-            ledger.adopt(one.key, one.allocated_nbytes)
-            if one.key in ledger.live and epoch != holding.epoch(one.key):
-                stale.append(ledger.kill(ledger.live[one.key]))
-        await holding.bury((entry, None) for entry in stale)
+            ledger.adopt(key, nbytes)
+            if key in ledger.live and epoch != state.epoch(key):
+                stale.append(ledger.kill(ledger.live[key]))
+        await state.remove_files((entry, None) for entry in stale)
 
     # ---- epochs
 
     @property
     def _is_durable(self) -> bool:
-        return self._durable is self.holding.epochs
+        return self._durable is self.state.epochs
 
     async def _persist(self) -> None:
-        """The epochs of now are durable, or TierUnavailable; of many that wait for it one writes."""
-        holding = self.holding
+        """Make the epochs of now durable, or raise TierUnavailable; of several callers one writes for all."""
+        state = self.state
         async with self._persisting:
             if self._is_durable:
                 return
-            epochs = holding.epochs
+            epochs = state.epochs
             try:
-                await holding.carry_out(lambda: self.started.epoch_file.write(epochs))
+                await state.carry_out(lambda: self.started.epoch_file.write(epochs))
             except TierUnavailable as error:
-                raise TierUnavailable(_NOT_DURABLE.format(holding.shelf.root, error)) from error
+                raise TierUnavailable(_NOT_DURABLE.format(state.record_files.root, error)) from error
             self._durable = epochs
 
     async def _catch_up(self) -> None:
-        """The same; where it fails that is noted, and it is tried again later."""
+        """The same, but only note a failure: the next store tries again."""
         try:
             await self._persist()
         except TierUnavailable as error:
-            self.holding.failed(str(error))
+            self.state.note_failure(str(error))
         except TierBusy as error:
             log.debug("the epochs are written later: %s", error)
 
     async def _settle_epochs(self) -> None:
-        """Notes that no old record lies about, once that is so; losing the note costs a look at headers."""
-        holding = self.holding
-        if self._clears or not holding.complete or holding.unburied or not holding.epochs.unsettled:
+        """Note in the epochs that no old record is left, once that is so; losing the note costs a look at headers."""
+        state = self.state
+        if self._clears or not state.complete or state.undeleted or not state.epochs.unsettled:
             return
-        holding.epochs = holding.epochs.settled()
+        state.epochs = state.epochs.settled()
         await self._catch_up()
 
 
-async def open_drive(options: Disk, root: str, files: Files, clock_ns: Callable[[], int], records: Records) -> Drive:
-    """Own a directory; TierOwned where another process does, TierUnavailable where it cannot be used in `open_s`."""
+async def open_directory(
+    options: Disk, root: str, files: Files, clock_ns: Callable[[], int], records: Records
+) -> Directory:
+    """Own a directory and begin its scan.
+
+    TierOwned where another process owns it, TierUnavailable where it cannot be used within `open_s`.
+    """
     threads = IoThreads(options.threads, options.queue_jobs, f"kvkeep-disk-{os.path.basename(root)}")
-    closed: list[Holding] = []
-    shelf = Shelf(
+    opened: list[DiskState] = []  # filled below: the files need to know when the state is closed
+    record_files = RecordFiles(
         root,
         files,
         direct=False,
         durability=options.durability,
         min_free_nbytes=options.min_free,
-        boot=secrets.token_hex(8),
+        start_id=secrets.token_hex(8),
         numbers=count(),
-        is_closed=lambda: any(one.closed for one in closed),
+        is_closed=lambda: any(state.closed for state in opened),
         records=records,
     )
-    job = threads.submit(Urgency.LOAD, lambda _: _start(shelf, options.direct, clock_ns()))
+    job = threads.submit(Urgency.READ, lambda _: _start(record_files, options.direct, clock_ns()))
     try:
-        started = await _in_time(job.done, options.open_s, root)
+        started = await _wait_for_start(job.done, options.open_s, root)
     except (TierUnavailable, asyncio.CancelledError):
         threads.close()
         raise
     limit_nbytes = options.size // len(options.path)
     bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
     ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
-    holding = Holding(options, started.shelf, threads, ledger, started.epochs)
-    closed.append(holding)
+    state = DiskState(options, started.record_files, threads, ledger, started.epochs)
+    opened.append(state)
     now_s = asyncio.get_running_loop().time
-    drive = Drive(holding, started, DiskReads(holding), DiskWrites(holding), clock_ns, now_s)
-    drive.look_through()
-    return drive
+    directory = Directory(state, started, DiskReads(state), DiskWrites(state), clock_ns, now_s)
+    directory.begin_scan()
+    return directory
 
 
-async def _in_time(starting: asyncio.Future[StartedDirectory | None], limit_s: float, root: str) -> StartedDirectory:
-    """What the first job finds; where that is too late for whoever opens, it gives the directory back when it comes."""
+async def _wait_for_start(
+    starting: asyncio.Future[StartedDirectory | None], limit_s: float, root: str
+) -> StartedDirectory:
+    """What the first job finds; TierUnavailable where it takes too long, and then the job gives the lock back."""
     try:
         await asyncio.wait([starting], timeout=limit_s)
     finally:
@@ -331,12 +341,12 @@ async def _in_time(starting: asyncio.Future[StartedDirectory | None], limit_s: f
     if not starting.done():
         raise TierUnavailable(f"{root} does not answer within {limit_s} s")
     started = starting.result()
-    assert started is not None, "the first job was not taken"
+    assert started is not None, "the first job was not queued"
     return started
 
 
 def evicts_oldest(policy_name: str) -> bool:
-    """Whether of two keys a policy evicts the one that came first: then it takes keys back in their order."""
+    """Whether a policy evicts the first of two new keys; else the keys of the last run enter it in reverse order."""
     policy = policy_by_name(policy_name)
     for key in (b"first", b"second"):
         policy.insert(key, 1, UNKNOWN_COST)
@@ -349,13 +359,15 @@ def _give_back(starting: asyncio.Future[StartedDirectory | None]) -> None:
         os.close(started.lock_fd)
 
 
-def _start(shelf: Shelf, direct: bool, now_ns: int) -> StartedDirectory:
-    refuse_foreign(shelf.root)
-    lock_fd = lock_directory(shelf.files, shelf.root)
+def _start(record_files: RecordFiles, direct: bool, now_ns: int) -> StartedDirectory:
+    refuse_foreign(record_files.root)
+    lock_fd = lock_directory(record_files.files, record_files.root)
     try:
-        shelf = shelf._replace(direct=direct and takes_direct(shelf.files, shelf.state_path))
-        order, empty, epoch_file = read_order(shelf), is_empty(shelf), EpochFile(shelf)
-        return StartedDirectory(lock_fd, shelf, epoch_file, epoch_file.read(now_ns), order, empty)
+        record_files = record_files._replace(
+            direct=direct and takes_direct(record_files.files, record_files.state_path)
+        )
+        order, empty, epoch_file = read_order(record_files), is_empty(record_files), EpochFile(record_files)
+        return StartedDirectory(lock_fd, record_files, epoch_file, epoch_file.read(now_ns), order, empty)
     except OSError:
         os.close(lock_fd)
         raise

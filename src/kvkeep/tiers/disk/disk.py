@@ -1,7 +1,6 @@
 """The disk tier: chunks as files of one or several directories, bounded, verified, found again after a restart.
 
-Spreads keys over the directories, each of which is on its own: its limit, its threads, its owner's lock. Knows nothing
-about the pool or the network.
+Keys are spread over the directories, and each directory has its own limit, threads and lock.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import msgspec
 from kvkeep.config import Disk
 from kvkeep.errors import TierError, TierUnavailable
 from kvkeep.tiers.disk.directio import Files, posix_files
-from kvkeep.tiers.disk.directory import Drive, open_drive
+from kvkeep.tiers.disk.directory import Directory, open_directory
 from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tasks import outlast
 from kvkeep.tiers.tier import Read, Stored, Write, operation
@@ -30,10 +29,10 @@ B = TypeVar("B")
 
 
 class DiskFigures(msgspec.Struct, frozen=True):
-    """The tier as it is now: sizes in bytes, counts since the start; `scan_s` < 0: not everything was looked through.
+    """The tier as it is now: sizes in bytes, counts since the start; `scan_s` < 0: the start-up scan has not ended.
 
-    `short_nbytes`: how much less room than its limit there was at the start. `stalled` are files that could not be
-    removed; `degraded` says how the device was last found failing, or "".
+    `short_nbytes`: how much less room than its limit there was at the start. `stalled` files could not be removed;
+    `degraded` says how the device failed last, "" if it works.
     """
 
     used_nbytes: int
@@ -59,65 +58,65 @@ class DiskFigures(msgspec.Struct, frozen=True):
 class DiskTier:
     """The verbs of `Tier` over directories; make it with `open_disk`.
 
-    A cancelled verb ends when no thread touches its memory any more, which a device that hangs puts off for ever: wait
-    for its task with `asyncio.wait(timeout=...)`, and keep the memory as long as the task is not done.
+    A cancelled verb ends when no thread touches its memory any more. A device that hangs puts that off for ever: wait
+    for the task with `asyncio.wait(timeout=...)`, and keep the memory as long as the task is not done.
     """
 
-    drives: Sequence[Drive]
+    directories: Sequence[Directory]
     _closed: bool = False
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
         """As `Tier.contains`."""
         with operation(DISK, "contains"):
-            return await self._spread(keys, _itself, lambda drive: drive.loads.contains)
+            return await self._spread(keys, _same, lambda directory: directory.reads.contains)
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """As `Tier.load`."""
         with operation(DISK, "load"):
-            return await self._spread(reads, _key_of, lambda drive: drive.loads.load)
+            return await self._spread(reads, _key_of, lambda directory: directory.reads.load)
 
     async def store(self, writes: Sequence[Write]) -> list[Stored]:
         """As `Tier.store`."""
         with operation(DISK, "store"):
-            return await self._spread(writes, _key_of, lambda drive: drive.store)
+            return await self._spread(writes, _key_of, lambda directory: directory.store)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
         """As `Tier.delete`."""
         with operation(DISK, "delete"):
-            await self._spread(keys, _itself, lambda drive: partial(_deleted, drive))
+            await self._spread(keys, _same, lambda directory: partial(_delete_from, directory))
 
     async def clear(self, namespace: bytes | None) -> None:
-        """As `Tier.clear`; TierUnavailable where it may not be durable: it then holds until this process ends."""
+        """As `Tier.clear`; TierUnavailable where it may not be durable: then it holds until this process ends."""
         with operation(DISK, "clear"):
             self._check()
-            await _all([drive.clear(namespace) for drive in self.drives])
+            await _all([directory.clear(namespace) for directory in self.directories])
 
     async def aclose(self) -> None:
         """As `Tier.aclose`."""
         self._closed = True
-        await _all([drive.aclose() for drive in self.drives])
+        await _all([directory.aclose() for directory in self.directories])
 
-    async def looked_through(self) -> None:
-        """Returns when everything that was there at the start is known; until then little or nothing is stored."""
-        await _all([drive.looked_through() for drive in self.drives])
+    async def wait_for_scan(self) -> None:
+        """Wait until all that was there at the start is known; until then little or nothing is stored."""
+        await _all([directory.wait_for_scan() for directory in self.directories])
 
     def figures(self) -> DiskFigures:
         """The tier as it is now."""
-        holdings = [drive.holding for drive in self.drives]
+        states = [directory.state for directory in self.directories]
         sums = {
-            name: sum(getattr(one.counts, name) for one in holdings)
+            name: sum(getattr(state.counts, name) for state in states)
             for name in ("hits", "misses", "stored", "present", "refused", "evicted", "corrupt", "errors", "shed")
         }
-        scans = [drive.scan_s for drive in self.drives]
+        scans = [directory.scan_s for directory in self.directories]
         return DiskFigures(
-            used_nbytes=sum(one.ledger.used_nbytes for one in holdings),
-            limit_nbytes=sum(one.ledger.limit_nbytes for one in holdings),
-            short_nbytes=sum(drive.short_nbytes for drive in self.drives),
-            records=sum(len(one.ledger.live) for one in holdings),
-            direct=all(one.shelf.direct for one in holdings),
+            used_nbytes=sum(state.ledger.used_nbytes for state in states),
+            limit_nbytes=sum(state.ledger.limit_nbytes for state in states),
+            short_nbytes=sum(directory.short_nbytes for directory in self.directories),
+            records=sum(len(state.ledger.live) for state in states),
+            direct=all(state.record_files.direct for state in states),
             scan_s=-1.0 if min(scans) < 0 else max(scans),
-            degraded="; ".join(one.degraded for one in holdings if one.degraded),
-            stalled=sum(len(one.unburied) for one in holdings),
+            degraded="; ".join(state.degraded for state in states if state.degraded),
+            stalled=sum(len(state.undeleted) for state in states),
             **sums,
         )
 
@@ -125,21 +124,21 @@ class DiskTier:
         self,
         items: Sequence[A],
         key_of: Callable[[A], bytes],
-        verb: Callable[[Drive], Callable[[Sequence[A]], Awaitable[list[B]]]],
+        verb: Callable[[Directory], Callable[[Sequence[A]], Awaitable[list[B]]]],
     ) -> list[B]:
-        """Each item to the directory of its key; the answers in the order of the items."""
+        """Send each item to the directory of its key; the answers come in the order of the items."""
         self._check()
-        if len(self.drives) == 1:
-            return await verb(self.drives[0])(items)
-        places: list[list[int]] = [[] for _ in self.drives]
-        for place, item in enumerate(items):
-            places[int.from_bytes(key_of(item)[-4:], "big") % len(self.drives)].append(place)
-        asked = [(drive, mine) for drive, mine in zip(self.drives, places, strict=True) if mine]
-        parts = await _all([verb(drive)([items[place] for place in mine]) for drive, mine in asked])
+        if len(self.directories) == 1:
+            return await verb(self.directories[0])(items)
+        shares: list[list[int]] = [[] for _ in self.directories]
+        for index, item in enumerate(items):
+            shares[int.from_bytes(key_of(item)[-4:], "big") % len(self.directories)].append(index)
+        asked = [(directory, share) for directory, share in zip(self.directories, shares, strict=True) if share]
+        parts = await _all([verb(directory)([items[index] for index in share]) for directory, share in asked])
         answers: dict[int, B] = {}
-        for (_, mine), part in zip(asked, parts, strict=True):
-            answers.update(zip(mine, part, strict=True))
-        return [answers[place] for place in range(len(items))]
+        for (_, share), part in zip(asked, parts, strict=True):
+            answers.update(zip(share, part, strict=True))
+        return [answers[index] for index in range(len(items))]
 
     def _check(self) -> None:
         if self._closed:
@@ -152,21 +151,21 @@ async def open_disk(
     clock_ns: Callable[[], int] = time.time_ns,
     records: Records = RAW_RECORDS,
 ) -> DiskTier:
-    """Own the directories and begin to look through them; it serves at once.
+    """Own the directories and begin to scan them; the tier serves at once.
 
     Raises TierOwned where another process owns one, TierUnavailable where one cannot be used.
     """
-    drives: list[Drive] = []
+    directories: list[Directory] = []
     try:
         for root in options.path:
-            drives.append(await open_drive(options, root, files or posix_files(), clock_ns, records))
+            directories.append(await open_directory(options, root, files or posix_files(), clock_ns, records))
     except TierError:
-        await DiskTier(drives).aclose()
+        await DiskTier(directories).aclose()
         raise
-    return DiskTier(drives)
+    return DiskTier(directories)
 
 
-def _itself(key: bytes) -> bytes:
+def _same(key: bytes) -> bytes:
     return key
 
 
@@ -174,13 +173,13 @@ def _key_of(item: Read | Write) -> bytes:
     return item.key
 
 
-async def _deleted(drive: Drive, keys: Sequence[bytes]) -> list[None]:
-    await drive.delete(keys)
+async def _delete_from(directory: Directory, keys: Sequence[bytes]) -> list[None]:
+    await directory.delete(keys)
     return [None] * len(keys)
 
 
 async def _all(calls: Sequence[Awaitable[A]]) -> list[A]:
-    """All of them, to their end also where one fails or this is cancelled; then the first failure."""
+    """The results of all calls; waits for all of them also where one fails or this is cancelled, then raises."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     if tasks:
         try:

@@ -1,7 +1,7 @@
-"""The file `epochs` of a directory: read at the start, replaced at each clear, also on a disk that is full by then.
+"""The file `epochs` of a directory: read at the start, replaced at each clear, also when the disk is full by then.
 
-Runs in an I/O thread. The room for the next one is taken beforehand: `epochs.next`, held open, is written in place and
-then renamed. Knows nothing about records.
+Runs in an I/O thread. The room for the next epochs is taken beforehand: `epochs.next` is open, written in place and then
+renamed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.errors import CorruptChunk
 from kvkeep.tiers.disk.directio import put_durably, read_small, unlink_quietly, write_all, write_durably
-from kvkeep.tiers.disk.files import Shelf
+from kvkeep.tiers.disk.files import RecordFiles
 from kvkeep.tiers.epochs import VERSION, Epochs, decode_epochs, encode_epochs, first_epochs
 
 MAX_NBYTES = 1 << 20
@@ -30,18 +30,18 @@ class Spare(NamedTuple):
 
 @dataclass(eq=False)
 class EpochFile:
-    """One directory's; one thread at a time may call it."""
+    """The epochs of one directory; one thread at a time may call it."""
 
-    shelf: Shelf
-    found_version: int = VERSION  # that of the records which were there before
+    record_files: RecordFiles
+    found_version: int = VERSION  # the format of the records that were there at the start
     _spare: Spare | None = None
 
     def read(self, now_ns: int) -> Epochs:
-        """The directory's epochs; where there are none that can be read, new ones, and all that is there is old.
+        """The directory's epochs. Where none can be read they are new, and every record there is old.
 
-        All is old too where an earlier version of kvkeep wrote here: the epochs of now are then those after a clear.
+        So is every record of an earlier format: then these are the epochs after a clear of everything.
         """
-        octets = read_small(self.shelf.files, f"{self.shelf.root}/epochs", MAX_NBYTES)
+        octets = read_small(self.record_files.files, f"{self.record_files.root}/epochs", MAX_NBYTES)
         try:
             epochs = decode_epochs(octets or b"")
         except CorruptChunk:
@@ -58,29 +58,29 @@ class EpochFile:
 
     def write(self, epochs: Epochs) -> None:
         """Make the epochs durable; OSError where that is not certain."""
-        files, path = self.shelf.files, f"{self.shelf.root}/epochs"
+        files, path = self.record_files.files, f"{self.record_files.root}/epochs"
         octets = encode_epochs(epochs)
         spare, self._spare = self._spare, None
         if spare is not None and len(octets) <= spare.nbytes:
             put_durably(files, spare.fd, self._next_path, path, encode_epochs(epochs, spare.nbytes))
         else:
             self._drop(spare)
-            write_durably(files, self.shelf.state_path, path, octets)
+            write_durably(files, self.record_files.state_path, path, octets)
         self._take_room(len(octets))
 
     @property
     def _next_path(self) -> str:
-        return f"{self.shelf.root}/epochs.next"
+        return f"{self.record_files.root}/epochs.next"
 
     def close(self) -> None:
-        """Give back the room that was taken for the next one."""
+        """Give back the room that was taken for the next epochs."""
         spare, self._spare = self._spare, None
         self._drop(spare)
 
     def _take_room(self, nbytes: int) -> None:
-        """Takes the blocks and the name that the next epochs need; without them those are written like any file."""
-        data, wanted = self.shelf.files.data, padded_nbytes(nbytes + _GROWTH_NBYTES)
-        unlink_quietly(self.shelf.files, self._next_path)  # of an earlier boot that was killed
+        """Take the blocks and the name that the next epochs need; where that fails they are written like any file."""
+        data, wanted = self.record_files.files.data, padded_nbytes(nbytes + _GROWTH_NBYTES)
+        unlink_quietly(self.record_files.files, self._next_path)  # of an earlier run that was killed
         try:
             spare = Spare(data.open(self._next_path, create=True, direct=False), wanted)
         except OSError:
@@ -94,5 +94,5 @@ class EpochFile:
 
     def _drop(self, spare: Spare | None) -> None:
         if spare is not None:
-            unlink_quietly(self.shelf.files, self._next_path)
-            self.shelf.files.data.close(spare.fd)
+            unlink_quietly(self.record_files.files, self._next_path)
+            self.record_files.files.data.close(spare.fd)

@@ -1,8 +1,8 @@
-"""Records as files of one directory: what the I/O threads do. Any thread may call anything at any time.
+"""Records as files of one directory: open, read, write, name and delete them. Runs in the I/O threads.
 
-DIR/<namespace>/<first byte of the digest>/<digest>, all in hex; what is being written is in DIR/new. Knows nothing
-about limits, order, or who asks. An error of one record is that record's answer; only what concerns the whole directory
-is raised, as an OSError.
+A record is DIR/<its name>; while it is being written it is in DIR/new. Any thread may call anything at any time. An
+error of one record is the answer for that record; only an error of the whole directory is raised, as an OSError. Limits
+and the order of use are the ledger's.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from kvkeep.tiers.record import decode_header, header_nbytes, record_name, state
 from kvkeep.tiers.records import Records
 from kvkeep.tiers.tier import Read, Stored, Write
 
-_TRIES = 4  # a start may be removing empty directories
+_TRIES = 4  # the start-up scan may be removing empty directories
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Verdict(Enum):
-    """What a record turned out to be."""
+    """What a read found."""
 
     GOOD = "good"
     ABSENT = "absent"
-    BAD = "bad"  # torn, foreign, changed, of another shape or an old epoch
+    BAD = "bad"  # torn, foreign, changed, of another shape or of an old epoch
     FAILED = "failed"  # the device did not give it
 
 
-class Loaded(NamedTuple):
-    """What became of a read: its sums if it is good, which file it was, what that takes on the device."""
+class ReadResult(NamedTuple):
+    """The result of a read: the chunk's sums if the record is good, and which file it was."""
 
     verdict: Verdict
     sums: bytes = b""
     stat: Stat | None = None
 
 
-class Written(NamedTuple):
-    """What became of a write.
+class WriteResult(NamedTuple):
+    """The result of a write: what was stored, the bytes that the file takes, an errno or 0.
 
-    `left` is set where a file of it may have stayed behind. Stored with an `error`: it has its name, but that may not
-    outlive a power cut; whoever asked for durability must not be told that it is stored.
+    `left`: a file of it may have stayed behind. STORED with an `error`: the record has its name, but a power cut may
+    take it away, so a caller that wants durability must hear that it was refused.
     """
 
     stored: Stored
@@ -66,69 +66,71 @@ class Staged(NamedTuple):
     epoch: int
 
 
-class Shelf(NamedTuple):
-    """One directory; `direct`: past the page cache; `boot` tells our temporary files from those of an earlier boot."""
+class RecordFiles(NamedTuple):
+    """One directory; `direct`: past the page cache; `start_id` is in the names of our temporary files and of no other
+    run's.
+    """
 
     root: str
     files: Files
     direct: bool
     durability: Durability
     min_free_nbytes: int
-    boot: str
+    start_id: str
     numbers: Iterator[int]
     is_closed: Callable[[], bool]
     records: Records
 
     def path(self, key: bytes) -> str:
-        """Where the record of a key is."""
+        """The path of a key's record."""
         return f"{self.root}/{record_name(key)}"
 
     @property
     def temporary_path(self) -> str:
-        """A name that is free."""
-        return f"{self.root}/new/{self.boot}-{next(self.numbers)}"
+        """A path in DIR/new that nothing has."""
+        return f"{self.root}/new/{self.start_id}-{next(self.numbers)}"
 
     @property
     def state_path(self) -> str:
-        """The same for what is no record."""
+        """The same for a file that is no record."""
         return f"{self.temporary_path}-state"
 
-    # ---- load
+    # ---- read
 
-    def load(self, reads: Sequence[tuple[Read, int]], scratch: Scratch) -> list[Loaded]:
-        """Read records, each of the epoch beside it, straight into the memory of the reads, and verify them."""
-        return [self._load(read, epoch, scratch) for read, epoch in reads]
+    def read(self, reads: Sequence[tuple[Read, int]], scratch: Scratch) -> list[ReadResult]:
+        """Read records, each of the epoch beside it, into the memory of the reads, and verify them."""
+        return [self._read(read, epoch, scratch) for read, epoch in reads]
 
-    def opened(self, read: Read) -> int | Loaded:
-        """The file of a record that is to be read, to be closed; or why there is none."""
+    def open_record(self, read: Read) -> int | ReadResult:
+        """Open a record's file; the caller closes it. A result where there is none to open."""
         try:
             return self.files.data.open(self.path(read.key), False, self.direct and is_aligned(read.into))
         except FileNotFoundError:
-            return Loaded(Verdict.ABSENT)
-        except OSError as error:  # a link or a directory in its place was not put there by us
-            return Loaded(Verdict.BAD if error.errno == errno.ELOOP else Verdict.FAILED)
+            return ReadResult(Verdict.ABSENT)
+        except OSError as error:  # ELOOP: a link is in its place, which is no record of ours
+            return ReadResult(Verdict.BAD if error.errno == errno.ELOOP else Verdict.FAILED)
 
-    def _load(self, read: Read, epoch: int, scratch: Scratch) -> Loaded:
-        data, fd = self.files.data, self.opened(read)
-        if isinstance(fd, Loaded):
+    def _read(self, read: Read, epoch: int, scratch: Scratch) -> ReadResult:
+        data, fd = self.files.data, self.open_record(read)
+        if isinstance(fd, ReadResult):
             return fd
         try:
             stat = data.stat(fd)
             header = scratch.take(header_nbytes(len(read.sizes)))
             payload = self.records.payload_memory(read, stat.nbytes - header.nbytes)
             if not stat.is_file or payload is None:
-                return Loaded(Verdict.BAD, b"", stat)
+                return ReadResult(Verdict.BAD, b"", stat)
             if read_all(data, fd, [header, payload]) != stat.nbytes:
-                return Loaded(Verdict.BAD, b"", stat)
+                return ReadResult(Verdict.BAD, b"", stat)
             sums = self.records.verify(header, payload, read, epoch)
-            return Loaded(Verdict.GOOD, sums, stat) if sums is not None else Loaded(Verdict.BAD, b"", stat)
+            return ReadResult(Verdict.GOOD, sums, stat) if sums is not None else ReadResult(Verdict.BAD, b"", stat)
         except OSError:
-            return Loaded(Verdict.FAILED)
+            return ReadResult(Verdict.FAILED)
         finally:
             data.close(fd)
 
     def is_good(self, write: Write, epoch: int, scratch: Scratch) -> Stat | None:
-        """The file of a key, if as far as its header says it is a record of this chunk in this epoch."""
+        """The file that has a chunk's name, if its header and length are those of this chunk in this epoch."""
         data = self.files.data
         try:
             fd = data.open(self.path(write.key), create=False, direct=self.direct)
@@ -145,7 +147,7 @@ class Shelf(NamedTuple):
             data.close(fd)
 
     def epoch_of(self, key: bytes, scratch: Scratch) -> int | None:
-        """The epoch that the record of a key carries; None: there is no readable header of this key."""
+        """The epoch in a record's header; None: there is no readable header of this key."""
         data = self.files.data
         try:
             fd = data.open(self.path(key), create=False, direct=self.direct)
@@ -163,75 +165,77 @@ class Shelf(NamedTuple):
             data.close(fd)
         return None
 
-    # ---- store
+    # ---- write
 
-    def store(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[Written]:
+    def write(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[WriteResult]:
         """Write records, each of the epoch beside it, and give them their names."""
         if self.durability is Durability.GROUP:
-            return self._store_group(writes, scratch)
-        return [self._store_group([one], scratch)[0] for one in writes]
+            return self._write_group(writes, scratch)
+        return [self._write_group([write], scratch)[0] for write in writes]
 
-    def _store_group(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[Written]:
+    def _write_group(self, writes: Sequence[tuple[Write, int]], scratch: Scratch) -> list[WriteResult]:
         staged = [self._stage(write, epoch, scratch) for write, epoch in writes]
-        written = [one if isinstance(one, Written) else self._publish(one, scratch) for one in self._synced(staged)]
+        results = [
+            file if isinstance(file, WriteResult) else self._publish(file, scratch) for file in self._sync(staged)
+        ]
         if self.durability is Durability.NONE:
-            return written
+            return results
         paths = [os.path.dirname(self.path(write.key)) for write, _ in writes]
         errors = {path: self._sync_names(path) for path in set(paths)}
         return [
-            one._replace(error=errors[path]) if one.stored is Stored.STORED else one
-            for path, one in zip(paths, written, strict=True)
+            result._replace(error=errors[path]) if result.stored is Stored.STORED else result
+            for path, result in zip(paths, results, strict=True)
         ]
 
-    def _stage(self, write: Write, epoch: int, scratch: Scratch) -> Staged | Written:
+    def _stage(self, write: Write, epoch: int, scratch: Scratch) -> Staged | WriteResult:
         data, path = self.files.data, self.temporary_path
         octets = scratch.take(header_nbytes(len(write.sizes)))
         payload = self.records.make(write, epoch, octets)
         try:
             if self.files.names.free_nbytes(self.root) < self.min_free_nbytes + octets.nbytes + payload.nbytes:
-                return Written(Stored.REFUSED, error=errno.ENOSPC)
+                return WriteResult(Stored.REFUSED, error=errno.ENOSPC)
             fd = data.open(path, create=True, direct=self.direct and is_aligned(payload))
         except OSError as error:
-            return Written(Stored.REFUSED, error=error.errno or errno.EIO, left=not self._unlinked(path))
+            return WriteResult(Stored.REFUSED, error=error.errno or errno.EIO, left=not self._unlink(path))
         try:
             write_all(data, fd, [octets, payload])
         except OSError as error:
-            return self._dropped(Staged(path, fd, write, epoch), error.errno or errno.EIO)
+            return self._drop(Staged(path, fd, write, epoch), error.errno or errno.EIO)
         return Staged(path, fd, write, epoch)
 
-    def _synced(self, staged: Sequence[Staged | Written]) -> list[Staged | Written]:
-        """The same once the files are durable, where they are to be."""
+    def _sync(self, staged: Sequence[Staged | WriteResult]) -> list[Staged | WriteResult]:
+        """Make the files durable, where the setting says so; one that fails is dropped."""
         if self.durability is Durability.NONE:
             return list(staged)
-        synced: list[Staged | Written] = []
-        for one in staged:
-            if isinstance(one, Staged):
+        synced: list[Staged | WriteResult] = []
+        for file in staged:
+            if isinstance(file, Staged):
                 try:
-                    self.files.data.sync(one.fd)
+                    self.files.data.sync(file.fd)
                 except OSError as error:
-                    synced.append(self._dropped(one, error.errno or errno.EIO))
+                    synced.append(self._drop(file, error.errno or errno.EIO))
                     continue
-            synced.append(one)
+            synced.append(file)
         return synced
 
-    def _publish(self, staged: Staged, scratch: Scratch) -> Written:
-        """Give a record its name; a good one that has it already is kept, a bad one makes room."""
+    def _publish(self, staged: Staged, scratch: Scratch) -> WriteResult:
+        """Give a record its name; a good record that has the name already is kept, a bad one is deleted first."""
         try:
             nbytes = self.files.data.stat(staged.fd).allocated_nbytes
-            if not self._named(staged):
+            if not self._give_name(staged):
                 there = self.is_good(staged.write, staged.epoch, scratch)
                 if there is not None:
-                    return self._dropped(staged, 0)._replace(stored=Stored.PRESENT, nbytes=there.allocated_nbytes)
+                    return self._drop(staged, 0)._replace(stored=Stored.PRESENT, nbytes=there.allocated_nbytes)
                 self.files.names.unlink(self.path(staged.write.key))
-                if not self._named(staged):
-                    return self._dropped(staged, errno.EEXIST)
+                if not self._give_name(staged):
+                    return self._drop(staged, errno.EEXIST)
         except OSError as error:
-            return self._dropped(staged, error.errno or errno.EIO)
+            return self._drop(staged, error.errno or errno.EIO)
         self.files.data.close(staged.fd)
-        return Written(Stored.STORED, nbytes)
+        return WriteResult(Stored.STORED, nbytes)
 
-    def _named(self, staged: Staged) -> bool:
-        """Whether the record has its name now; False: another file has it."""
+    def _give_name(self, staged: Staged) -> bool:
+        """Rename a record to its name; False: another file has that name."""
         if self.is_closed():
             raise OSError(errno.ESHUTDOWN, "the tier was closed while it wrote")
         path = self.path(staged.write.key)
@@ -240,7 +244,7 @@ class Shelf(NamedTuple):
                 self.files.names.publish(staged.path, path)
             except FileExistsError:
                 return False
-            except FileNotFoundError:  # its directory is not there yet, or was empty and has just been removed
+            except FileNotFoundError:  # its directory is not there yet, or was empty and the scan has just removed it
                 self._ensure(os.path.dirname(path))
             else:
                 return True
@@ -250,16 +254,16 @@ class Shelf(NamedTuple):
         with suppress(FileNotFoundError):  # its parent has just been removed
             self.files.names.mkdir(path)
 
-    def _dropped(self, staged: Staged, error: int) -> Written:
-        left = not self._unlinked(staged.path)
+    def _drop(self, staged: Staged, error: int) -> WriteResult:
+        left = not self._unlink(staged.path)
         self.files.data.close(staged.fd)
-        return Written(Stored.REFUSED, 0, error, left)
+        return WriteResult(Stored.REFUSED, 0, error, left)
 
     def _sync_names(self, path: str) -> int:
-        """Make the names in a directory durable, and its own and its parent's; the error, 0 for none."""
+        """Make a directory's names durable, and its own name and its parent's; the errno, 0 for none."""
         try:
-            for one in (path, os.path.dirname(path), self.root):
-                sync_directory(self.files, one)
+            for directory in (path, os.path.dirname(path), self.root):
+                sync_directory(self.files, directory)
         except OSError as error:
             return error.errno or errno.EIO
         return 0
@@ -267,23 +271,23 @@ class Shelf(NamedTuple):
     # ---- names
 
     def delete(self, keys: Sequence[tuple[bytes, Inode | None]]) -> list[int]:
-        """Remove records, where an inode is named only that file.
+        """Delete records; with an inode only if the file is still that one.
 
-        The bytes that each one's file took, 0 where there was none (of that inode), -1 where it is still there.
+        The bytes that each file took, 0 where there was no file (of that inode), -1 where it is still there.
         """
-        return [self._deleted(self.path(key), inode) for key, inode in keys]
+        return [self._delete(self.path(key), inode) for key, inode in keys]
 
-    def _deleted(self, path: str, inode: Inode | None) -> int:
+    def _delete(self, path: str, inode: Inode | None) -> int:
         try:
             stat = self.files.data.stat(path)
         except OSError as error:
             return 0 if error.errno in (errno.ENOENT, errno.ENOTDIR) else -1
         if inode is not None and stat.inode != inode:
             return 0
-        return stat.allocated_nbytes if self._unlinked(path) else -1
+        return stat.allocated_nbytes if self._unlink(path) else -1
 
     def sizes(self, keys: Sequence[bytes]) -> list[int]:
-        """What the files of records take now; 0 where there is none. OSError where one cannot be looked at."""
+        """The bytes that the files of records take; 0 where there is none. OSError where a file cannot be looked at."""
         sizes = []
         for key in keys:
             try:
@@ -292,7 +296,7 @@ class Shelf(NamedTuple):
                 sizes.append(0)
         return sizes
 
-    def _unlinked(self, path: str) -> bool:
+    def _unlink(self, path: str) -> bool:
         try:
             self.files.names.unlink(path)
         except OSError as error:
@@ -310,5 +314,5 @@ class Shelf(NamedTuple):
             return False
 
     def free_nbytes(self) -> int:
-        """What the file system has left for us beyond what is to stay free."""
+        """What the file system has left for us, without the bytes that must stay free."""
         return self.files.names.free_nbytes(self.root) - self.min_free_nbytes

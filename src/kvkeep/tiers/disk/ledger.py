@@ -1,10 +1,11 @@
-"""Who is in a directory, who goes first, and how many bytes are in use: never more than the limit.
+"""Which records a directory has, which goes first, and how many bytes are in use: never more than the limit.
 
-Pure: no files, no clock, no threads. It is told before bytes are written and after names are gone.
+Pure: no files, no clock, no threads. The caller counts bytes here before it writes them, and takes them off after the
+file's name is gone.
 
-Used bytes are those of published records, of records being written (counted before the first byte is), and of
-unlinked files that somebody still reads. What an earlier boot left is not known until it has been looked through; so
-long its upper bound stands for it, and nothing that is deleted is counted as freed.
+Used bytes are those of finished records, of records being written (counted before the first byte), and of unlinked
+files that a reader still has open. Until the start-up scan ends we do not know what the last run left: its upper bound
+is used, and a deleted record frees nothing.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ UNLIMITED_NBYTES = 1 << 62
 
 @dataclass(eq=False, slots=True)
 class LedgerEntry:
-    """One record: its allocated bytes, who reads it, whether the policy has it, how far its end is.
+    """One record: its allocated bytes, open readers, whether it can be evicted, how far its deletion has got.
 
-    `unreadable`: the device did not give it when it was last asked for; whoever stores its chunk again replaces it.
+    `unreadable`: the device failed to give it the last time; the next write of its chunk replaces it.
     """
 
     key: bytes
     nbytes: int
     readers: int = 0
     ranked: bool = False
-    burying: bool = False  # an unlink is on its way
+    unlinking: bool = False  # a thread is about to unlink its file
     unlinked: bool = False
     unreadable: bool = False
 
 
 @dataclass(eq=False)
 class Ledger:
-    """Space and order of one directory. `bound_nbytes` is the most that an earlier boot can have left.
+    """Space and order of use of one directory. `bound_nbytes` is the most that the last run can have left.
 
-    `live` are the records that may be read, `dying` those whose names are still there. `spare_nbytes` is what the file
-    system has left for us, as far as is known. `adrift_nbytes` were counted for files that took less when they went:
-    somebody moved files about, and another name's file may take more than is counted for it, until all are `surveyed`;
-    `doubted_nbytes` are those that the survey under way is about.
+    `live` records may be read; `dying` ones may not, but their files still have names. `spare_nbytes` is what the file
+    system had left for us when we last looked. `adrift_nbytes` were counted for files that turned out smaller when they
+    were deleted: a user moved files about, so other files may be larger than we count, until a survey looks at each.
+    `doubted_nbytes` are the adrift bytes that a running survey settles.
     """
 
     limit_nbytes: int
@@ -53,20 +54,20 @@ class Ledger:
     surveying: bool = False
     live: dict[bytes, LedgerEntry] = field(default_factory=dict)
     dying: dict[bytes, LedgerEntry] = field(default_factory=dict)
-    gone: set[bytes] = field(default_factory=set)  # deleted before it was settled: what is found of them is stale
-    _early: dict[bytes, None] = field(default_factory=dict)  # used before it was settled, in that order
+    gone: set[bytes] = field(default_factory=set)  # deleted before the scan ended, which may still find them
+    _early: dict[bytes, None] = field(default_factory=dict)  # used before the scan ended, in that order
     _held_nbytes: int = 0
     _fresh_nbytes: int = 0
     _evictable_nbytes: int = 0
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes in use, or the most that it can be."""
+        """Bytes in use; before the scan ends, the most that can be in use."""
         held_nbytes = self._held_nbytes + self.adrift_nbytes + self.doubted_nbytes
         return held_nbytes if self.settled else self.bound_nbytes + self._fresh_nbytes
 
     def reserve(self, nbytes: int) -> bool:
-        """Count bytes that are about to be written; False: they do not fit, and nothing has changed."""
+        """Count bytes that are about to be written; False, and no change, where they do not fit."""
         if self.shortage_nbytes(nbytes) > 0:
             return False
         self._hold(nbytes)
@@ -74,35 +75,35 @@ class Ledger:
         return True
 
     def shortage_nbytes(self, nbytes: int) -> int:
-        """How many bytes must go before so many more fit; 0 or less: they fit."""
+        """How many bytes must be freed before `nbytes` fit; 0 or less: they fit now."""
         return max(self.used_nbytes + nbytes - self.limit_nbytes, nbytes - self.spare_nbytes)
 
     def unreserve(self, nbytes: int) -> None:
-        """Give back a reservation of which nothing is on the device."""
+        """Give back a reservation; nothing of it is on the device."""
         self._hold(-nbytes)
 
     def publish(self, key: bytes, reserved_nbytes: int, nbytes: int) -> LedgerEntry:
-        """A reserved record has its name, and takes `nbytes` on the device."""
+        """A reserved record has been written; its file takes `nbytes`."""
         self._hold(nbytes - reserved_nbytes)
         return self._enter(key, nbytes, early=True)
 
     def learn(self, key: bytes, nbytes: int) -> LedgerEntry:
-        """A record of an earlier boot was met before the directory was looked through, or appeared since."""
+        """Add a record that a read or a write met before the scan found it, or that appeared since."""
         self._held_nbytes += nbytes
         return self._enter(key, nbytes, early=True)
 
     def count(self, nbytes: int) -> None:
-        """Count bytes of an earlier boot that no record stands for yet; below 0: no more."""
+        """Count bytes of an earlier run that belong to no entry yet; a negative number takes them off again."""
         self._held_nbytes += nbytes
 
     def adopt(self, key: bytes, nbytes: int) -> None:
-        """A record was found in the directory; the older in use come first. Known and deleted ones are skipped."""
+        """Add a record that the scan found, the first to be evicted first; skips known and deleted keys."""
         if key not in self.live and key not in self.dying and key not in self.gone:
             self._held_nbytes += nbytes
             self._enter(key, nbytes, early=False)
 
     def settle(self) -> None:
-        """All that an earlier boot left has been adopted: from here the count is exact."""
+        """End the scan: all records are adopted, and from here on the count is exact."""
         self.settled = True
         self.gone.clear()
         for key in self._early:
@@ -122,14 +123,14 @@ class Ledger:
         self.policy.missed(key)
 
     def pin(self, entry: LedgerEntry) -> None:
-        """Somebody has its file open: it is not evicted, and its bytes are in use after it was unlinked."""
+        """Count a reader: the record is not evicted, and its bytes stay in use after an unlink."""
         entry.readers += 1
         if entry.readers == 1 and entry.ranked:
             self.policy.set_hidden(entry.key, True)
             self._evictable_nbytes -= entry.nbytes
 
     def unpin(self, entry: LedgerEntry) -> None:
-        """One reader less."""
+        """Count one reader less."""
         entry.readers -= 1
         if entry.readers:
             return
@@ -140,7 +141,7 @@ class Ledger:
             self._evictable_nbytes += entry.nbytes
 
     def kill(self, entry: LedgerEntry) -> LedgerEntry:
-        """A live record is not to be read any more; its bytes are in use until it is `buried`."""
+        """Stop giving a record to readers; its bytes stay in use until `forget`."""
         if entry.ranked:
             self.policy.remove(entry.key)
             if not entry.readers:
@@ -148,11 +149,11 @@ class Ledger:
         return self._die(entry)
 
     def kill_unknown(self, key: bytes) -> LedgerEntry:
-        """The same for a key that is not known: whatever its file takes is in the bound."""
+        """The same for a key that the scan has not met: the bytes of its file are in the bound."""
         return self._die(LedgerEntry(key, 0))
 
-    def buried(self, entry: LedgerEntry, nbytes: int) -> None:
-        """Its name is gone, and with it a file of `nbytes`."""
+    def forget(self, entry: LedgerEntry, nbytes: int) -> None:
+        """Remove a dying record: the file's name is gone, and the file took `nbytes`."""
         if self.settled:
             self.adrift_nbytes += max(0, entry.nbytes - nbytes)
         del self.dying[entry.key]
@@ -160,16 +161,16 @@ class Ledger:
         if not entry.readers:
             self._held_nbytes -= entry.nbytes
 
-    def survey(self) -> list[LedgerEntry] | None:
-        """The live records, whose files are to be looked at until `surveyed`; None: somebody is at it."""
+    def begin_survey(self) -> list[LedgerEntry] | None:
+        """The live records, whose files the caller measures and passes to `end_survey`; None: a survey is running."""
         if self.surveying:
             return None
         self.surveying = True
         self.doubted_nbytes, self.adrift_nbytes = self.adrift_nbytes, 0
         return list(self.live.values())
 
-    def surveyed(self, sizes: Mapping[LedgerEntry, int] | None) -> None:
-        """Those files were looked at: what they take is counted anew. None: they could not be, all stays in doubt."""
+    def end_survey(self, sizes: Mapping[LedgerEntry, int] | None) -> None:
+        """Count anew what the measured files take. None: they could not be measured, and the doubt stays."""
         self.surveying = False
         if sizes is None:
             self.adrift_nbytes += self.doubted_nbytes
@@ -182,7 +183,7 @@ class Ledger:
                 entry.nbytes = nbytes
 
     def evict(self, nbytes: int) -> list[LedgerEntry]:
-        """Kill what must go so that `nbytes` fit; nothing where that cannot be reached."""
+        """Kill the records that must go so that `nbytes` fit; none where even all would not do."""
         shortage = self.shortage_nbytes(nbytes)
         if not self.settled or shortage > self._evictable_nbytes:
             return []
@@ -195,7 +196,7 @@ class Ledger:
         return victims
 
     def order(self) -> Iterable[bytes]:
-        """The keys in the order in which they would be evicted; this ends the ledger."""
+        """The keys in eviction order; the ledger is of no use afterwards."""
         while (key := self.policy.evict()) is not None:
             yield key
 

@@ -1,7 +1,6 @@
-"""Promotion: records of one directory, verified, into memory that the caller lends.
+"""Reads records of one directory into memory that the caller lends, and verifies them.
 
-Knows nothing about pools, deadlines or other tiers. While the directory is still being looked through, a key that is
-not known yet is simply tried.
+Until the start-up scan has ended, a key that the ledger does not know is tried: the last run may have left its record.
 """
 
 from __future__ import annotations
@@ -13,20 +12,27 @@ from functools import partial
 from typing import NamedTuple
 
 from kvkeep.core.units import NAMESPACE_NBYTES
-from kvkeep.tiers.disk.by_range import load_by_range
+from kvkeep.tiers.disk.by_range import read_by_range
 from kvkeep.tiers.disk.directio import Inode
-from kvkeep.tiers.disk.files import Loaded, Verdict
+from kvkeep.tiers.disk.files import ReadResult, Verdict
 from kvkeep.tiers.disk.ledger import LedgerEntry
-from kvkeep.tiers.disk.state import Errand, Holding, batches
+from kvkeep.tiers.disk.state import DiskState, Errand, batches
 from kvkeep.tiers.disk.threads import Urgency
 from kvkeep.tiers.record import record_nbytes
 from kvkeep.tiers.tier import Read
 
 
-class Asked(NamedTuple):
-    """A read, its place in the answer, the epoch that its record must carry, and its record if it is known."""
+class WantedRead(NamedTuple):
+    """A read, and where its answer goes."""
 
-    place: int
+    answer: int
+    read: Read
+
+
+class BegunRead(NamedTuple):
+    """A read that a thread carries out: the epoch that its record must carry, its ledger entry if there is one."""
+
+    answer: int
     read: Read
     epoch: int
     entry: LedgerEntry | None
@@ -34,135 +40,142 @@ class Asked(NamedTuple):
 
 @dataclass(eq=False)
 class DiskReads:
-    """Reads from `holding`."""
+    """The reads of one directory."""
 
-    holding: Holding
-    _guesses: set[asyncio.Task[None]] = field(default_factory=set)  # reads of what is not known
+    state: DiskState
+    _guesses: set[asyncio.Task[None]] = field(default_factory=set)  # reads of keys that the ledger does not know
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which keys are here as far as is known."""
-        answers = [key in self.holding.ledger.live for key in keys]
-        unknown = [place for place, key in enumerate(keys) if not answers[place] and self._may_be_there(key)]
+        """Which keys are here as far as is known; the policy learns the first that is not."""
+        answers = [key in self.state.ledger.live for key in keys]
+        unknown = [index for index, key in enumerate(keys) if not answers[index] and self._may_be_there(key)]
         if unknown:
-            asked = [keys[place] for place in unknown]
-            job = self.holding.threads.submit(Urgency.LOAD, lambda _: self.holding.shelf.present(asked))
-            for place, there in zip(unknown, await job.done or [], strict=False):
-                answers[place] = there
+            asked = [keys[index] for index in unknown]
+            job = self.state.threads.submit(Urgency.READ, lambda _: self.state.record_files.present(asked))
+            for index, is_there in zip(unknown, await job.done or [], strict=False):
+                answers[index] = is_there
         if False in answers:
-            self.holding.ledger.missed(keys[answers.index(False)])
+            self.state.ledger.missed(keys[answers.index(False)])
         return answers
 
     async def load(self, reads: Sequence[Read]) -> list[bytes | None]:
         """Fill the memory of each read; its sums, or None."""
         answers: list[bytes | None] = [None] * len(reads)
-        wanted: list[tuple[int, Read]] = []
-        for place, read in enumerate(reads):
-            if read.key in self.holding.ledger.live or self._may_be_there(read.key):
-                wanted.append((place, read))
+        whole: list[WantedRead] = []
+        by_range: list[WantedRead] = []
+        for index, read in enumerate(reads):
+            if read.key in self.state.ledger.live or self._may_be_there(read.key):
+                (whole if read.arrived is None else by_range).append(WantedRead(index, read))
             else:
-                self._missed(read)
-        whole = [one for one in wanted if one[1].arrived is None]
-        runs = batches(whole, lambda one: record_nbytes(one[1].sizes), self.holding.options.read_batch)
-        runs += _dealt([one for one in wanted if one[1].arrived is not None], self.holding.options.threads)
-        await self.holding.end([self.holding.begin(partial(self._load, run, answers)) for run in runs])
+                self._note_miss(read)
+        options = self.state.options
+        runs = batches(whole, lambda wanted: record_nbytes(wanted.read.sizes), options.read_batch)
+        runs += _deal(by_range, options.threads)
+        await self.state.end([self.state.begin(partial(self._load, run, answers)) for run in runs])
         return answers
 
-    async def no_guesses(self) -> None:
-        """Returns when no unknown record is being read any more."""
+    async def wait_for_guesses(self) -> None:
+        """Wait until no read of an unknown key is under way."""
         while self._guesses:
             await asyncio.wait(self._guesses)
 
-    def _missed(self, read: Read) -> None:
-        self.holding.counts.misses += 1
+    def _note_miss(self, read: Read) -> None:
+        self.state.counts.misses += 1
         if read.gone is not None:
             read.gone()
 
     def _may_be_there(self, key: bytes) -> bool:
-        """Whether a key without an entry may have a record from an earlier boot."""
-        holding = self.holding
-        if holding.complete or key in holding.ledger.gone or key in holding.ledger.dying:
+        """Whether a key without an entry may have a record of an earlier run."""
+        state = self.state
+        if state.complete or key in state.ledger.gone or key in state.ledger.dying:
             return False
-        return not holding.epochs.is_unsettled(key[:NAMESPACE_NBYTES])
+        return not state.epochs.is_unsettled(key[:NAMESPACE_NBYTES])
 
-    async def _load(self, run: Sequence[tuple[int, Read]], answers: list[bytes | None], errand: Errand) -> None:
-        holding = self.holding
-        found = [Asked(place, read, holding.epoch(read.key), holding.ledger.live.get(read.key)) for place, read in run]
-        asked: list[Asked] = []
-        for one in found:
-            if one.entry is not None or self._may_be_there(one.read.key):
-                asked.append(one)
-            else:
-                self._missed(one.read)
-        self._begin(asked, errand)
-        reads = [(one.read, one.epoch) for one in asked]
-        by_range = run[0][1].arrived is not None and holding.shelf.records.codec is None
-        load = partial(load_by_range, holding.shelf) if by_range else holding.shelf.load
-        errand.job = holding.threads.submit(Urgency.LOAD, partial(load, reads))
-        loaded: list[Loaded] | None = None
+    async def _load(self, run: Sequence[WantedRead], answers: list[bytes | None], errand: Errand) -> None:
+        state, begun = self.state, self._begin(run, errand)
+        by_range = run[0].read.arrived is not None and state.record_files.records.codec is None
+        read = partial(read_by_range, state.record_files) if by_range else state.record_files.read
+        errand.job = state.threads.submit(Urgency.READ, partial(read, [(asked.read, asked.epoch) for asked in begun]))
+        results: list[ReadResult] | None = None
         try:
-            loaded = await errand.job.done
+            results = await errand.job.done
         finally:
-            for one in asked:
-                if one.entry is not None:
-                    holding.ledger.unpin(one.entry)
-        if loaded is None:
-            holding.counts.shed += len(asked)
+            for asked in begun:
+                if asked.entry is not None:
+                    state.ledger.unpin(asked.entry)
+        if results is None:
+            state.counts.shed += len(begun)
             return
         bad: list[tuple[LedgerEntry, Inode | None]] = []
-        for one, got in zip(asked, loaded, strict=True):
-            answers[one.place] = self._answer(one, got, bad)
-        await holding.bury(bad)
+        for asked, result in zip(begun, results, strict=True):
+            answers[asked.answer] = self._answer(asked, result, bad)
+        await state.remove_files(bad)
 
-    def _begin(self, asked: Sequence[Asked], errand: Errand) -> None:
-        for one in asked:
-            if one.entry is not None:
-                self.holding.ledger.pin(one.entry)
+    def _begin(self, run: Sequence[WantedRead], errand: Errand) -> list[BegunRead]:
+        """Pin what is still there; a read whose record has gone meanwhile is a miss."""
+        begun: list[BegunRead] = []
+        for answer, read in run:
+            entry = self.state.ledger.live.get(read.key)
+            if entry is not None:
+                self.state.ledger.pin(entry)
+            elif not self._may_be_there(read.key):
+                self._note_miss(read)
+                continue
+            begun.append(BegunRead(answer, read, self.state.epoch(read.key), entry))
         task = errand.task
-        if task is not None and any(one.entry is None for one in asked):
+        if task is not None and any(asked.entry is None for asked in begun):
             self._guesses.add(task)
             task.add_done_callback(self._guesses.discard)
+        return begun
 
-    def _answer(self, one: Asked, got: Loaded, bad: list[tuple[LedgerEntry, Inode | None]]) -> bytes | None:
-        """The sums of a good record that is still of its epoch; a bad one joins `bad`."""
-        holding, key = self.holding, one.read.key
-        if got.verdict is Verdict.GOOD and holding.epoch(key) == one.epoch:
-            self._used(one, got)
-            holding.counts.hits += 1
-            return got.sums
-        if got.verdict in (Verdict.ABSENT, Verdict.GOOD):  # a good one has been cleared meanwhile
-            self._missed(one.read)
+    def _answer(
+        self, asked: BegunRead, result: ReadResult, bad: list[tuple[LedgerEntry, Inode | None]]
+    ) -> bytes | None:
+        """The sums of a good record that is still of its epoch; a bad record joins `bad`."""
+        state, key = self.state, asked.read.key
+        if result.verdict is Verdict.GOOD and state.epoch(key) == asked.epoch:
+            self._note_use(asked, result)
+            state.counts.hits += 1
+            return result.sums
+        if result.verdict in (Verdict.ABSENT, Verdict.GOOD):  # a good record has been cleared meanwhile
+            self._note_miss(asked.read)
         else:
-            holding.counts.misses += 1
-        if got.verdict is Verdict.FAILED:
-            holding.failed("a record cannot be read")
-            if (known := holding.ledger.live.get(key)) is not None:
-                known.unreadable = True  # it stays for a device that comes back, until the chunk is stored again
-        elif got.verdict is Verdict.BAD:
-            holding.counts.corrupt += 1
-            if (entry := self._killed(one)) is not None:
-                bad.append((entry, got.stat.inode if got.stat else None))
-        elif got.verdict is Verdict.ABSENT and one.entry is not None and (entry := self._killed(one)) is not None:
-            holding.ledger.buried(entry, 0)
+            state.counts.misses += 1
+        if result.verdict is Verdict.FAILED:
+            state.note_failure("a record cannot be read")
+            if (known := state.ledger.live.get(key)) is not None:
+                known.unreadable = True  # it stays, for a device that comes back, until the chunk is written again
+        elif result.verdict is Verdict.BAD:
+            state.counts.corrupt += 1
+            if (entry := self._kill(asked)) is not None:
+                bad.append((entry, result.stat.inode if result.stat else None))
+        elif result.verdict is Verdict.ABSENT and asked.entry is not None and (entry := self._kill(asked)) is not None:
+            state.ledger.forget(entry, 0)
         return None
 
-    def _used(self, one: Asked, got: Loaded) -> None:
-        ledger, key = self.holding.ledger, one.read.key
+    def _note_use(self, asked: BegunRead, result: ReadResult) -> None:
+        ledger, key = self.state.ledger, asked.read.key
         if key in ledger.live:
             ledger.touch(ledger.live[key])
             ledger.live[key].unreadable = False
-        elif one.entry is None and got.stat is not None and self._may_be_there(key) and key not in self.holding.writing:
-            ledger.learn(key, got.stat.allocated_nbytes)
+        elif (
+            asked.entry is None
+            and result.stat is not None
+            and self._may_be_there(key)
+            and key not in self.state.writing
+        ):
+            ledger.learn(key, result.stat.allocated_nbytes)
 
-    def _killed(self, one: Asked) -> LedgerEntry | None:
-        """The record, dying; None if somebody else has ended it, or is about to replace it."""
-        ledger, key = self.holding.ledger, one.read.key
-        if one.entry is not None:
-            return ledger.kill(one.entry) if ledger.live.get(key) is one.entry else None
-        if key in ledger.live or key in ledger.dying or key in self.holding.writing:
+    def _kill(self, asked: BegunRead) -> LedgerEntry | None:
+        """The record's entry, now dying; None if it has ended already, or is about to be replaced."""
+        ledger, key = self.state.ledger, asked.read.key
+        if asked.entry is not None:
+            return ledger.kill(asked.entry) if ledger.live.get(key) is asked.entry else None
+        if key in ledger.live or key in ledger.dying or key in self.state.writing:
             return None
         return ledger.kill_unknown(key)
 
 
-def _dealt(reads: Sequence[tuple[int, Read]], threads: int) -> list[list[tuple[int, Read]]]:
-    """Reads by ranges in turn to as many runs as there are threads, so that the first ranges of all come together."""
+def _deal(reads: Sequence[WantedRead], threads: int) -> list[list[WantedRead]]:
+    """Reads dealt out in turn to as many runs as there are threads, so that the first ranges of all come together."""
     return [list(reads[first::threads]) for first in range(min(threads, len(reads)))]

@@ -1,6 +1,6 @@
-"""Looks at every byte of a directory of records, and says of each file what is wrong with it.
+"""Reads every byte of a directory of records, and says what is wrong with each file.
 
-Knows nothing about terminals. A directory that another process owns can be looked at, but not repaired.
+A directory that another process owns can be read so, but not repaired.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Condition(Enum):
 
 
 class Finding(NamedTuple):
-    """One file: its path, what it is, in words why."""
+    """One file: its path, what it is, and why in words."""
 
     path: str
     condition: Condition
@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
 
 def record_paths(files: Files, root: str) -> list[tuple[bytes, str]]:
-    """Every key with a name, and its path."""
+    """Every key that has a record's name, and its path."""
     keys = sorted(key for key, _, _ in record_names(files, root, lambda: False))
     return [(key, f"{root}/{record_name(key)}") for key in keys]
 
@@ -64,17 +64,17 @@ def known_epochs(files: Files, root: str) -> Epochs | None:
 
 
 def scrub(files: Files, records: Sequence[tuple[bytes, str]], epochs: Epochs | None) -> Iterator[Finding | None]:
-    """What each file is; None for one that has gone meanwhile. Without epochs every record is old."""
+    """What each file is; None for a file that has gone meanwhile. Without epochs every record is old."""
     for key, path in records:
         try:
-            yield _examined(files, key, path, epochs)
+            yield _examine(files, key, path, epochs)
         except FileNotFoundError:
             yield None
         except OSError as error:
             yield Finding(path, Condition.UNREADABLE, str(error))
 
 
-def _examined(files: Files, key: bytes, path: str, epochs: Epochs | None) -> Finding:
+def _examine(files: Files, key: bytes, path: str, epochs: Epochs | None) -> Finding:
     fd = files.data.open(path, create=False, direct=False)
     try:
         found = files.data.stat(fd)
@@ -84,11 +84,11 @@ def _examined(files: Files, key: bytes, path: str, epochs: Epochs | None) -> Fin
         octets = octets[: read_all(files.data, fd, [octets])]
     finally:
         files.data.close(fd)
-    condition, why = _judged(octets, key, epochs)
+    condition, why = _judge(octets, key, epochs)
     return Finding(path, condition, why)
 
 
-def _judged(octets: Bytes, key: bytes, epochs: Epochs | None) -> tuple[Condition, str]:
+def _judge(octets: Bytes, key: bytes, epochs: Epochs | None) -> tuple[Condition, str]:
     if octets.nbytes < _FIRST_NBYTES:
         return Condition.TORN, f"{octets.nbytes} bytes hold no header"
     if (version := stated_version(octets)) is not None and version < VERSION:

@@ -1,7 +1,7 @@
-"""What the parts of the disk tier share about one directory: its files, its threads, its ledger, what is under way.
+"""What reads, writes and the scan of one directory share: its files, threads, ledger, epochs, and what is under way.
 
-One event loop owns it, nothing is locked. Knows nothing about the verbs; it starts their errands and ends them, so that
-no memory is given back while a thread may touch it.
+One event loop owns it, so nothing is locked. It starts the work of the verbs and ends it, so that no memory is given
+back while a thread may touch it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvkeep.config import Disk
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierBusy, TierUnavailable
 from kvkeep.tiers.disk.directio import Inode
-from kvkeep.tiers.disk.files import Shelf
+from kvkeep.tiers.disk.files import RecordFiles
 from kvkeep.tiers.disk.ledger import Ledger, LedgerEntry
 from kvkeep.tiers.disk.threads import IoJob, IoThreads, Scratch, Urgency
 from kvkeep.tiers.epochs import Epochs
@@ -32,7 +32,7 @@ _RECORDS = 256  # a job: threads that share the GIL take longer over many small 
 
 @dataclass(eq=False)
 class Counts:
-    """What happened so far."""
+    """How often each thing has happened since the start."""
 
     hits: int = 0
     misses: int = 0
@@ -49,7 +49,7 @@ class Counts:
 class Pending:
     """A record that is being written; `doomed`: it was deleted meanwhile.
 
-    `found_nbytes` are those of a file that the look through found under its name: of an earlier boot, or its own.
+    `found_nbytes` are those of a file that the scan found under its name: of an earlier run, or its own.
     """
 
     epoch: int
@@ -60,45 +60,48 @@ class Pending:
 
 @dataclass(eq=False)
 class Errand:
-    """Work under way: its task, and the job that it waits for, if it has come so far."""
+    """Work under way: its task, and the I/O job that the task waits for, if it waits for one."""
 
     task: asyncio.Task[None] | None = None
     job: IoJob[Any] | None = None
 
 
 @dataclass(eq=False)
-class Holding:
-    """One directory as the loop sees it. `complete`: every record of earlier boots is known or under way to be gone."""
+class DiskState:
+    """One directory as the event loop knows it.
+
+    `complete`: the scan has ended, and every record of earlier runs is in the ledger or is being deleted.
+    """
 
     options: Disk
-    shelf: Shelf
+    record_files: RecordFiles
     threads: IoThreads
     ledger: Ledger
     epochs: Epochs
     counts: Counts = field(default_factory=Counts)
     writing: dict[bytes, Pending] = field(default_factory=dict)
-    unburied: dict[bytes, LedgerEntry] = field(default_factory=dict)  # an unlink failed: tried again
+    undeleted: dict[bytes, LedgerEntry] = field(default_factory=dict)  # their unlink failed; the next write tries again
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     complete: bool = False
     closed: bool = False
     degraded: str = ""
-    turns_bad: int = 0  # how often it became degraded
+    times_degraded: int = 0  # how often `degraded` was set anew
 
     def epoch(self, key: bytes) -> int:
-        """What the key's record must carry now."""
+        """The epoch that the key's record must carry now."""
         return self.epochs.of(key[:NAMESPACE_NBYTES])
 
-    def failed(self, why: str) -> None:
-        """Counts an error of the device; one that comes and goes is said the first, second, fourth, eighth ... time."""
+    def note_failure(self, why: str) -> None:
+        """Count an error of the device; the log has the first, second, fourth, eighth ... that it recovered from."""
         self.counts.errors += 1
         if not self.degraded:
-            self.turns_bad += 1
-            if self.turns_bad & (self.turns_bad - 1) == 0:
-                log.warning("%s is degraded (time %d): %s", self.shelf.root, self.turns_bad, why)
+            self.times_degraded += 1
+            if self.times_degraded & (self.times_degraded - 1) == 0:
+                log.warning("%s is degraded (time %d): %s", self.record_files.root, self.times_degraded, why)
         self.degraded = why
 
     def begin(self, work: Callable[[Errand], Awaitable[None]]) -> Errand:
-        """Starts work that goes on whatever becomes of the caller."""
+        """Start work that goes on if the caller is cancelled."""
         errand = Errand()
 
         async def run() -> None:
@@ -110,7 +113,7 @@ class Holding:
         return errand
 
     async def end(self, errands: Sequence[Errand]) -> None:
-        """Waits for work that touches lent memory; where the caller is cancelled, for what has begun, then raises."""
+        """Wait for work that touches lent memory; where the caller is cancelled, wait for what has begun and raise."""
         tasks = {errand.task for errand in errands if errand.task is not None}
         try:
             await _all(tasks)
@@ -125,26 +128,26 @@ class Holding:
         for task in tasks:
             task.result()
 
-    def meet(self, key: bytes, nbytes: int) -> bool:
-        """A file was found under the name of a record that is being written: it counts until the write has ended."""
+    def count_if_being_written(self, key: bytes, nbytes: int) -> bool:
+        """Whether the record is being written; then the `nbytes` that the scan found count until the write ends."""
         pending = self.writing.get(key)
         if pending is not None:
             pending.found_nbytes = nbytes
             self.ledger.count(nbytes)
         return pending is not None
 
-    def part(self, key: bytes, stored: Stored) -> None:
-        """The write has ended: what was found is its own, is known, or is left alone and joins the ledger."""
+    def end_write(self, key: bytes, stored: Stored) -> None:
+        """End a write: a file that the scan found meanwhile joins the ledger, if it is not what was written."""
         pending = self.writing.pop(key)
         self.ledger.count(-pending.found_nbytes)
         known = key in self.ledger.live or key in self.ledger.dying
         if pending.found_nbytes and stored is Stored.REFUSED and not known:
             entry = self.ledger.learn(key, pending.found_nbytes)
             if pending.doomed or self.epoch(key) != pending.epoch:
-                self.unburied[key] = self.ledger.kill(entry)
+                self.undeleted[key] = self.ledger.kill(entry)
 
     async def carry_out(self, call: Callable[[], None]) -> None:
-        """Runs a call in a thread; TierUnavailable where it failed, TierBusy where too much waits for the threads."""
+        """Make a call in a thread; TierUnavailable where it fails, TierBusy where too many calls wait already."""
 
         def called(_: Scratch) -> bool:
             call()
@@ -152,54 +155,54 @@ class Holding:
 
         if not await self.threads.submit(Urgency.DELETE, called).done:
             if self.closed:
-                raise TierUnavailable(f"{self.shelf.root} is closed")
-            raise TierBusy(f"too much is waiting for {self.shelf.root}")
+                raise TierUnavailable(f"{self.record_files.root} is closed")
+            raise TierBusy(f"too much is waiting for {self.record_files.root}")
 
-    async def bury(self, doomed: Iterable[tuple[LedgerEntry, Inode | None]]) -> None:
-        """Removes the files of dying records, only the named ones where an inode is given; goes on if cancelled."""
-        waiting = [(entry, inode) for entry, inode in doomed if not entry.burying]
+    async def remove_files(self, doomed: Iterable[tuple[LedgerEntry, Inode | None]]) -> None:
+        """Remove the files of dying records, with an inode only that very file; goes on if cancelled."""
+        waiting = [(entry, inode) for entry, inode in doomed if not entry.unlinking]
         for entry, _ in waiting:
-            entry.burying = True
-            self.unburied.pop(entry.key, None)
+            entry.unlinking = True
+            self.undeleted.pop(entry.key, None)
         batches = [waiting[at : at + _UNLINKS] for at in range(0, len(waiting), _UNLINKS)]
-        errands = [self.begin(lambda errand, batch=batch: self._unlink(batch, errand)) for batch in batches]  # type: ignore[misc]
+        errands = [self.begin(lambda errand, batch=batch: self._remove_batch(batch, errand)) for batch in batches]  # type: ignore[misc]
         await _all({errand.task for errand in errands if errand.task is not None})
 
-    async def _unlink(self, batch: Sequence[tuple[LedgerEntry, Inode | None]], errand: Errand) -> None:
+    async def _remove_batch(self, batch: Sequence[tuple[LedgerEntry, Inode | None]], errand: Errand) -> None:
         keys = [(entry.key, inode) for entry, inode in batch]
-        errand.job = self.threads.submit(Urgency.DELETE, lambda _: self.shelf.delete(keys))
+        errand.job = self.threads.submit(Urgency.DELETE, lambda _: self.record_files.delete(keys))
         gone: list[int] = []
         try:
             gone = await errand.job.done or []
         finally:
-            for place, (entry, _) in enumerate(batch):
-                entry.burying = False
-                if place < len(gone) and gone[place] >= 0:
-                    self.ledger.buried(entry, gone[place])
+            for index, (entry, _) in enumerate(batch):
+                entry.unlinking = False
+                if index < len(gone) and gone[index] >= 0:
+                    self.ledger.forget(entry, gone[index])
                 else:
-                    self.unburied[entry.key] = entry
+                    self.undeleted[entry.key] = entry
         if min(gone, default=0) < 0:
-            self.failed("a file cannot be removed")
+            self.note_failure("a file cannot be removed")
 
     async def survey(self) -> None:
-        """Counts anew what the records take, after a file turned out to take less than was counted for it.
+        """Measure all records anew, after a file turned out to take less than was counted for it.
 
-        Where somebody does so already, this goes on with the count as it is, which may be too high.
+        While another survey runs this returns at once, with a count that may be too high.
         """
-        entries = self.ledger.survey()
+        entries = self.ledger.begin_survey()
         if entries is None:
             return
         keys, sizes = [entry.key for entry in entries], None
         try:
-            sizes = await self.threads.submit(Urgency.DELETE, lambda _: self.shelf.sizes(keys)).done
+            sizes = await self.threads.submit(Urgency.DELETE, lambda _: self.record_files.sizes(keys)).done
         except TierUnavailable as error:
-            self.failed(str(error))
+            self.note_failure(str(error))
         finally:
-            self.ledger.surveyed(dict(zip(entries, sizes, strict=True)) if sizes is not None else None)
+            self.ledger.end_survey(dict(zip(entries, sizes, strict=True)) if sizes is not None else None)
 
 
 def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) -> list[list[T]]:
-    """The items in their order, in runs of at most `_RECORDS` and `most_nbytes`; one that is larger is alone."""
+    """The items in their order, in runs of at most `_RECORDS` and `most_nbytes`; a larger item is a run of its own."""
     runs: list[list[T]] = []
     room = 0
     for item in items:
@@ -213,6 +216,6 @@ def batches(items: Sequence[T], nbytes: Callable[[T], int], most_nbytes: int) ->
 
 
 async def _all(tasks: set[asyncio.Task[None]]) -> None:
-    """Waits; cancelling this cancels none of them."""
+    """Wait; cancelling this cancels no task."""
     if tasks:
         await asyncio.wait(tasks)

@@ -1,7 +1,7 @@
-"""Daemon threads for calls that block: promotions before deletes before stores, and a bound on what waits.
+"""Daemon threads for calls that block: reads go before deletes, deletes before writes, and a limited number may wait.
 
-Knows nothing about files. One event loop submits; answers come back into it. The threads are never joined, so a device
-that hangs delays neither the loop nor the end of the process.
+One event loop submits calls, and gets their results back. The threads are never joined, so a device that hangs delays
+neither the loop nor the end of the process.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class Urgency(IntEnum):
-    """What goes first."""
+    """Which calls go first: an engine waits for reads, and deletes make room for writes."""
 
-    LOAD = 0
+    READ = 0
     DELETE = 1
-    STORE = 2
+    WRITE = 2
 
 
 class Scratch:
@@ -36,14 +36,14 @@ class Scratch:
         self._memory = aligned_bytes(1 << 16)
 
     def take(self, nbytes: int) -> Bytes:
-        """The first `nbytes` of it, whatever they hold."""
+        """The first `nbytes` of the memory, with whatever they hold; the next call gives them out again."""
         if nbytes > self._memory.nbytes:
             self._memory = aligned_bytes(nbytes)
         return self._memory[:nbytes]
 
 
 class IoJob(Generic[T]):
-    """A call on its way; `done` gives its result, or None where it never ran: withdrawn, or too many were waiting."""
+    """A submitted call. `done` gives its result, or None if it never ran: withdrawn, or too many calls were waiting."""
 
     __slots__ = ("call", "done", "urgency")
 
@@ -53,7 +53,7 @@ class IoJob(Generic[T]):
         self.done = done
 
     def finish(self, result: T | None, error: TierError | None) -> None:
-        """In the loop: hands the outcome to whoever waits."""
+        """In the loop: hand the outcome to the caller that waits."""
         if self.done.done():
             return
         if error is None:
@@ -63,21 +63,21 @@ class IoJob(Generic[T]):
 
 
 class IoThreads:
-    """`count` threads; at most `queue_jobs` calls of each urgency wait. One thread is never given to stores."""
+    """`count` threads, one of which never writes; at most `queue_jobs` calls of each urgency wait."""
 
     def __init__(self, count: int, queue_jobs: int, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue_jobs = queue_jobs
-        self._stores_at_once = max(1, count - 1)
+        self._writers = max(1, count - 1)
         self._changed = threading.Condition()
         self._waiting: dict[Urgency, deque[IoJob]] = {urgency: deque() for urgency in Urgency}  # type: ignore[type-arg]
-        self._storing = 0
+        self._writing = 0
         self._closed = False
-        for number in range(count):
-            self._start(f"{name}-{number}")
+        for index in range(count):
+            self._start(f"{name}-{index}")
 
     def submit(self, urgency: Urgency, call: Callable[[Scratch], T]) -> IoJob[T]:
-        """Queue a call; an OSError that it raises becomes a TierUnavailable."""
+        """Queue a call; an OSError of the call becomes a TierUnavailable."""
         job = IoJob(urgency, call, self._loop.create_future())
         with self._changed:
             full = self._closed or len(self._waiting[urgency]) >= self._queue_jobs
@@ -89,7 +89,7 @@ class IoThreads:
         return job
 
     def withdraw(self, job: IoJob[T]) -> None:
-        """Take back a call that has not begun; one that has is not affected."""
+        """Take a call out of the queue; one that has begun goes on."""
         with self._changed:
             try:
                 self._waiting[job.urgency].remove(job)
@@ -98,7 +98,7 @@ class IoThreads:
         job.finish(None, None)
 
     def withdraw_all(self) -> None:
-        """Take back every call that has not begun."""
+        """Empty the queue; calls that have begun go on."""
         with self._changed:
             jobs = [job for waiting in self._waiting.values() for job in waiting]
             for waiting in self._waiting.values():
@@ -107,7 +107,7 @@ class IoThreads:
             job.finish(None, None)
 
     def close(self) -> None:
-        """Let the threads end once they have returned from what they do."""
+        """Empty the queue, and end each thread when its call has returned."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class IoThreads:
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     def _serve(self) -> None:
-        """Performs jobs until `close`. A bug in one ends this thread, with a traceback, and another takes its place."""
+        """Run jobs until `close`. A bug in a job ends this thread, with a traceback, and a new thread replaces it."""
         scratch = Scratch()
         closed = False
         try:
@@ -132,8 +132,8 @@ class IoThreads:
         with self._changed:
             while not self._closed:
                 for urgency, waiting in self._waiting.items():
-                    if waiting and (urgency is not Urgency.STORE or self._storing < self._stores_at_once):
-                        self._storing += urgency is Urgency.STORE
+                    if waiting and (urgency is not Urgency.WRITE or self._writing < self._writers):
+                        self._writing += urgency is Urgency.WRITE
                         return waiting.popleft()
                 self._changed.wait()
         return None
@@ -149,8 +149,8 @@ class IoThreads:
             error = failure
         finally:
             with self._changed:
-                if job.urgency is Urgency.STORE:
-                    self._storing -= 1
+                if job.urgency is Urgency.WRITE:
+                    self._writing -= 1
                     self._changed.notify()
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the caller
                 self._loop.call_soon_threadsafe(job.finish, result, error)
