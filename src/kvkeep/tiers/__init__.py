@@ -1,1 +1,1 @@
-"""Places below the pool: what a tier is, and each tier in a file of its own."""
+"""Tiers: what keeps chunks below the pool. The disk, and anything that can keep bytes by name."""

@@ -1,6 +1,6 @@
 """Opens the tiers that a configuration names, also those that another process still holds for a moment.
 
-Knows nothing about what is done with them.
+A tier that cannot be opened is left out: the store serves without it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from kvkeep.tiers.tier import OPENING, Tier, operation
 
 log = logging.getLogger("kvkeep.store")
 
-SOON_S = 30.0  # an engine that is restarted meets the store of its last start while that still writes
+SOON_S = 30.0  # the store of a restarted engine may still be writing
 SOON_PAUSE_S, LATER_PAUSE_S = 0.1, 5.0
 
-# a tier's name, itself, what tells its figures, how many reads it does at once
+# takes an open tier: its name, the tier, a function for its figures, how many reads it does at once
 Taker = Callable[[str, Tier, Callable[[], Mapping[str, int]], int], Awaitable[None]]
 
 
@@ -63,7 +63,7 @@ def disk_figures(tier: DiskTier) -> dict[str, int]:
 
 
 async def _open_when_free(disk: Disk, waits: Callable[[str], None]) -> DiskTier:
-    """The disk tier, once no other process owns a directory of it, however long that takes: nobody waits for it."""
+    """Open the disk tier; while another process owns a directory, try again, however long: nothing waits for it."""
     loop = asyncio.get_running_loop()
     later_s, pause_s, said = loop.time() + SOON_S, SOON_PAUSE_S, False
     while True:

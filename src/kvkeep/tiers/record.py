@@ -59,7 +59,7 @@ class Header(NamedTuple):
 def raw_header(key: bytes, epoch: int, sizes: Sequence[int], sums: bytes, tokens: int = 0) -> Header:
     """The header of a record that keeps its ranges as they are."""
     kept = tuple(sizes)
-    return Header(key, epoch, kept, sums, kept, sums, tokens=tokens)
+    return Header(key, epoch, kept, sums, sizes=kept, sums=sums, tokens=tokens)
 
 
 def record_name(key: bytes) -> str:
@@ -148,8 +148,17 @@ def decode_header(octets: Bytes) -> Header:
     table = list(_RANGE.iter_unpack(data[_FIXED.size : end]))
     sizes, raw_sizes = tuple([row[0] for row in table]), tuple([row[1] for row in table])
     sums, raw_sums = b"".join([row[2] for row in table]), b"".join([row[3] for row in table])
-    seal = Seal(key_id, nonce)
-    header = Header(namespace + digest, epoch, raw_sizes, raw_sums, sizes, sums, codec, tokens, seal)
+    header = Header(
+        namespace + digest,
+        epoch,
+        raw_sizes,
+        raw_sums,
+        sizes=sizes,
+        sums=sums,
+        codec=codec,
+        tokens=tokens,
+        seal=Seal(key_id, nonce),
+    )
     if not _is_sound(header):
         raise CorruptChunk("the sizes or sums of its ranges cannot be right")
     if reserved or data[end:-SUM_NBYTES] != bytes(nbytes - SUM_NBYTES - end):

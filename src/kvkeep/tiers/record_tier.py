@@ -81,7 +81,7 @@ class RecordTier:
         answers: list[bytes | None] = [None] * len(reads)
         bad: list[bytes] = []
         readings = await self._begin_reads(reads, bad)
-        gets = [Get(record_name(one.read.key), [one.header, one.payload]) for one in readings]
+        gets = [Get(record_name(reading.read.key), [reading.header, reading.payload]) for reading in readings]
         whole: list[_RecordRead] = []
         for reading, got in zip(readings, await self.place.get(gets), strict=True):
             if got == reading.header.nbytes + reading.payload.nbytes:
@@ -123,7 +123,9 @@ class RecordTier:
         try:
             await self._write(fresh)
         finally:
-            doomed = [record_name(one.write.key) for one in fresh if one.doomed and not one.outcome.done()]
+            doomed = [
+                record_name(writing.write.key) for writing in fresh if writing.doomed and not writing.outcome.done()
+            ]
             if doomed:  # this was cancelled, and the place may have them
                 self._begin(self.place.delete(doomed))
             for writing in fresh:
@@ -167,7 +169,7 @@ class RecordTier:
             header = np.empty(header_nbytes(len(read.sizes)), np.uint8)
             payload = self.records.payload_memory(read, nbytes - header.nbytes)
             if payload is not None:
-                readings.append(_RecordRead(index, read, self.epochs.of(read.key), header, payload))
+                readings.append(_RecordRead(index, read, self.epochs.of(read.key), header, payload=payload))
             elif nbytes:
                 bad.append(read.key)
             else:
@@ -175,7 +177,9 @@ class RecordTier:
         return readings
 
     def _verify(self, readings: Sequence[_RecordRead]) -> list[bytes | None]:
-        return [self.records.verify(one.header, one.payload, one.read, one.epoch) for one in readings]
+        return [
+            self.records.verify(reading.header, reading.payload, reading.read, reading.epoch) for reading in readings
+        ]
 
     async def _write(self, fresh: Sequence[_Writing]) -> None:
         """Write what is not there yet, and take back what was deleted or cleared meanwhile."""

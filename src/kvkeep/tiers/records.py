@@ -46,7 +46,7 @@ class Records(NamedTuple):
     def make(self, write: Write, epoch: int, octets: Bytes) -> Bytes:
         """Write the header of a record into `octets`, uint8 [header_nbytes]; the payload that follows it."""
         if self.codec is None:
-            encode_header(raw_header(write.key, epoch, write.sizes, write.sums, write.tokens), octets)
+            encode_header(raw_header(write.key, epoch, write.sizes, write.sums, tokens=write.tokens), octets)
             return write.payload
         seal = self.codec.seal()
         ranges = enumerate(_ranges(write.payload, write.sizes))
@@ -57,8 +57,8 @@ class Records(NamedTuple):
         for range_, part in zip(padded, encoded, strict=True):
             range_[: len(part)] = np.frombuffer(part, np.uint8)
         sums = b"".join([xxhash.xxh3_128_digest(range_.data) for range_ in padded])
-        raw = (tuple(write.sizes), write.sums)
-        encode_header(Header(write.key, epoch, *raw, sizes, sums, self.codec.codec_id, write.tokens, seal), octets)
+        header = raw_header(write.key, epoch, write.sizes, write.sums, tokens=write.tokens)
+        encode_header(header._replace(sizes=sizes, sums=sums, codec=self.codec.codec_id, seal=seal), octets)
         return payload
 
     def payload_memory(self, read: Read, nbytes: int) -> Bytes | None:

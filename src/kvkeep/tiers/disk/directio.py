@@ -225,7 +225,8 @@ def write_all(data: Descriptors, fd: int, buffers: Sequence[Bytes]) -> None:
 
 def write_durably(files: Files, temporary: str, path: str, octets: bytes) -> None:
     """Write `octets` to `path`, whole and durable, over whatever is there; on an OSError the old content may stay."""
-    put_durably(files, files.data.open(temporary, create=True, direct=False), temporary, path, octets)
+    fd = files.data.open(temporary, create=True, direct=False)
+    put_durably(files, fd, temporary, path, octets=octets)
 
 
 def put_durably(files: Files, fd: int, temporary: str, path: str, octets: bytes) -> None:
@@ -323,4 +324,4 @@ def unlink_quietly(files: Files, path: str) -> None:
 
 def _stat(found: os.stat_result) -> Stat:
     inode, is_file = Inode(found.st_dev, found.st_ino), stat.S_ISREG(found.st_mode)
-    return Stat(found.st_size, found.st_blocks * 512, found.st_mtime_ns, inode, is_file)
+    return Stat(found.st_size, found.st_blocks * 512, found.st_mtime_ns, inode, is_file=is_file)

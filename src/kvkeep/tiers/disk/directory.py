@@ -321,10 +321,10 @@ async def open_directory(
     limit_nbytes = options.size // len(options.path)
     bound_nbytes = 0 if started.is_empty else started.order.used_nbytes if started.order else limit_nbytes
     ledger = Ledger(limit_nbytes, policy_by_name(options.policy), bound_nbytes)
-    state = DiskState(options, started.record_files, threads, ledger, started.epochs)
+    state = DiskState(options, started.record_files, threads, ledger, epochs=started.epochs)
     opened.append(state)
     now_s = asyncio.get_running_loop().time
-    directory = Directory(state, started, DiskReads(state), DiskWrites(state), clock_ns, now_s)
+    directory = Directory(state, started, DiskReads(state), DiskWrites(state), clock_ns=clock_ns, now_s=now_s)
     directory.begin_scan()
     return directory
 
@@ -367,7 +367,8 @@ def _start(record_files: RecordFiles, direct: bool, now_ns: int) -> StartedDirec
             direct=direct and takes_direct(record_files.files, record_files.state_path)
         )
         order, empty, epoch_file = read_order(record_files), is_empty(record_files), EpochFile(record_files)
-        return StartedDirectory(lock_fd, record_files, epoch_file, epoch_file.read(now_ns), order, empty)
+        epochs = epoch_file.read(now_ns)
+        return StartedDirectory(lock_fd, record_files, epoch_file, epochs, order=order, is_empty=empty)
     except OSError:
         os.close(lock_fd)
         raise

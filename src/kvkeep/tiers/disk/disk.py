@@ -158,7 +158,7 @@ async def open_disk(
     directories: list[Directory] = []
     try:
         for root in options.path:
-            directories.append(await open_directory(options, root, files or posix_files(), clock_ns, records))
+            directories.append(await open_directory(options, root, files or posix_files(), clock_ns, records=records))
     except TierError:
         await DiskTier(directories).aclose()
         raise

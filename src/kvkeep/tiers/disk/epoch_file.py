@@ -1,7 +1,7 @@
 """The file `epochs` of a directory: read at the start, replaced at each clear, also when the disk is full by then.
 
-Runs in an I/O thread. The room for the next epochs is taken beforehand: `epochs.next` is open, written in place and then
-renamed.
+Runs in an I/O thread. The room for the next epochs is taken beforehand: `epochs.next` is open, is written in place
+and then renamed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class EpochFile:
         octets = encode_epochs(epochs)
         spare, self._spare = self._spare, None
         if spare is not None and len(octets) <= spare.nbytes:
-            put_durably(files, spare.fd, self._next_path, path, encode_epochs(epochs, spare.nbytes))
+            put_durably(files, spare.fd, self._next_path, path, octets=encode_epochs(epochs, spare.nbytes))
         else:
             self._drop(spare)
             write_durably(files, self.record_files.state_path, path, octets)
