@@ -40,7 +40,7 @@ class Counters:
     reused_tokens: dict[str, int]
 
     def reused_since(self, earlier: Counters) -> dict[str, int]:
-        """Prompt tokens reused between `earlier` and now, by vLLM's name of the source; only those above 0."""
+        """Count the prompt tokens reused since `earlier`, by vLLM's name of their source; only those above 0."""
         grown = {s: n - earlier.reused_tokens.get(s, 0) for s, n in self.reused_tokens.items()}
         return {source: n for source, n in grown.items() if n > 0}
 
@@ -54,7 +54,7 @@ class Client:
     model: str
 
     def ask(self, prompt: str, max_tokens: int, salt: str = "") -> Answer:
-        """Streams the greedy answer to one user message; what has another `salt` is never reused. Raises AskError."""
+        """Stream the greedy answer to a user message, reusing nothing of another `salt`; AskError if that fails."""
         body: dict[str, object] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -88,7 +88,7 @@ class Client:
         )
 
     def reset(self) -> None:
-        """Empties vLLM's own prefix cache, but not what the connector keeps. Raises AskError."""
+        """Empty vLLM's own prefix cache, but not what the connector keeps; AskError if that fails."""
         path = "/reset_prefix_cache?reset_external=false"
         limit_s = time.monotonic() + RESET_LIMIT_S
         while not json.loads(self._read("POST", path))["success"]:  # refused while blocks are still held
@@ -97,7 +97,7 @@ class Client:
             time.sleep(0.1)
 
     def counters(self) -> Counters:
-        """What /metrics says now."""
+        """Read /metrics."""
         totals: dict[str, float] = defaultdict(float)
         reused: dict[str, int] = defaultdict(int)
         for family in text_string_to_metric_families(self._read("GET", "/metrics")):

@@ -47,7 +47,7 @@ class About:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question and its answers; the warm and the restarted run's reused tokens by vLLM's names of the sources."""
+    """One question and its answers; `..._from` count the reused tokens by vLLM's name of their source."""
 
     question: str
     without: Answer
@@ -60,16 +60,16 @@ class Asked:
 
     @property
     def answers_identical(self) -> bool:
-        """Whether all runs gave the same text."""
+        """True if all runs gave the same text."""
         return self.without.text == self.cold.text == self.warm.text == self.restarted.text
 
     def ttft_s(self) -> dict[str, float]:
-        """Seconds to the first token of each run."""
+        """Return the seconds to the first token of each run."""
         return {kind: round(getattr(self, kind).ttft_s, 4) for kind, _ in KINDS}
 
 
 def document(about: About, asked: Sequence[Asked]) -> dict[str, object]:
-    """The contents of demo.json."""
+    """Make the contents of demo.json."""
     questions = [
         {
             "question": a.question,
@@ -89,17 +89,17 @@ def document(about: About, asked: Sequence[Asked]) -> dict[str, object]:
 
 
 def in_words(sources: dict[str, int]) -> str:
-    """Where reused tokens came from."""
+    """Say where reused tokens came from."""
     return " + ".join(SOURCES.get(name, name) for name in sources) or "nowhere"
 
 
 def write_json(path: Path, about: About, asked: Sequence[Asked]) -> None:
-    """Writes demo.json."""
+    """Write demo.json."""
     path.write_text(json.dumps(document(about, asked), indent=2, ensure_ascii=False) + "\n")
 
 
 def table(about: About, asked: Sequence[Asked]) -> Table:
-    """One row a question."""
+    """Make a table with a row for each question."""
     shown = Table(
         title=f"{about.model}: seconds to the first token of an answer about {about.prompt_tokens:,} tokens",
         show_lines=True,
@@ -132,12 +132,12 @@ def table(about: About, asked: Sequence[Asked]) -> Table:
 
 
 def write_chart(path: Path, about: About, asked: Sequence[Asked]) -> None:
-    """Writes a bar chart as PNG: a bar a run and question, on a logarithmic scale, each with its seconds."""
+    """Write a bar chart as PNG: for each question and run a bar with its seconds, on a logarithmic scale."""
     figure, axes = plt.subplots(figsize=(2.6 * len(asked) + 2.4, 5.4), dpi=120, layout="constrained")
     width = 0.8 / len(KINDS)
-    for place, (kind, colour) in enumerate(KINDS):
+    for index, (kind, colour) in enumerate(KINDS):
         values = [a.ttft_s()[kind] for a in asked]
-        lefts = [i + (place - (len(KINDS) - 1) / 2) * width for i in range(len(asked))]
+        lefts = [i + (index - (len(KINDS) - 1) / 2) * width for i in range(len(asked))]
         bars = axes.bar(lefts, values, width * 0.92, color=colour, label=KIND_LABELS[kind])
         axes.bar_label(bars, [f"{v:.2f} s" for v in values], padding=2, fontsize=9)
     axes.set_yscale("log")

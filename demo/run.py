@@ -1,9 +1,9 @@
 """The main job: a real model, served by vLLM, answers questions about a long text without and with kvkeep.
 
 `make demo` runs it. Two servers run side by side with the same thread binding, one without and one with kvkeep;
-each question goes to the first, then to the second twice: with nothing stored (cold; each question has a salt of its
-own, so that it finds nothing of the others), and with vLLM's own prefix cache emptied (warm). Then the second server is
-ended and started again, and each question asked once more. Writes demo.json and demo.png into the repository's root.
+each question goes to the first, then to the second twice: with nothing stored (cold; each question has its own salt, so
+that it reuses nothing of the others), and with vLLM's own prefix cache emptied (warm). Then the second server restarts,
+and answers each question once more. Writes demo.json and demo.png into the repository's root.
 """
 
 from __future__ import annotations
@@ -52,87 +52,87 @@ COMPARED_WITH = "the same question's cold run on the server without kvkeep (floa
 
 
 class Steps:
-    """The progress bar: `now` says what is being done, `done` moves it on, `line` prints above it."""
+    """The progress bar: `now` names the step that runs, `done` counts it, `line` prints above the bar."""
 
     def __init__(self, progress: Progress, n_steps: int) -> None:
         self._progress = progress
         self._task: TaskID = progress.add_task("starting", total=n_steps)
 
     def now(self, text: str) -> None:
-        """Shows what is being done."""
+        """Show which step runs."""
         self._progress.update(self._task, description=text)
 
     def done(self) -> None:
-        """Counts one step as done."""
+        """Count the step."""
         self._progress.advance(self._task)
 
     def line(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Print a line above the bar."""
         self._progress.console.print(text, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Asks the servers' `plain` (vLLM alone) and `kept` (with the connector), and says what is being done."""
+    """Asks two servers, `plain` (vLLM alone) and `kept` (with the connector), and shows each question in `steps`."""
 
     plain: Client
     kept: Client
     steps: Steps
 
     def warm_up(self, *clients: Client) -> None:
-        """One short other question each, so that no first use of code or memory is timed."""
+        """Ask each server a short other question, so that no first use of code or memory is timed."""
         for client in clients:
             self.steps.now("one short question, not timed")
             client.ask("Say hello. " * 120, 2)
             self.steps.done()
 
-    def ask(self, number: int) -> Asked:
-        """Asks one question three times: without kvkeep, cold and warm; the restarted answer is still the warm one."""
+    def ask(self, index: int) -> Asked:
+        """Ask a question three times: without kvkeep, cold, warm; `restarted` is the warm one until `ask_again`."""
         self.plain.reset()
-        without = self._timed(self.plain, number, "without kvkeep: every token is computed")
-        cold = self._timed(self.kept, number, "with kvkeep, cold: every token is computed, then stored")
+        without = self._timed(self.plain, index, "without kvkeep: every token is computed")
+        cold = self._timed(self.kept, index, "with kvkeep, cold: every token is computed, then stored")
         self.kept.reset()
         before = self.kept.counters()
-        warm = self._timed(self.kept, number, "with kvkeep, warm: vLLM's own cache is empty, stored tokens come back")
+        warm = self._timed(self.kept, index, "with kvkeep, warm: vLLM's own cache is empty, stored tokens come back")
         after = self.kept.counters()
         from_ = after.reused_since(before)
-        return Asked(QUESTIONS[number], without, cold, warm, from_, pool_used_nbytes(after), warm, from_)
+        return Asked(QUESTIONS[index], without, cold, warm, from_, pool_used_nbytes(after), warm, from_)
 
-    def ask_again(self, number: int, asked: Asked) -> Asked:
-        """Asks a question of a server that has been restarted since."""
+    def ask_again(self, index: int, asked: Asked) -> Asked:
+        """Ask the question once more after the server with kvkeep has restarted."""
         before = self.kept.counters()
-        restarted = self._timed(self.kept, number, "with kvkeep, after a restart: stored tokens come from disk")
+        restarted = self._timed(self.kept, index, "with kvkeep, after a restart: stored tokens come from disk")
         from_ = self.kept.counters().reused_since(before)
         return replace(asked, restarted=restarted, restarted_from=from_)
 
-    def _timed(self, client: Client, number: int, doing: str) -> Answer:
-        text = f"Read this text.\n\n{TEXT.read_text()}\n\nA question about the text: {QUESTIONS[number]} "
+    def _timed(self, client: Client, index: int, doing: str) -> Answer:
+        text = f"Read this text.\n\n{TEXT.read_text()}\n\nA question about the text: {QUESTIONS[index]} "
         self.steps.now(doing)
-        answer = client.ask(f"{text}Answer in one sentence.", MAX_TOKENS, salt=f"question {number}")
+        answer = client.ask(f"{text}Answer in one sentence.", MAX_TOKENS, salt=f"question {index}")
         self.steps.done()
         return answer
 
 
 def pool_used_nbytes(counters: Counters) -> int | None:
-    """Bytes that kvkeep's pool holds, or None where the server does not tell."""
+    """Return the bytes in kvkeep's pool; None where the server has no such metric."""
     used = counters.totals.get(POOL_GAUGE)
     return None if used is None else int(used)
 
 
 def usable_cpus(most: int = 8) -> str:
-    """The processors that both servers' compute threads are bound to, as vLLM wants them: "0,1"."""
+    """Name the processors for both servers' compute threads, as vLLM wants them: "0,1"."""
     return ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0))[:most])
 
 
 def machine_name() -> str:
-    """The processor's name and how many processors the demo may use."""
+    """Name the processor, and how many of them the demo may use."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.machine()])[0]}, {len(os.sched_getaffinity(0))} processors"
 
 
 def both_options(connector: dict[str, object]) -> tuple[ServerOptions, ServerOptions]:
-    """The two servers: equal in everything but the connector."""
+    """Return the options of both servers, equal in everything but the connector."""
     config = ("--kv-transfer-config", json.dumps(connector, separators=(",", ":")))
     return (
         ServerOptions("without kvkeep", MODEL, LOGS / "without.log", usable_cpus()),
@@ -141,7 +141,7 @@ def both_options(connector: dict[str, object]) -> tuple[ServerOptions, ServerOpt
 
 
 def start(stack: ExitStack, options: Sequence[ServerOptions], steps: Steps) -> list[Server]:
-    """Starts servers at once and waits for all; `stack` stops them whatever happens."""
+    """Start servers side by side and wait for all; `stack` stops them whatever happens."""
     servers = []
     for each in options:
         servers.append(Server(each))
@@ -156,7 +156,7 @@ def start(stack: ExitStack, options: Sequence[ServerOptions], steps: Steps) -> l
 
 
 def measure(options: Sequence[ServerOptions], console: Console) -> list[Asked]:
-    """Runs both servers and asks every question, showing each result as it comes. Raises DemoError."""
+    """Run both servers, ask every question and show each result as it comes; DemoError if a server fails."""
     columns = (
         SpinnerColumn(),
         BarColumn(20),
@@ -174,32 +174,32 @@ def measure(options: Sequence[ServerOptions], console: Console) -> list[Asked]:
             asking = Asking(kept, kept, steps)
             with answering(server):
                 asking.warm_up(kept)
-                asked = [asking.ask_again(number, one) for number, one in enumerate(asked)]
-            for one in asked:
-                steps.line(f"[bold]{one.question}[/]\n  after a restart: {one.ttft_s()['restarted']:.2f} s")
+                asked = [asking.ask_again(index, before) for index, before in enumerate(asked)]
+            for again in asked:
+                steps.line(f"[bold]{again.question}[/]\n  after a restart: {again.ttft_s()['restarted']:.2f} s")
             steps.now("stopping the server")
     return asked
 
 
 def first_start(options: Sequence[ServerOptions], steps: Steps) -> list[Asked]:
-    """Both servers from their start to their end, and every question three times."""
+    """Start both servers, ask every question three times, stop both."""
     asked: list[Asked] = []
     with ExitStack() as stack:
         servers = start(stack, options, steps)
         asking = Asking(*(Client(HOST, server.port, MODEL.name) for server in servers), steps)
         with answering(*servers):
             asking.warm_up(asking.plain, asking.kept)
-            for number, question in enumerate(QUESTIONS):
-                asked.append(asking.ask(number))
+            for index in range(len(QUESTIONS)):
+                asked.append(asking.ask(index))
                 times = ", ".join(f"{kind} {asked[-1].ttft_s()[kind]:.2f} s" for kind in ("without", "cold", "warm"))
-                steps.line(f"[bold]{question}[/]\n  {escape(asked[-1].warm.text)}\n  first token: {times}")
+                steps.line(f"[bold]{QUESTIONS[index]}[/]\n  {escape(asked[-1].warm.text)}\n  first token: {times}")
         steps.now("stopping the servers")
     return asked
 
 
 @contextmanager
 def answering(*servers: Server) -> Iterator[None]:
-    """A server that does not answer is a DemoError that quotes its log."""
+    """Raise DemoError, with the end of its log, for a server that does not answer."""
     try:
         yield
     except AskError as error:
@@ -209,7 +209,7 @@ def answering(*servers: Server) -> Iterator[None]:
 
 
 def show(about: About, asked: Sequence[Asked], console: Console) -> list[str]:
-    """Prints the table, writes the files, and returns what is wrong with the result (nothing, one hopes)."""
+    """Print the table, write the files and return what is wrong with the result (empty: nothing)."""
     json_path, chart_path = ROOT / "demo.json", ROOT / "demo.png"
     write_json(json_path, about, asked)
     write_chart(chart_path, about, asked)
@@ -222,7 +222,7 @@ def show(about: About, asked: Sequence[Asked], console: Console) -> list[str]:
 
 
 def main() -> int:
-    """Runs the demo; 0 if every answer was identical and used stored tokens."""
+    """Run the demo; 0 if every answer was identical and used stored tokens."""
     parser = argparse.ArgumentParser(description="Ask a real model about a long text, without and with kvkeep.")
     parser.add_argument("--connector", type=json.loads, default=CONNECTOR, help="another --kv-transfer-config (JSON)")
     options = both_options(parser.parse_args().connector)

@@ -25,7 +25,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What one server runs: `name` X its threads, `more` ends its command line."""
+    """What one server runs: a model, `cpus` for its threads, `more` arguments at the end."""
 
     name: str
     model: Path
@@ -34,7 +34,7 @@ class ServerOptions:
     more: tuple[str, ...] = ()
 
     def command(self, port: int) -> list[str]:
-        """The command line; float32 and greedy sampling make answers comparable with those of a cold run."""
+        """Make the command line; float32 and greedy sampling make answers comparable with those of a cold run."""
         return [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(self.model), "--served-model-name", self.model.name),
@@ -57,21 +57,21 @@ class ServerOptions:
 
 
 def free_port() -> int:
-    """A loopback TCP port that nobody listens on just now."""
+    """Find a loopback TCP port on which nobody listens just now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 def log_tail(log: Path, n_lines: int = 30) -> str:
-    """The last lines of a log, for a message about a failure."""
+    """Return the last lines of a log, for an error message."""
     if not log.exists():
         return "(no log)"
     return "\n".join(log.read_text(errors="replace").splitlines()[-n_lines:])
 
 
 def last_line(log: Path, n_characters: int) -> str:
-    """The end of a log's last line, for a progress bar."""
+    """Return the end of a log's last line, for a progress bar."""
     return log_tail(log, 1)[-n_characters:]
 
 
@@ -94,7 +94,7 @@ class Server:
         self._started_s = time.monotonic()
 
     def failure(self, what: str) -> DemoError:
-        """An error that quotes the log's last lines and says where the rest is."""
+        """Make an error that quotes the log's last lines and says where the rest is."""
         log = self.options.log
         return DemoError(
             f"The server {self.options.name} {what}.\nThe last lines of {log}:\n\n{log_tail(log)}\n\n"
@@ -103,13 +103,13 @@ class Server:
         )
 
     def check_alive(self) -> None:
-        """Raises DemoError if the server has ended."""
+        """Raise DemoError if the server has ended."""
         code = self._process.poll()
         if code is not None:
             raise self.failure(f"ended with exit status {code}")
 
     def until_ready(self) -> Iterator[float]:
-        """Yields the seconds since the start until /health answers 200. Raises DemoError."""
+        """Yield the seconds since the start until /health answers 200; DemoError if that takes too long."""
         while not self._healthy():
             self.check_alive()
             waited_s = time.monotonic() - self._started_s
@@ -129,7 +129,7 @@ class Server:
             connection.close()
 
     def stop(self) -> None:
-        """Ends the server by its process id, within STOP_LIMIT_S, and then whatever is left of its session."""
+        """End the server by its process id, within STOP_LIMIT_S, and then whatever is left of its session."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:

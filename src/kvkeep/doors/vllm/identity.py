@@ -100,7 +100,7 @@ def of_all_ranks(ranks: Sequence[RankInfo]) -> dict[str, str]:
 def identity(
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
-    ranks: list[RankInfo],
+    ranks: Sequence[RankInfo],
     tokens: int,
     contents: tuple[str, str],
     chain: ChainKind,
