@@ -12,7 +12,7 @@ FIRST = Adapter(1, "first", "/a")
 def load(adapters: Adapters, number: int, digest: str, ranks: int = 1) -> None:
     """A step is over before which all ranks loaded this."""
     loads = [LoadedAdapter(rank, number, digest) for rank in range(ranks)]
-    adapters.told(loads, [Resident(rank, frozenset({number})) for rank in range(ranks)])
+    adapters.take(loads, [Resident(rank, frozenset({number})) for rank in range(ranks)])
 
 
 def test_before_it_is_loaded_nothing_is_known_of_it() -> None:
@@ -39,9 +39,9 @@ def test_every_rank_must_have_it_and_each_ones_part_counts() -> None:
     contents = set()
     for parts in (("aa", "bb"), ("bb", "aa"), ("aa", "aa")):
         adapters = Adapters(ranks=2)
-        adapters.told([LoadedAdapter(0, 1, parts[0])], [Resident(0, frozenset({1}))])
+        adapters.take([LoadedAdapter(0, 1, parts[0])], [Resident(0, frozenset({1}))])
         assert adapters.begin(FIRST) is None
-        adapters.told([LoadedAdapter(1, 1, parts[1])], [Resident(1, frozenset({1}))])
+        adapters.take([LoadedAdapter(1, 1, parts[1])], [Resident(1, frozenset({1}))])
         contents.add(adapters.begin(FIRST))
     assert len(contents - {None}) == 3
 
@@ -56,7 +56,7 @@ def test_one_that_the_engine_has_dropped_is_unknown_until_it_is_loaded_again() -
     adapters = Adapters()
     load(adapters, 1, "aa")
     content = adapters.begin(FIRST)
-    adapters.told([], [Resident(0, frozenset({2}))])
+    adapters.take([], [Resident(0, frozenset({2}))])
     assert adapters.begin(FIRST) is None
     assert adapters.is_still(FIRST, content), "those that run may go on: it is looked at when it is loaded"
     load(adapters, 1, "aa")
@@ -75,11 +75,11 @@ def test_a_name_under_which_two_contents_were_computed_stands_for_neither(other:
     adapters = Adapters()
     load(adapters, 1, "aa")
     content = adapters.begin(FIRST)
-    adapters.told([], [])
+    adapters.take([], [])
     load(adapters, other.number, "bb")
     assert not (other == FIRST and adapters.is_still(FIRST, content))
     assert adapters.begin(other) is None
-    adapters.told([], [])
+    adapters.take([], [])
     load(adapters, other.number, "aa")
     assert adapters.begin(other) is None, "the blocks of the other content are still there"
     adapters.emptied([])
@@ -88,10 +88,10 @@ def test_a_name_under_which_two_contents_were_computed_stands_for_neither(other:
 
 def test_two_of_one_name_that_are_computed_in_the_same_step_are_both_in_doubt_when_it_is_over() -> None:
     adapters, second = Adapters(), Adapter(2, "first", "/a")
-    adapters.told([LoadedAdapter(0, 1, "aa"), LoadedAdapter(0, 2, "bb")], [Resident(0, frozenset({1, 2}))])
+    adapters.take([LoadedAdapter(0, 1, "aa"), LoadedAdapter(0, 2, "bb")], [Resident(0, frozenset({1, 2}))])
     contents = adapters.begin(FIRST), adapters.begin(second)
     assert None not in contents
-    adapters.told([], [])
+    adapters.take([], [])
     assert not adapters.is_still(FIRST, contents[0])
     assert not adapters.is_still(second, contents[1])
 
@@ -101,14 +101,14 @@ def test_what_changes_between_a_reset_and_the_next_request_is_no_doubt() -> None
     adapters = Adapters()
     load(adapters, 1, "aa")
     old = adapters.begin(FIRST)
-    adapters.told([], [])
+    adapters.take([], [])
     adapters.emptied([])
     assert adapters.begin(FIRST) == old  # the ranks have not told of the new one
     load(adapters, 1, "bb")
     assert not adapters.is_still(FIRST, old), "that request was computed with the new one"
     new = adapters.begin(FIRST)
     assert new not in {None, old}
-    adapters.told([], [])
+    adapters.take([], [])
     assert adapters.begin(FIRST) == new
 
 
@@ -117,7 +117,7 @@ def test_requests_that_go_on_after_a_reset_count() -> None:
     load(adapters, 1, "aa")
     adapters.begin(FIRST)
     adapters.emptied([FIRST])
-    adapters.told([], [])
+    adapters.take([], [])
     load(adapters, 1, "bb")
     assert adapters.begin(FIRST) is None
 
@@ -157,10 +157,10 @@ def test_what_is_remembered_is_bounded() -> None:
 
 def test_a_step_without_news_asks_nothing_of_the_requests() -> None:
     adapters = Adapters()
-    assert adapters.told([LoadedAdapter(0, 1, "aa")], [Resident(0, frozenset({1}))])
-    assert not adapters.told([], [])
+    assert adapters.take([LoadedAdapter(0, 1, "aa")], [Resident(0, frozenset({1}))])
+    assert not adapters.take([], [])
     adapters.begin(FIRST)
-    assert adapters.told([], []), "the first step with this adapter"
-    assert not adapters.told([], [Resident(0, frozenset({1, 2}))])
+    assert adapters.take([], []), "the first step with this adapter"
+    assert not adapters.take([], [Resident(0, frozenset({1, 2}))])
     adapters.emptied([FIRST])
-    assert adapters.told([], [])
+    assert adapters.take([], [])

@@ -1,7 +1,7 @@
-"""What the content of weight files is, as one digest, and whether they have changed since a moment.
+"""Hashes the content of weight files into one digest, and finds out whether they have changed since a moment.
 
-Knows nothing about models or engines. Hashing is done once for a file: its digest is remembered by device, inode, size
-and times. In a hub's cache, where a file is a link to a blob that is named by its SHA-256, the name is the digest.
+Hashes each file once: it remembers digests by device, inode, size and times. In a hub's cache, where a file is a link
+to a blob that has its SHA-256 as name, the name is the digest. Knows nothing about models or engines.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_REMEMBERED = 4096
 MAX_LINKS = 40  # as the kernel
-TICK_NS = 10 * 10**6  # by so much the time that a file gets may be behind the clock
-COARSE_NS = 2 * 10**9  # and by so much where a file system keeps whole seconds, some of them even ones only
+TICK_NS = 10 * 10**6  # a file's time may be this far behind the clock
+COARSE_NS = 2 * 10**9  # and this far on a file system that keeps whole seconds, or every second one
 
 
 class Signature(NamedTuple):
-    """What changes when a file's content does, as far as the file system tells."""
+    """What a file system changes when a file's content changes."""
 
     name: str
     device: int
@@ -40,7 +40,7 @@ class Signature(NamedTuple):
 
 
 def signatures(folder: Path, suffixes: Iterable[str]) -> tuple[Signature, ...]:
-    """The signatures of a folder's files with these suffixes, by name; empty if there are none or it cannot be read."""
+    """List the signatures of a folder's files with these suffixes, by name; empty if none can be read."""
     found = []
     wanted = tuple(suffixes)
     try:
@@ -56,9 +56,9 @@ def signatures(folder: Path, suffixes: Iterable[str]) -> tuple[Signature, ...]:
 def fingerprint(
     folder: Path, suffixes: Iterable[str], memory: Path | None, now_ns: Callable[[], int] = time.time_ns
 ) -> str | None:
-    """SHA-256 (hex) over the sorted (name, size, content digest) of the files; None if they cannot be had.
+    """Return the SHA-256 (hex) over the sorted (name, size, content digest) of the files; None if one cannot be read.
 
-    `memory` is a file in which content digests are remembered, of files that did not change right now.
+    `memory` is a file that remembers the digests of files that did not change just now.
     """
     files = signatures(folder, suffixes)
     if not files:
@@ -67,12 +67,12 @@ def fingerprint(
     digest = hashlib.sha256()
     fresh: dict[str, str] = {}
     try:
-        for one in files:
-            tag = ":".join(str(part) for part in one[1:])
-            content = known.get(tag) or _content(folder / one.name)
-            if _at_latest_ns(one.mtime_ns, one.ctime_ns) < now_ns():
+        for file in files:
+            tag = ":".join(str(part) for part in file[1:])
+            content = known.get(tag) or _content(folder / file.name)
+            if _at_latest_ns(file.mtime_ns, file.ctime_ns) < now_ns():
                 fresh[tag] = content
-            digest.update(json.dumps([one.name, one.nbytes, content]).encode())
+            digest.update(json.dumps([file.name, file.nbytes, content]).encode())
     except OSError:
         return None
     if fresh.keys() - known.keys():
@@ -81,10 +81,10 @@ def fingerprint(
 
 
 def changed_since(folder: Path, suffixes: Iterable[str], start_ns: int) -> Path | None:
-    """What may have made these files others since `start_ns`; None if nothing has.
+    """Return the path through which these files may have changed since `start_ns`; None if there is none.
 
-    That is a file, the folder, or on the way to them a link that was switched or a folder that was renamed; also
-    whatever cannot be looked at. Times are those of the file system: its clock must not be behind this machine's.
+    That is a file, the folder, or on the way to them a switched link or a renamed folder; also a path that cannot be
+    read. Times are the file system's: its clock must not be behind this machine's.
     """
     wanted = tuple(suffixes)
     name, final = folder, Path(os.path.realpath(folder))
@@ -93,7 +93,7 @@ def changed_since(folder: Path, suffixes: Iterable[str], start_ns: int) -> Path 
         for path in (folder, *files):
             for name in _way(path):
                 s = os.lstat(name)
-                # what is put into a folder on the way changes both its times alike, another name only the second
+                # an entry made in a folder on the way changes both its times alike, a new name only the second
                 passed = stat.S_ISDIR(s.st_mode) and s.st_mtime_ns == s.st_ctime_ns and name != final
                 if _at_latest_ns(s.st_mtime_ns, s.st_ctime_ns) >= start_ns and not passed:
                     return name
@@ -103,19 +103,19 @@ def changed_since(folder: Path, suffixes: Iterable[str], start_ns: int) -> Path 
 
 
 def process_start_ns() -> int:
-    """When this process began, by the clock that file systems take their times from."""
+    """Return when this process began, by the clock from which file systems take their times."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10**9 // os.sysconf("SC_CLK_TCK")
     return time.time_ns() - age_ns
 
 
 def _at_latest_ns(*times_ns: int) -> int:
-    """When that which has the latest of these times may have changed."""
+    """Return the latest moment at which something with these times may have changed."""
     return max(time_ns + (TICK_NS if time_ns % 10**9 else COARSE_NS) for time_ns in times_ns)
 
 
 def _way(path: Path) -> Iterator[Path]:
-    """Every name that leads to `path` from the root on, links and what they lead to among them."""
+    """Yield every name on the way from the root to `path`, links and their targets among them."""
     here, ahead, links = Path("/"), list(path.absolute().parts[:0:-1]), 0
     while ahead:
         part = ahead.pop()
@@ -136,7 +136,7 @@ def _way(path: Path) -> Iterator[Path]:
 
 
 def default_memory() -> Path | None:
-    """Where digests are remembered for this user; None for one without a home directory."""
+    """Return the file that remembers this user's digests; None for a user without a home directory."""
     return cache_file("fingerprints.json")
 
 

@@ -1,7 +1,7 @@
-"""A rank's half of what is known of adapters: the digest of each one that vLLM 0.32 loads, of its tensors.
+"""Watches which adapters (LoRA) vLLM 0.32 loads in this rank's process, and hashes the tensors of each.
 
-A file may be replaced between the load and the moment when anybody looks at it, so none is looked at; and tensors that
-are a file's own pages change when it is written to, so they are copied first.
+Reads no file: a file may have been replaced since vLLM loaded it. Copies tensors that are mapped from a file before it
+hashes them: they change when the file is written to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from kvkeep.doors.vllm.loaded import Expected, LoadedAdapter, Resident
 from kvkeep.engine.plan import LoadOp, StepPlan
 
-NOWHERE = b""  # the boot of no store: what is to be loaded from its pool fails
+NOWHERE = b""  # the boot of no store: a load from its pool fails
 MAX_WAITING = 64
 _WEIGHTS = (LoRAModel, LoRALayerWeights, PackedLoRALayerWeights, LoRAFullModuleWeights)
 Parts = list[tuple[str, torch.Tensor | None]]
@@ -36,9 +36,9 @@ HashJob = Callable[[], None]
 
 
 class RankAdapters:
-    """What this rank has loaded, from the moment on when it was made: before vLLM takes any request.
+    """The adapters that this rank has loaded since this object was made, which is before vLLM takes any request.
 
-    `later` runs a job on another thread and says whether it will.
+    `later` queues a job for another thread; False if its queue is full.
     """
 
     def __init__(self, rank: int, config: LoRAConfig | None, later: Callable[[HashJob], bool]) -> None:
@@ -46,37 +46,37 @@ class RankAdapters:
         self._config = config
         self._later = later
         self._last = 0
-        self._loads: dict[int, int] = {}  # the number of each adapter's last load
+        self._loads: dict[int, int] = {}  # by adapter: which of all loads was its last one
         self._fresh: list[tuple[int, int, LoRAModel]] = []
         self._made: deque[tuple[int, int, str]] = deque()
         self._digests: dict[int, str] = {}
-        self._told = Resident(rank, frozenset())
+        self._reported = Resident(rank, frozenset())
         self._loader: weakref.ref[WorkerLoRAManager] | None = None
         if config is not None:
             _watch(weakref.WeakMethod(self._loaded))
 
     def take(self) -> tuple[list[LoadedAdapter], list[Resident]]:
-        """At the end of a step: what was loaded since the last one, which digests are there, what is here now."""
-        told = []
+        """Return, at the end of a step, what was loaded or hashed since the last one, and what is resident if new."""
+        news = []
         for number, load, model in self._fresh:  # vLLM has merged its layers by now and leaves them alone
-            told.append(LoadedAdapter(self._rank, number, ""))
+            news.append(LoadedAdapter(self._rank, number, ""))
             self._later(partial(self._make, number, load, _named(model)))
         self._fresh = []
         for _ in range(len(self._made)):
             number, load, digest = self._made.popleft()
             if self._loads.get(number) == load:
                 self._digests[number] = digest
-                told.append(LoadedAdapter(self._rank, number, digest))
+                news.append(LoadedAdapter(self._rank, number, digest))
         resident = Resident(self._rank, self._resident())
         for known in (self._digests, self._loads):
             for number in known.keys() - resident.numbers:
                 del known[number]
-        changed = resident != self._told
-        self._told = resident
-        return told, [resident] if changed else []
+        changed = resident != self._reported
+        self._reported = resident
+        return news, [resident] if changed else []
 
     def checked(self, plan: StepPlan, expected: Mapping[str, Expected]) -> StepPlan:
-        """The plan with those loads failing whose request's adapter is not the one that their KV was computed with."""
+        """Return the plan; in it those loads fail whose request's adapter is not the one their KV was computed with."""
         if not expected:
             return plan
         resident = self._resident()
@@ -104,21 +104,21 @@ class RankAdapters:
         self._fresh.append((number, self._last, model))
 
     def _make(self, number: int, load: int, parts: Parts | None) -> None:
-        """On another thread."""
+        """Hash an adapter; runs on another thread."""
         digest = digest_of(parts) if parts is not None else ""
         if digest:
             self._made.append((number, load, digest))
 
 
 class Background:
-    """Runs jobs one after the other on a thread of its own; no more than MAX_WAITING wait."""
+    """Runs jobs in their order on a thread of its own; at most MAX_WAITING wait."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[HashJob | None] = queue.Queue(MAX_WAITING)
         self._thread: threading.Thread | None = None
 
     def later(self, job: HashJob) -> bool:
-        """Whether the job will run."""
+        """Queue a job; False if too many wait."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="kvkeep-adapters")
             self._thread.start()
@@ -129,7 +129,7 @@ class Background:
         return True
 
     def close(self) -> None:
-        """No job begins any more, and nobody waits for the one that runs."""
+        """Start no further job; do not wait for the one that runs."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._jobs.get_nowait()
@@ -141,7 +141,7 @@ class Background:
 
 
 def digest_of(parts: Parts) -> str:
-    """SHA-256 (hex) of an adapter's parts; "" for tensors whose bytes cannot be had."""
+    """Return the SHA-256 (hex) of an adapter's parts; "" for tensors whose bytes cannot be read."""
     whole = hashlib.sha256()
     try:
         for name, tensor in parts:
@@ -153,7 +153,7 @@ def digest_of(parts: Parts) -> str:
 
 
 def _named(model: LoRAModel) -> Parts | None:
-    """All that an adapter is but its number; None where a part of it is of no known kind."""
+    """List all that an adapter consists of, without its id; None if the type of a part is unknown."""
     try:
         return [part for name, value in sorted(vars(model).items()) if name != "id" for part in _parts(name, value)]
     except TypeError:
@@ -161,7 +161,7 @@ def _named(model: LoRAModel) -> Parts | None:
 
 
 def _own(value: Any) -> Any:
-    """Below `value`, every tensor that may be pages of a file is put in memory of its own."""
+    """Copy every tensor at and below `value` that may be mapped from a file."""
     if isinstance(value, torch.Tensor):
         return value if value.is_pinned() else value.clone()
     if isinstance(value, list):
@@ -174,15 +174,18 @@ def _own(value: Any) -> Any:
 
 
 def _parts(name: str, value: object) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Every tensor below `value` with its name, type and shape; every plain value in words. TypeError for others."""
+    """Yield every tensor at and below `value` with its name, type and shape, every plain value as text.
+
+    TypeError for a value of another type.
+    """
     if isinstance(value, torch.Tensor):
         yield f"{name} {value.dtype} {tuple(value.shape)}", value
     elif value is None or isinstance(value, (bool, int, float, str)):
         yield f"{name} {value!r}", None
     elif isinstance(value, (list, tuple)):
         yield f"{name} {len(value)}", None
-        for place, item in enumerate(value):
-            yield from _parts(f"{name}.{place}", item)
+        for index, item in enumerate(value):
+            yield from _parts(f"{name}.{index}", item)
     elif isinstance(value, dict) or type(value) in _WEIGHTS:
         inner: Mapping[str, Any] = value if isinstance(value, dict) else vars(value)
         for key, item in sorted(inner.items()):
@@ -199,15 +202,18 @@ def _failing(loads: tuple[LoadOp, ...], wrong: set[str]) -> tuple[LoadOp, ...]:
     return tuple(replace(op, boot=NOWHERE) if op.request in wrong else op for op in loads)
 
 
-def _watch(told: weakref.WeakMethod[Any]) -> None:
-    """Has `told` called with each adapter that vLLM loads in this process, before it is used: no hook of vLLM's is."""
+def _watch(loaded: weakref.WeakMethod[Any]) -> None:
+    """Have `loaded` called with each adapter that vLLM loads in this process, before its first use.
+
+    Wraps a private method of vLLM, which has no hook for this.
+    """
     load = WorkerLoRAManager._load_adapter
 
     def load_and_tell(loads: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
         model = load(loads, request)
-        tell = told()
-        if tell is not None:
-            tell(loads, request, model)
+        call = loaded()
+        if call is not None:
+            call(loads, request, model)
         return model
 
     WorkerLoRAManager._load_adapter = load_and_tell

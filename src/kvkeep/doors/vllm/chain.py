@@ -1,7 +1,7 @@
-"""How the digests of vLLM 0.32's requests are chained: by hashing their tokens, or out of vLLM's own block hashes.
+"""Translates vLLM 0.32's requests for the planner: tokens, and what the digests of their chunks are made of.
 
-vLLM's hashes cost nothing more, since it makes them for itself; they are taken where they are the SHA-256 of canonical
-CBOR, as ours are. Knows nothing about the planner's decisions.
+Digests chain over the tokens, or over vLLM's own block hashes where those are SHA-256 of canonical CBOR as ours are:
+vLLM makes them anyway. Adapters, salts and images enter a digest as vLLM mixes them into its hashes.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class ChainKind:
 
     @property
     def name(self) -> Literal["kvkeep", "vllm"]:
-        """As in the identity."""
+        """The chain's name in the identity."""
         return "vllm" if self.block_tokens else "kvkeep"
 
 
 def chain_kind(
     wanted: Literal["auto", "kvkeep"], chunk_tokens: int, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> ChainKind:
-    """The kind that may be used. vLLM's default, `sha256`, hashes pickles, which another Python may write otherwise."""
+    """Choose what digests are made of: not of vLLM's default, `sha256`: pickles may differ between Pythons."""
     if wanted != "auto" or vllm_config.cache_config.prefix_caching_hash_algo != "sha256_cbor":
         return ChainKind()
     block_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1]
@@ -58,26 +58,26 @@ def chain_kind(
 
 @dataclass
 class Requests:
-    """The engine's requests in the planner's words, from their arrival to their end."""
+    """vLLM's requests from their arrival to their end, and what the digests of each begin with."""
 
     adapters: Adapters = field(default_factory=Adapters)
     kind: ChainKind = ChainKind()
     known: dict[str, VllmRequest] = field(default_factory=dict)
     _roots: dict[str, bytes | Miss] = field(default_factory=dict)
     _hashes: dict[str, BlockHashes] = field(default_factory=dict)
-    _adapted: dict[str, tuple[Adapter, bytes | None]] = field(default_factory=dict)  # with what they began
+    _adapted: dict[str, tuple[Adapter, bytes | None]] = field(default_factory=dict)  # adapter, its content then
 
     def add(self, request: VllmRequest) -> None:
-        """Remembers a request."""
+        """Remember a request."""
         self.known[request.request_id] = request
 
     def drop(self, name: str) -> None:
-        """Forgets a request."""
+        """Forget a request."""
         for table in (self.known, self._roots, self._hashes, self._adapted):
             table.pop(name, None)
 
     def translated(self, request: VllmRequest) -> Request:
-        """The request for the planner. What its digests begin with is decided when this is first asked."""
+        """Return the request for the planner; the first call decides what its digests begin with."""
         name = request.request_id
         if name not in self.known:
             self.add(request)
@@ -95,7 +95,7 @@ class Requests:
         )
 
     def scheduled(self, output: SchedulerOutput, left_behind: LeftBehind) -> list[Scheduled]:
-        """What a step computes; `left_behind` gives the states that it leaves behind for what vLLM hands over."""
+        """List what a step computes of each request; `left_behind` reads which recurrent states it leaves behind."""
         steps, handed = [], output.kv_connector_block_state.boundary_state_offloads
         for name, count in output.num_scheduled_tokens.items():
             request = self.known.get(name)
@@ -108,8 +108,8 @@ class Requests:
         return steps
 
     def step_over(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> list[str]:
-        """Takes in what ranks have loaded by a step's end; gives the requests that another adapter has computed."""
-        if not self.adapters.told(loads, resident):
+        """Take in what ranks had loaded by a step's end; name the requests that another adapter has computed."""
+        if not self.adapters.take(loads, resident):
             return []
         doubtful = [
             name
@@ -122,11 +122,11 @@ class Requests:
         return doubtful
 
     def own_cache_emptied(self) -> None:
-        """The engine's own prefix cache holds no block of any request."""
+        """Note that the engine's own prefix cache holds no block any more."""
         self.adapters.emptied(adapter for adapter, _ in self._adapted.values())
 
     def expected(self, names: Iterable[str]) -> dict[str, Expected]:
-        """What ranks must have loaded for those of these requests that have an adapter."""
+        """Return what ranks must have loaded for those of these requests that have an adapter."""
         return {name: self.adapters.expected(self._adapted[name][0]) for name in names if name in self._adapted}
 
     def _begin(self, request: VllmRequest) -> None:
@@ -141,7 +141,7 @@ class Requests:
             self._hashes[name] = BlockHashes(request.block_hashes, block_tokens, content or b"")
 
     def _root(self, request: VllmRequest, content: bytes | None) -> bytes | Miss:
-        """What starts a request's digests, given its adapter's content (empty: it has none); or why it is not kept."""
+        """Return what a request's digests start from, or why nothing is kept of it; `content` b"": no adapter."""
         block_tokens = self.kind.block_tokens
         if request.resumable:
             return Miss.SESSION  # vLLM may cut its tokens, and with them what was hashed
@@ -153,12 +153,12 @@ class Requests:
 
 
 def adapter_of(request: LoRARequest) -> Adapter:
-    """The adapter that a request names."""
+    """Return the adapter that a request names."""
     return Adapter(request.lora_int_id, request.lora_name, request.lora_path, request.load_inplace)
 
 
 def extra_keys(request: VllmRequest) -> ExtraKeys | None:
-    """What vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
+    """Return what vLLM mixes into the hashes of a request's token ranges; None where it mixes in nothing."""
     plain = not (request.lora_request or request.mm_features or request.cache_salt)
     if plain and request.prompt_embeds is None:
         return None
@@ -166,10 +166,9 @@ def extra_keys(request: VllmRequest) -> ExtraKeys | None:
 
 
 class RangeKeys:
-    """What vLLM mixes into the hash of a token range.
+    """What vLLM mixes into the hash of a token range: adapter, salt, the images in it.
 
-    Ranges may be asked for in any order. Where each begins at or after the end of the one before it, as a request's
-    chunks do, the images that have passed are not looked at again.
+    Takes ranges in any order; where they ascend, as a request's chunks do, it does not look at earlier images again.
     """
 
     def __init__(self, request: VllmRequest) -> None:
@@ -178,7 +177,7 @@ class RangeKeys:
         self._image = 0  # the first image that may reach beyond it
 
     def __call__(self, start: int, end: int) -> tuple[Any, ...] | None:
-        """The keys of tokens [start, end)."""
+        """Return the keys of tokens [start, end)."""
         image = self._image if start >= self._end else 0
         keys: tuple[Any, ...] | None
         keys, self._image = generate_block_hash_extra_keys(self._request, start, end, image)

@@ -1,6 +1,6 @@
-"""What vLLM 0.32 says of a model and its cache, in kvkeep's words.
+"""Reads from vLLM 0.32's configuration what kvkeep must know of a model and its paged cache, and what it refuses.
 
-Translates and decides nothing but what is refused: a kind of group that is not known here is named, not guessed at.
+Refuses by name what it does not know, as a kind of KV-cache group; guesses nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DRAFTERS_WITHOUT_KV = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_
 
 
 def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """Why this model cannot be kept; empty if it can."""
+    """Say why nothing can be kept of this model; empty if chunks can be kept."""
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is not supported"
@@ -46,17 +46,17 @@ def refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
     why = _reuse_refusal(vllm_config)
     if why:
         return why
-    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
         why = _group_refusal(group)
         if why:
-            return f"KV-cache group {number}: {why}"
+            return f"KV-cache group {index}: {why}"
     return _states_refusal(vllm_config, kv_cache_config)
 
 
 def _states_refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """Why a model with recurrent state cannot be kept."""
+    """Say why nothing can be kept of a model with recurrent state."""
     chunks, states = kept_groups(kv_cache_config)
-    specs = [kv_cache_config.kv_cache_groups[number].kv_cache_spec for number in states]
+    specs = [kv_cache_config.kv_cache_groups[index].kv_cache_spec for index in states]
     if not specs:
         return ""
     if not chunks:
@@ -74,7 +74,7 @@ def _states_refusal(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
 
 
 def _reuse_refusal(vllm_config: VllmConfig) -> str:
-    """Why no prefix may be given back whatever it is made of."""
+    """Say why no prefix of this model may be reused, whatever its layers are."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if not model.is_prefix_caching_supported:
         return "this model, or how its output is pooled, needs all tokens computed: vLLM reuses no prefix of it"
@@ -95,11 +95,11 @@ def _reuse_refusal(vllm_config: VllmConfig) -> str:
 
 
 def _group_refusal(group: KVCacheGroupSpec) -> str:
-    spec = group.kv_cache_spec
-    specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-    for one in specs:
-        if type(one) not in (*_FULL, SlidingWindowSpec, MambaSpec):
-            return f"{type(one).__name__} is a kind of cache that is not supported"
+    whole = group.kv_cache_spec
+    specs = list(whole.kv_cache_specs.values()) if isinstance(whole, UniformTypeKVCacheSpecs) else [whole]
+    for spec in specs:
+        if type(spec) not in (*_FULL, SlidingWindowSpec, MambaSpec):
+            return f"{type(spec).__name__} is a kind of cache that is not supported"
     if group.is_eagle_group:
         return "it belongs to a drafter (EAGLE, MTP), whose cache depends on later tokens"
     if group.host_resident or not group.enable_kv_transfer:
@@ -108,14 +108,14 @@ def _group_refusal(group: KVCacheGroupSpec) -> str:
 
 
 def writes_early(vllm_config: VllmConfig) -> bool:
-    """Whether a step zeroes and copies blocks before it calls `handle_preemptions`: vLLM's second model runner does."""
+    """True if a step zeroes and copies blocks before `handle_preemptions`, as in vLLM's second model runner."""
     return bool(getattr(vllm_config, "use_v2_model_runner", True))
 
 
 def splits_batches(vllm_config: VllmConfig) -> bool:
-    """Whether a layer may be computed in several parts of a batch (DBO), so that its end is not the layer's.
+    """True if a layer may be computed for parts of a batch (DBO), so that the end of a part is not the layer's end.
 
-    With a drafter a step is in two parts, too: its layers run when the model's loads have been taken in.
+    With a drafter too: its layers run after the model's, when the step's loads have already been reported.
     """
     parallel = vllm_config.parallel_config
     if vllm_config.speculative_config is not None:
@@ -124,7 +124,7 @@ def splits_batches(vllm_config: VllmConfig) -> bool:
 
 
 def window(group: KVCacheGroupSpec) -> int:
-    """The group's sliding window in tokens, 0 if it has none."""
+    """Return the group's sliding window in tokens; 0 if it has none."""
     spec = group.kv_cache_spec
     if isinstance(spec, UniformTypeKVCacheSpecs):  # a worker's; the scheduler sees one layer's
         spec = spec.first_spec
@@ -132,27 +132,28 @@ def window(group: KVCacheGroupSpec) -> int:
 
 
 def fails_whole(kv_cache_config: KVCacheConfig) -> bool:
-    """Whether a load that fails in part must be made up for from the first token on.
+    """True if the engine must compute a request from its first token when a part of its load fails.
 
-    With several groups vLLM cannot tell whose a block is; with a window the part that arrived lacks what was before it.
+    With several groups vLLM cannot tell which group a block id belongs to; with a sliding window the part that arrived
+    may lack the tokens before it.
     """
     groups = kv_cache_config.kv_cache_groups
     return len(groups) > 1 or any(map(window, groups))
 
 
 def never_in_step(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
-    """Whether a step must not make a load of its own, since vLLM could not make up for its failure.
+    """True if no step may wait for a load of its own, since vLLM could not recover from its failure.
 
-    It knows the failure of a whole request only of loads beside the steps; and where the next step is under way when a
-    failure is known (asynchronous scheduling), it gives out the token which that one computes on garbage.
+    vLLM takes the failure of a whole request only for loads beside the steps. And with asynchronous scheduling the next
+    step already runs when a failure becomes known: vLLM would return the token that this step computed on garbage.
     """
     return vllm_config.max_concurrent_batches > 1 or fails_whole(kv_cache_config)
 
 
 def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
-    """The chunk's size: `wanted`, or the smallest larger multiple of all groups' block sizes.
+    """Return the tokens in a chunk: `wanted`, or the next larger multiple of all groups' block sizes.
 
-    With recurrent state it is the smallest, for a chunk is of use where it ends at a boundary that has a state.
+    With recurrent state it is the smallest such multiple: a chunk is only useful if a state was kept at its end.
     """
     least = 1 if kept_groups(kv_cache_config).states else wanted
     block_tokens = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
@@ -163,17 +164,17 @@ def chunk_tokens(wanted: int, kv_cache_config: KVCacheConfig) -> int:
 
 
 class KeptGroups(NamedTuple):
-    """The numbers of the groups that chunks are made of, and of those that hold recurrent state."""
+    """Indices of vLLM's KV-cache groups: those that chunks are made of, and those that hold recurrent state."""
 
     chunks: tuple[int, ...]
     states: tuple[int, ...]
 
     def tables(self, tables: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """All groups' block tables in the planner's order."""
-        return [tables[number] for number in (*self.chunks, *self.states)] if self.states and tables else tables
+        """Put all groups' block tables in the planner's order."""
+        return [tables[index] for index in (*self.chunks, *self.states)] if self.states and tables else tables
 
     def left_behind(self, handed: Iterable[tuple[int, int, int]]) -> list[tuple[int, tuple[int, ...]]]:
-        """The states that a step leaves behind, from vLLM's (group, block, tokens): tokens, then each group's block."""
+        """List the states that a step leaves behind as (tokens, each group's block), from (group, block, tokens)."""
         found: dict[int, dict[int, int]] = {}
         for group, block, tokens in handed:
             found.setdefault(tokens, {})[group] = block
@@ -182,22 +183,24 @@ class KeptGroups(NamedTuple):
 
 
 def kept_groups(kv_cache_config: KVCacheConfig) -> KeptGroups:
-    """Which group is of which kind."""
-    kinds = [isinstance(group.kv_cache_spec, MambaSpec) for group in kv_cache_config.kv_cache_groups]
-    chunks, states = ([number for number, one in enumerate(kinds) if one is kind] for kind in (False, True))
-    return KeptGroups(tuple(chunks), tuple(states))
+    """Tell groups with KV from those with recurrent state."""
+    recurrent = [isinstance(group.kv_cache_spec, MambaSpec) for group in kv_cache_config.kv_cache_groups]
+    return KeptGroups(
+        tuple(index for index, is_state in enumerate(recurrent) if not is_state),
+        tuple(index for index, is_state in enumerate(recurrent) if is_state),
+    )
 
 
 def group_caches(
-    caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, numbers: Iterable[int]
+    caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig, indices: Iterable[int]
 ) -> list[GroupCaches]:
-    """The registered tensors of these groups; LayoutMismatch if a layer of one was not registered."""
+    """Return the registered tensors of these groups; LayoutMismatch if a layer was not registered."""
     groups = []
-    for number in numbers:
-        group = kv_cache_config.kv_cache_groups[number]
+    for index in indices:
+        group = kv_cache_config.kv_cache_groups[index]
         missing = [name for name in group.layer_names if name not in caches]
         if missing:
-            raise LayoutMismatch(f"group {number}: layer {missing[0]} has no registered cache")
+            raise LayoutMismatch(f"group {index}: layer {missing[0]} has no registered cache")
         tensors = {name: caches[name] for name in group.layer_names}
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
@@ -207,7 +210,7 @@ def group_caches(
 
 
 def init_amx() -> None:
-    """Asks the kernel for AMX before the first forward: without it a one-token first forward dies with SIGILL."""
+    """Ask the kernel for AMX before the first forward: without it a one-token first forward dies with SIGILL."""
     supported: Iterable[str] = ("_is_amx_tile_supported", "_init_amx")
     if all(hasattr(torch.cpu, name) for name in supported) and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

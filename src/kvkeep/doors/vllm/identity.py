@@ -1,7 +1,7 @@
-"""The identity of what a vLLM engine stores: the record of `core/identity.py`, filled.
+"""Fills the identity (`core/identity.py`) of what a vLLM engine stores: all that must match for chunks to be reused.
 
-What decides a byte is named as it was resolved, not as it was asked for. What cannot be named for certain holds for
-this start alone, and the log says so.
+Takes what vLLM resolved, not what a user asked for. Where something cannot be known for certain, the identity is one
+of this start alone, and the log says why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvkeep.engine.plan import RankInfo
 log = logging.getLogger("kvkeep")
 
 FILE_SUFFIXES = (".json", ".yaml", ".yml", ".py")
-"""A model's other files: of its image processor, of quantization, of code of its own. Too many cost a miss."""
+"""A model's other files: for its image processor, quantization, its own code. A file too many costs a miss."""
 FROM_THE_FOLDER = frozenset(
     {
         "dummy",
@@ -64,7 +64,7 @@ HARMLESS_FILES = frozenset(
         "chat_template.json",
     }
 )
-"""The configuration is named as it was resolved; the others are about text and tokens, which are in the key."""
+"""The resolved configuration is in the identity; the others are about text and tokens, which are in the key."""
 ONLY_HOW = frozenset({"enable_multithread_load", "num_threads", "distributed", "concurrency", "memory_limit"})
 """The loader's settings that say how a folder is read."""
 WITH_MORE_WEIGHTS = frozenset({"UltravoxModel", "MoonshotKimiaForCausalLM"})
@@ -72,7 +72,7 @@ WITH_MORE_WEIGHTS = frozenset({"UltravoxModel", "MoonshotKimiaForCausalLM"})
 
 
 def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor], shard: ShardLayout) -> dict[str, str]:
-    """The parts of the identity that exist only where the model is loaded; `shard` is how its chunks are arranged."""
+    """Return the parts of the identity that only a process with the loaded model knows; `shard`: its chunks' layout."""
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     backends, sets, scales = set(), set(), []
     for name, layer in sorted(layers.items()):
@@ -91,7 +91,7 @@ def worker_facts(vllm_config: VllmConfig, caches: Mapping[str, torch.Tensor], sh
 
 
 def of_all_ranks(ranks: Sequence[RankInfo]) -> dict[str, str]:
-    """Each fact of all ranks: one text where they agree, else every rank's in their order."""
+    """Merge the facts of all ranks: one text where they agree, else every rank's in their order."""
     names = dict.fromkeys(name for rank in ranks for name in rank.facts)
     said = {name: [rank.facts.get(name, "") for rank in ranks] for name in names}
     return {name: texts[0] if len(set(texts)) == 1 else json.dumps(texts) for name, texts in said.items()}
@@ -105,7 +105,7 @@ def identity(
     contents: tuple[str, str],
     chain: ChainKind,
 ) -> Identity:
-    """The identity record of everything this engine stores; `contents` as `fingerprints` gives them."""
+    """Make the identity of everything that this engine stores; `contents` comes from `fingerprints`."""
     model, parallel, facts = vllm_config.model_config, vllm_config.parallel_config, of_all_ranks(ranks)
     rope = _rope(model.hf_text_config)
     layout = kv_cache_config.kv_cache_layout or ""
@@ -145,9 +145,9 @@ def identity(
 
 
 def fingerprints(vllm_config: VllmConfig, outlived: bool) -> tuple[str, str]:
-    """The content of the weights and of the model's other files; for what is not known, a name for this start alone.
+    """Return digests of the weights and of the model's other files; if uncertain, a name of this start alone.
 
-    `outlived`: chunks may be there after the engine, or for another one. Where they cannot, no file is read.
+    `outlived`: chunks can outlive this engine or be read by another; if not, no file is read.
     """
     folder, dummy = Path(vllm_config.model_config.model), str(vllm_config.load_config.load_format) == "dummy"
     this_start = f"this start only: {secrets.token_hex(16)}"
@@ -157,16 +157,16 @@ def fingerprints(vllm_config: VllmConfig, outlived: bool) -> tuple[str, str]:
     weights = "dummy" if dummy else "" if why else fingerprint(folder, WEIGHT_SUFFIXES, default_memory())
     names = other_files(folder)
     files = "" if why or not names else fingerprint(folder, names, default_memory())
-    why = why or _changed(folder, names if dummy else (*WEIGHT_SUFFIXES, *names))  # they are hashed by now
+    why = why or _changed(folder, names if dummy else (*WEIGHT_SUFFIXES, *names))  # after they were hashed
     if weights is None or files is None:
         why = f"{folder} is not a folder of weight files"
     if why:
-        log.warning("kvkeep: no other start will find what is kept: %s", why)
+        log.warning("kvkeep: chunks of this start cannot be reused by another: %s", why)
     return (this_start if why else weights or ""), files or ""
 
 
 def other_files(folder: Path) -> tuple[str, ...]:
-    """The names of a model's files beside its weights that may shape what it computes or how images become input."""
+    """List a model's files, without its weights, that may shape what it computes or how images become input."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError:
@@ -175,7 +175,7 @@ def other_files(folder: Path) -> tuple[str, ...]:
 
 
 def _unnamed(vllm_config: VllmConfig, folder: Path) -> str:
-    """Why the folder's files are not all that was loaded; empty if they are."""
+    """Say why the folder's files may not be all that was loaded; empty if they are."""
     model, load = vllm_config.model_config, vllm_config.load_config
     load_format, loader = str(load.load_format), load.model_loader_extra_config or {}
     if not folder.is_dir():
@@ -197,29 +197,27 @@ def _unnamed(vllm_config: VllmConfig, folder: Path) -> str:
 
 
 def _changed(folder: Path, suffixes: Iterable[str]) -> str:
-    """Why the files may be others than those that were loaded; empty if they are the same."""
+    """Say why the files may not be those that were loaded; empty if they are."""
     late = changed_since(folder, suffixes, process_start_ns())
     if late is None:
         return ""
-    return (
-        f"{late} changed after this engine had begun to start, what it loaded may be what was there before: restart it"
-    )
+    return f"{late} changed while this engine was starting, which may have loaded what was there before: restart it"
 
 
 def unknown(name: str) -> str:
-    """The text of a setting whose value has no form that is the same in another process."""
-    log.warning("kvkeep: no other start will find what is kept: the value of %s cannot be named", name)
+    """Return a text of this start alone for a setting whose value has no form that is equal in another process."""
+    log.warning("kvkeep: chunks of this start cannot be reused by another: %s has no stable form", name)
     return f"this start only: {secrets.token_hex(16)}"
 
 
 def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:
     spec = group.kv_cache_spec
-    one = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
-    if isinstance(one, MambaSpec):
-        kind = f"{type(one).__name__}/{one.mamba_type}/{one.shapes}/{one.dtypes}"
+    layer = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+    if isinstance(layer, MambaSpec):
+        kind = f"{type(layer).__name__}/{layer.mamba_type}/{layer.shapes}/{layer.dtypes}"
         heads, size = 0, 0
     else:
-        kind, heads, size = f"{type(spec).__name__}/{type(one).__name__}", one.num_kv_heads, one.head_size
+        kind, heads, size = f"{type(spec).__name__}/{type(layer).__name__}", layer.num_kv_heads, layer.head_size
     return GroupIdentity(
         kind=kind,
         layers=tuple(group.layer_names),
@@ -231,7 +229,7 @@ def _group_identity(group: KVCacheGroupSpec) -> GroupIdentity:
 
 
 def _rope(config: object) -> str:
-    """Every parameter of the model's configuration that has to do with positions, as canonical JSON."""
+    """Return every parameter of the model's configuration that has to do with positions, as canonical JSON."""
     words = ("rope", "rotary", "position", "sliding_window", "layer_types")
     fields = {name: value for name, value in vars(config).items() if any(word in name for word in words)}
     return json.dumps(fields, sort_keys=True, default=str)

@@ -1,8 +1,8 @@
-"""Which adapters an engine's ranks have loaded, by content, and whether an adapter's name stands for one content alone.
+"""Knows the content of each adapter that an engine's ranks have loaded, and whether a name has had two contents.
 
-The engine's own prefix cache knows an adapter by name and path. So where two contents have been computed under the same
-ones, a request may get blocks of either from it, and nothing of that adapter is kept until that cache is emptied. Knows
-nothing about files or tensors, nor about what is done with a request.
+vLLM's own prefix cache knows an adapter by name and path. Where KV of two contents has been computed under the same
+name and path, a request may get blocks of either from that cache; so nothing is kept of that adapter until the cache
+is emptied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_ADAPTERS = 4096
 
 
 class Adapter(NamedTuple):
-    """An adapter as a request names it. `anew`: each step that computes the request loads it again."""
+    """An adapter as a request names it (`number`: vLLM's id). `anew`: each step of the request loads it again."""
 
     number: int
     name: str
@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
 
 
 class LoadedAdapter(NamedTuple):
-    """One rank has loaded an adapter; `digest` is that of its tensors, "" as long as it is not known."""
+    """A rank has loaded an adapter; `digest` is that of its tensors, "" until it is known."""
 
     rank: int
     number: int
@@ -34,40 +34,37 @@ class LoadedAdapter(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """The numbers of the adapters that one rank has just now; of others the next load is still to come."""
+    """The adapters that a rank has in memory now; before it uses another one it loads it."""
 
     rank: int
     numbers: frozenset[int]
 
 
 class Expected(NamedTuple):
-    """What each rank must have loaded for a request to get what was kept."""
+    """The digest that each rank's adapter must have for a request to reuse chunks."""
 
     number: int
     digests: tuple[str, ...]
 
 
 class Adapters:
-    """What the ranks of one engine have told of their loads, and which contents have been computed with."""
+    """What the ranks of an engine have loaded, and which contents have computed KV under which name."""
 
     def __init__(self, ranks: int = 1) -> None:
         self._ranks = range(ranks)
         self._digests: OrderedDict[int, dict[int, str]] = OrderedDict()
         self._resident: dict[int, frozenset[int]] = {}
-        self._contents: dict[int, bytes | None] = {}  # what was made of the digests: each request asks for it
+        self._contents: dict[int, bytes | None] = {}  # made of all ranks' digests
         self._used: dict[int, set[Adapter]] = {}
         self._computed: dict[tuple[object, ...], set[bytes]] = {}
-        self._unseen: set[int] = set()  # the numbers of what was loaded or used since the last report
+        self._unseen: set[int] = set()  # loaded or used since the last report
 
-    def told(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> bool:
-        """A step is over; takes in what ranks have loaded by its end.
-
-        False if whatever was still the same before is so now.
-        """
+    def take(self, loads: Iterable[LoadedAdapter], resident: Iterable[Resident]) -> bool:
+        """Take in what ranks have loaded by the end of a step; False if that changes nothing for any adapter."""
         for rank, number, digest in loads:
             digests = self._digests.setdefault(number, {})
             if digests.get(rank) == digest == "":
-                self._count(b"", number)  # of the load before this one nothing will be known
+                self._count(b"", number)  # loaded again before its digest was known: that content never will be
             digests[rank] = digest
             self._digests.move_to_end(number)
             self._contents.pop(number, None)
@@ -83,7 +80,7 @@ class Adapters:
         return bool(unseen)
 
     def emptied(self, used: Iterable[Adapter]) -> None:
-        """The engine's own cache holds nothing; `used` are the adapters of requests that go on."""
+        """Note that the engine's own cache is empty; `used` are the adapters of requests that go on."""
         self._computed.clear()
         self._used = {}
         for adapter in used:
@@ -91,9 +88,9 @@ class Adapters:
         self._unseen = set(self._used)
 
     def begin(self, adapter: Adapter) -> bytes | None:
-        """What a request with this adapter begins with, on all ranks together; None if that is in doubt.
+        """Return the adapter's content on all ranks, for a request that begins; None if it is in doubt.
 
-        It is before each load, and where the engine's own cache may hold blocks of another content of this name.
+        It is in doubt before each load, and while the engine's own cache may hold blocks of another content.
         """
         self._used.setdefault(adapter.number, set()).add(adapter)
         self._unseen.add(adapter.number)
@@ -102,16 +99,16 @@ class Adapters:
         return content if resident and not adapter.anew and self.is_still(adapter, content) else None
 
     def is_still(self, adapter: Adapter, content: bytes | None) -> bool:
-        """Whether nothing else has been loaded in its place, nor computed under its name."""
+        """True if no other content has been loaded in its place or computed under its name."""
         return self._content(adapter.number) == content and not self._computed.get(adapter[1:3], set()) - {content}
 
     def expected(self, adapter: Adapter) -> Expected:
-        """What each rank must have for a request to get what was kept under this adapter's content."""
+        """Return the digests that ranks must have for a request to reuse chunks of this adapter's content."""
         digests = self._digests.get(adapter.number, {})
         return Expected(adapter.number, tuple(digests.get(rank, "") for rank in self._ranks))
 
     def _count(self, content: bytes, number: int) -> None:
-        """Requests with the adapter of this number have been computed with this content."""
+        """Note that requests with this adapter have been computed with this content."""
         for adapter in self._used.get(number, ()):
             self._computed.setdefault(adapter[1:3], set()).add(content)
 

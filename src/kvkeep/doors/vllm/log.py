@@ -1,6 +1,6 @@
-"""kvkeep's log lines beside vLLM's: wherever vLLM writes at that time, each once, until the last engine has ended.
+"""Writes kvkeep's log lines where vLLM writes its own, each once, until the last engine of the process has ended.
 
-Knows nothing about what is logged. What vLLM sets up is looked at for each line, since it may be set up anew.
+Looks up vLLM's logger for each line, since vLLM may configure its logging again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ log = logging.getLogger("kvkeep")
 
 
 class BesideVllm(logging.Handler):
-    """Gives each record to vLLM's logger; remembers for how many, and how kvkeep's logger was before."""
+    """Hands each record to vLLM's logger; remembers how many engines use it, and how kvkeep's logger was before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,20 +19,20 @@ class BesideVllm(logging.Handler):
         self._before = (log.level, log.propagate)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes it where vLLM writes."""
+        """Write a record where vLLM writes."""
         logging.getLogger("vllm").handle(record)
 
     def put_back(self) -> None:
-        """Leaves kvkeep's logger as it was."""
+        """Leave kvkeep's logger as it was."""
         log.removeHandler(self)
         log.setLevel(self._before[0])
         log.propagate = self._before[1]
 
 
 def join_log(level: str) -> None:
-    """From now on kvkeep's lines of this level and above go where vLLM's go, and to handlers of its own.
+    """Write kvkeep's lines of this level and above where vLLM's go, and to handlers of kvkeep's own.
 
-    Each call is undone by one of `leave_log`.
+    A call of `leave_log` undoes a call of this.
     """
     beside = _beside() or BesideVllm()
     beside.users += 1
@@ -42,7 +42,7 @@ def join_log(level: str) -> None:
 
 
 def leave_log() -> None:
-    """An engine has ended; after the last one the log is as it was before the first."""
+    """Count an engine as ended; after the last one put kvkeep's logger back as it was."""
     beside = _beside()
     if beside is not None:
         beside.users -= 1

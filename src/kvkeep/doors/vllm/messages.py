@@ -1,7 +1,4 @@
-"""What the planner's and the workers' halves send each other, in the envelopes that vLLM 0.32 carries.
-
-Data only.
-"""
+"""What the scheduler's and the workers' instances of the connector send each other: data, which vLLM 0.32 carries."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from kvkeep.engine.plan import RankInfo, Report, StepPlan
 
 @dataclass
 class PlanMeta(KVConnectorMetadata):
-    """A step's plan on its way to the workers; `expected` has what they must have loaded for the requests it names."""
+    """A step's plan for the workers; `expected`: by request, the adapter that they must have loaded."""
 
     plan: StepPlan = field(default_factory=StepPlan)
     expected: dict[str, Expected] = field(default_factory=dict)
@@ -27,20 +24,20 @@ class PlanMeta(KVConnectorMetadata):
 
 @dataclass
 class ReportMeta(KVConnectorWorkerMetadata):
-    """The workers' reports, and the adapters that they have loaded, on their way to the planner."""
+    """Workers' reports for the planner, and the adapters that they have loaded."""
 
     report: Report = field(default_factory=Report)
     loads: list[LoadedAdapter] = field(default_factory=list)
     resident: list[Resident] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Both workers' reports as one."""
+        """Merge two workers' reports."""
         assert isinstance(other, ReportMeta)
         return ReportMeta(self.report.merged(other.report), self.loads + other.loads, self.resident + other.resident)
 
 
 @dataclass
 class RankMeta(KVConnectorHandshakeMetadata):
-    """What a worker publishes before the planner exists."""
+    """What a worker says of itself before the planner exists."""
 
     info: RankInfo

@@ -1,7 +1,7 @@
-"""All settings of an engine, by name, in one canonical form, but for those that cannot change a byte of KV.
+"""Lists all settings of a vLLM engine that may change a byte of KV, each as text that is equal in every process.
 
-A setting that nobody has looked at is in: at worst two engines do not share that could. What is left out stands in
-`vllm_harmless.py` with the reason. Texts are the same in every process: no address, no order of a set.
+Leaves out only what `harmless` names with a reason. A setting that nobody has reviewed is in: at worst two engines do
+not share that could.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+")
 
 
 def harmless(name: str) -> str:
-    """Why this setting cannot change a byte of KV; empty for one that may."""
+    """Say why this setting cannot change a byte of KV; empty if it may."""
     return NAMES.get(name) or next((reason for glob, reason in GLOBS.items() if fnmatchcase(name, glob)), "")
 
 
 def settings(config: Any, unknown: Callable[[str], str]) -> dict[str, str]:
-    """Every setting below `config` and of the environment that may change a byte: its name, its canonical JSON.
+    """Return, by name, the canonical JSON of every setting in `config` and the environment that may change a byte.
 
-    `unknown` gives the text for one (its name is the argument) whose value has no canonical form.
+    `unknown` makes the text of a setting, from its name, whose value has no canonical form.
     """
     found = {}
     for name, value in _leaves("", config, 0):
@@ -49,7 +49,7 @@ def settings(config: Any, unknown: Callable[[str], str]) -> dict[str, str]:
 
 
 def _once(found: dict[str, str]) -> dict[str, str]:
-    """Without a second copy of the same model's configuration: most models are all text."""
+    """Drop a second copy of the same model's configuration: most models are all text."""
     text = {name: value for name, value in found.items() if name.startswith(_OF_TEXT)}
     for whole in ("model_config.hf_config.", "model_config.hf_config.text_config."):
         same = {name.replace(whole, _OF_TEXT, 1): value for name, value in found.items() if name.startswith(whole)}
@@ -61,13 +61,13 @@ def _once(found: dict[str, str]) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """The variables of vLLM that are set and that may change a byte, as settings."""
-    names = sorted(os.environ.keys() & envs.environment_variables.keys())  # others are what its processes tell others
+    """Return the variables of vLLM that are set and may change a byte, as settings."""
+    names = sorted(os.environ.keys() & envs.environment_variables.keys())  # others are between its processes
     return {f"env.{name}": json.dumps(os.environ[name]) for name in names if not harmless(f"env.{name}")}
 
 
 def _leaves(name: str, value: Any, level: int) -> Iterator[tuple[str, Any]]:
-    """The settings at and below this one, without those that are harmless."""
+    """Yield the settings at and below this one, without those that are harmless."""
     if name and harmless(name):
         return
     parts = _parts(value) if level < MOST_LEVELS else None
@@ -79,7 +79,7 @@ def _leaves(name: str, value: Any, level: int) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(value: Any) -> Mapping[str, Any] | None:
-    """What a value consists of, where its parts have names: a model's configuration, one of vLLM's, a mapping."""
+    """Return a value's named parts: of a model's configuration, of one of vLLM's, of a mapping; None for others."""
     if _is_of_a_model(value):
         value = value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
@@ -100,7 +100,7 @@ def _is_lazy(what: object) -> bool:
 
 
 def canonical(value: Any, level: int = 0) -> Any:
-    """A value as JSON has it, equal in every process for equal values; NotCanonical for what is not known here."""
+    """Return a value as JSON has it, equal in every process for equal values; NotCanonical for an unknown type."""
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
     if level >= MOST_LEVELS:
@@ -117,7 +117,7 @@ def canonical(value: Any, level: int = 0) -> Any:
 
 
 def _canonical_parts(value: Any, level: int) -> Any:
-    """The form of what has parts."""
+    """Return the canonical form of a value with parts."""
     parts = _parts(value)
     if parts is None and isinstance(value, Mapping):
         return {"pairs": sorted((_text(key, level), _text(inner, level)) for key, inner in value.items())}

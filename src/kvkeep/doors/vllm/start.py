@@ -88,7 +88,7 @@ def open_worker(engine: EngineConfig, kv_caches: Mapping[str, torch.Tensor]) -> 
     opened = _open_transfer(engine, kv_caches)
     door = PoolDoor()
     alone, whole = parallel.world_size == 1, not facts.splits_batches(engine.vllm)
-    worker = open_rank(parallel.rank, opened, door, config, alone, whole)
+    worker = open_rank(parallel.rank, opened, door, config, alone=alone, whole=whole)
     shard = opened.transfer.shard
     said = vllm_identity.worker_facts(engine.vllm, kv_caches, shard)
     states = opened.states.shard if opened.states is not None else None
@@ -112,7 +112,9 @@ def open_planner(engine: EngineConfig, ranks: Sequence[RankInfo], figures: Figur
     kind = chain_kind(config.chain, layout.chunk_tokens, engine.vllm, engine.cache)
     contents = vllm_identity.fingerprints(engine.vllm, config.outlived)
     introduction = Introduction(
-        identity=vllm_identity.identity(engine.vllm, engine.cache, ranks, layout.chunk_tokens, contents, kind),
+        identity=vllm_identity.identity(
+            engine.vllm, engine.cache, ranks, layout.chunk_tokens, contents=contents, chain=kind
+        ),
         name=f"vllm {engine.vllm.model_config.model}",
         layout=layout,
         states=states,
