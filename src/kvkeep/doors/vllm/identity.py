@@ -201,7 +201,7 @@ def _changed(folder: Path, suffixes: Iterable[str]) -> str:
     late = changed_since(folder, suffixes, process_start_ns())
     if late is None:
         return ""
-    return f"{late} changed while this engine was starting, which may have loaded what was there before: restart it"
+    return f"{late} changed after this engine had begun to start, so it may have loaded the former content: restart it"
 
 
 def unknown(name: str) -> str:
