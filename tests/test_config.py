@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.config import Config, Disk, Durability, describe_settings
-from kvkeep.core.policies.registry import policy_by_name
+from kvkeep.core.policies.registry import POLICIES, policy_by_name
 from kvkeep.errors import ConfigError
 from kvkeep.settings import right_values
 from kvkeep.sizes import parse_size
@@ -434,6 +434,6 @@ def test_a_store_process_reads_what_was_parsed() -> None:
 
 
 def test_every_policy_that_may_be_set_is_there() -> None:
-    for name in ("lru", "lfu", "fifo", "mru"):
+    for name in POLICIES:
         assert f'"{name}"' in right_values(Config)["policy"]
         policy_by_name(Config(policy=name).policy)

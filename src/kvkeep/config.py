@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from kvkeep.core.policies.registry import POLICIES
 from kvkeep.errors import ConfigError
 from kvkeep.settings import checked, right_values, unknown, wrong
 from kvkeep.sizes import parse_size
@@ -78,7 +79,14 @@ _Size = Annotated[
 _SizeOrNone = Annotated[
     int, Meta(ge=0, description='a number of bytes >= 0, or a size as "512 MiB", "4 GiB" or "4 GB"'), _read_size
 ]
-_Policy = Annotated[Literal["lru", "lfu", "fifo", "mru"], Meta(description='"lru", "lfu", "fifo" or "mru"')]
+_Policy = Annotated[
+    str,
+    Meta(
+        description=" or ".join(f'"{name}"' for name in POLICIES),
+        pattern=rf"^({'|'.join(POLICIES)})\Z",
+        extra={"words": tuple(POLICIES)},
+    ),
+]
 _Limit = Annotated[float, Meta(gt=0, le=3600, description="seconds > 0 and <= 3600")]
 
 

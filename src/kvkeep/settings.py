@@ -2,7 +2,8 @@
 
 A setting is a field of a msgspec struct, annotated with `Meta(description=what is right)` and, where people write it
 in another form than the field's type, with a reader: a function of (value, where it is written) that returns what the
-type takes and raises ValueError otherwise. Knows nothing about which settings there are, nor where they are written.
+type takes and raises ValueError otherwise. `Meta(extra={"words": ...})` names the words of a `str` field that takes
+words which are known only at run time. Knows nothing about which settings there are, nor where they are written.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def checked(kind: type[msgspec.Struct], name: str, value: object, written: str, 
     hint = _hints(kind)[name]
     meta, *readers = hint.__metadata__
     right, found = str(meta.description), value
-    words = _words(hint.__origin__)
+    words = _words(hint.__origin__) or (meta.extra or {}).get("words", ())
     if words and isinstance(value, str):
         right += _like(value, words)
-        found = value.lower() if value.lower() in words else value
+        found = next((word for word in words if word == value.lower()), value)
     try:
         for read in readers:
             found = read(found, written)

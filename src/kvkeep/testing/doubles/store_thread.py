@@ -69,7 +69,7 @@ class ThreadSource:
     def connect(self) -> socket.socket:
         """A socket to a new store."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        config = Config(pool_size=self.pool_nbytes, policy=self.policy, max_pinned_share=self.max_pinned_share)  # type: ignore[arg-type]
+        config = Config(pool_size=self.pool_nbytes, policy=self.policy, max_pinned_share=self.max_pinned_share)
         self.boots.append(_started(config, theirs, None))
         return ours
 
