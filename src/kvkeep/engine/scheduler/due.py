@@ -10,7 +10,7 @@ from dataclasses import replace
 from kvkeep.core.layout import ChunkLayout
 from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.plan import LoadOp
-from kvkeep.engine.scheduler.ops import Tables, load_ops
+from kvkeep.engine.scheduler.ops import Tables, scatter_ops
 from kvkeep.engine.scheduler.request import Match, RequestRecord
 from kvkeep.engine.scheduler.states import States
 from kvkeep.engine.scheduler.steps import Load
@@ -32,12 +32,12 @@ class DueLoads:
     def add(self, record: RequestRecord, match: Match, external: int, tables: Tables) -> None:
         """Adds the load of `external` tokens of a match into the request's blocks."""
         span = (record.computed, record.computed + external)
-        ops = load_ops(self._shard, record.request, match, span, tables=tables)
+        ops = scatter_ops(self._shard, record.request, match, span, tables=tables)
         first = span[0] // self._layout.chunk_tokens
         digests = record.chain.digests[first : first + len(ops)]
         ops = [self._completed(op, match, chunk) for chunk, op in enumerate(ops, first)]
         if self._states is not None:
-            ops.append(self._states.load_op(record.request, match, span, tables))
+            ops.append(self._states.scatter_op(record.request, match, span, tables))
             digests.append(digests[-1])
         # a chunk outside every window needs no copy, so none of it can fail
         needed = [(op, digest) for op, digest in zip(ops, digests, strict=True) if op.blocks]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import Scheduled, StoreOp
-from kvkeep.engine.scheduler.ops import Tables, advance, rewind, store_op
+from kvkeep.engine.scheduler.ops import Tables, advance, gather_op, rewind
 from kvkeep.engine.scheduler.request import OpenChunk, RequestRecord
 from kvkeep.engine.scheduler.steps import Sealed, Step
 from kvkeep.telemetry import Figures
@@ -80,7 +80,7 @@ class Gathers:
             if record.reservation is not None and not self._opened(record, client, patience_s):
                 patience_s = 0.0  # one wait a step
             if record.open:
-                ops += self._request_ops(step, record, request.final, tables(request.request))
+                ops += self._ops_of_request(step, record, request.final, tables(request.request))
         return ops
 
     def commit(self, sealed: Sequence[Sealed], client: Client) -> None:
@@ -151,13 +151,13 @@ class Gathers:
                 self._figures.add(_SKIPPED[offset])
         return True
 
-    def _request_ops(self, step: Step, record: RequestRecord, final: int, tables: Tables) -> list[StoreOp]:
+    def _ops_of_request(self, step: Step, record: RequestRecord, final: int, tables: Tables) -> list[StoreOp]:
         ops = []
         for chunk in list(record.open.values()):
             if chunk.sealed_in or final <= chunk.number * self._shard.chunk_tokens:
                 continue
             try:
-                op = store_op(self._shard, chunk, final, tables)
+                op = gather_op(self._shard, chunk, final, tables)
             except LookupError:
                 self._figures.add("skipped_gone_chunks")
                 del record.open[chunk.number]

@@ -20,7 +20,9 @@ def aligned(shard: ShardLayout, computed: int) -> bool:
     return all(computed % group.block_tokens == 0 for group in shard.groups)
 
 
-def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, int], *, tables: Tables) -> list[LoadOp]:
+def scatter_ops(
+    shard: ShardLayout, request: str, match: Match, span: tuple[int, int], *, tables: Tables
+) -> list[LoadOp]:
     """The scatters that fill tokens [start, end) of a request from matched chunks, first chunk first.
 
     They leave blocks below `start` alone, which hold what the engine computed. In a group with a sliding window they
@@ -31,7 +33,7 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
     tokens = shard.chunk_tokens
     ops = []
     for chunk in range(start // tokens, -(-end // tokens)):
-        runs = [_load_run(shard, group, chunk, span, table=tables[group]) for group in range(len(shard.groups))]
+        runs = [_blocks_of_chunk(shard, group, chunk, span, table=tables[group]) for group in range(len(shard.groups))]
         index = chunk - match.first
         blocks = tuple(part for run in runs for part in run)
         # the last block has room for tokens that the step computes
@@ -42,7 +44,7 @@ def load_ops(shard: ShardLayout, request: str, match: Match, span: tuple[int, in
     return ops
 
 
-def _load_run(
+def _blocks_of_chunk(
     shard: ShardLayout, group: int, chunk: int, span: tuple[int, int], *, table: Sequence[int]
 ) -> list[Blocks]:
     start, end = span
@@ -58,7 +60,7 @@ def _load_run(
     return [Blocks(group, first - chunk * per_chunk, tuple(ids))] if ids else []
 
 
-def store_op(shard: ShardLayout, chunk: OpenChunk, final: int, tables: Tables) -> StoreOp | None:
+def gather_op(shard: ShardLayout, chunk: OpenChunk, final: int, tables: Tables) -> StoreOp | None:
     """What to gather into an open chunk in a step after which `final` tokens are final; None: nothing yet.
 
     A group without a window is gathered once all its blocks are full; one with a window as they fill, since the engine

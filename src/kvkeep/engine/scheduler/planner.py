@@ -209,7 +209,7 @@ class Planner:
             self._wish_generated(scheduled, client)
         stores = self._gathers.ops(step, scheduled, self._records, tables, client=client)
         if self._states is not None and client is not None:
-            stores += self._states.store_ops(
+            stores += self._states.gather_ops(
                 step, scheduled, self._records, client, chunk_tokens=self._layout.chunk_tokens
             )
         self._steps.launch(step)

@@ -44,7 +44,7 @@ class States:
         """Where each rank's part of a state starts in it (bytes)."""
         return tuple(self._layout.shard_offset(rank) for rank in range(len(self._layout.shards)))
 
-    def load_op(self, request: str, match: Match, span: tuple[int, int], tables: Tables) -> LoadOp:
+    def scatter_op(self, request: str, match: Match, span: tuple[int, int], tables: Tables) -> LoadOp:
         """The scatter of the state at the end of tokens [start, end), into the block that ends there."""
         state, (start, end) = match.state, span
         shard = self._layout.shards[0]
@@ -56,7 +56,7 @@ class States:
         sums = self._sums(state.sums)
         return LoadOp(match.lease.boot, request, start, state.offset, blocks=blocks, sums=sums, state=True)
 
-    def store_ops(
+    def gather_ops(
         self,
         step: Step,
         scheduled: Sequence[Scheduled],
