@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -252,17 +252,21 @@ def engine(folder: Path, wait_s: float = LONG_S) -> Iterator[FakeEngine]:
     made = FakeEngine(SHAPE, PrivateSource(Config(pool_size=4 << 20, log_level="error", tiers=[disk])), options)
     # how fast this machine computes just now must not decide whether its disk is worth the wait
     made.planner._estimate.compute_s = lambda start, end: None  # type: ignore[method-assign]
-    client = made.link.client
-    assert client is not None
     try:
-        for _ in range(10_000):  # its disk may open a moment after the store
-            stats = client.wait(client.stats(), LONG_S)
-            assert isinstance(stats, Stats)
-            if stats.figures.get("disk_scanned"):
-                break
+        until(made, lambda figures: bool(figures.get("disk_scanned")))  # its disk may open a moment after the store
         yield made
+        until(made, lambda figures: not figures.get("disk_flush_waiting"))
     finally:
         made.close()
+
+
+def until(made: FakeEngine, true: Callable[[dict[str, int]], bool]) -> None:
+    """Asks the store for its figures until they are so; a store that is gone is not asked."""
+    for _ in range(10_000):
+        client = made.link.client
+        stats = client.wait(client.stats(), LONG_S) if client is not None and client.alive else None
+        if not isinstance(stats, Stats) or true(stats.figures):
+            return
 
 
 def answers(made: FakeEngine, prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:

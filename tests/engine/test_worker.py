@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,41 @@ def test_a_closed_worker_has_no_door_and_may_be_closed_twice(rank: Rank) -> None
 
 def plan_of(*ops: LoadOp, step: int = 1) -> StepPlan:
     return StepPlan(step, FIRST, (0, 8192), loads=ops)
+
+
+def test_what_is_verified_or_written_by_the_step_is_there_before_the_first_layer() -> None:
+    rank = Rank(0, layers=2)
+    pool = rank.hand(FIRST)
+    rank.cache[1:3] = 5
+    sums = rank.store(gather(0, 1, 2)).stores[0].sums[0]
+    pool.array[16384:32768] = 1
+    ops = scatter(0, 3, 4, sums=sums), replace(scatter(16384, 5, 6), written=True), scatter(16384, 7, 8)
+    plan = plan_of(*ops, step=2)
+    rank.worker.start_loads(plan)
+    assert [bool(rank.cache[block].all()) for block in (3, 4, 5, 6, 7, 8)] == [True] * 4 + [False] * 2
+    for name in ("layer0", "layer1"):
+        rank.worker.wait_layer(name)
+    rank.worker.start_stores(plan)
+    assert rank.worker.results.take_report().loads == [LoadsDone(2, 0, ())]
+    assert rank.cache[7:9].all()
+    rank.close()
+
+
+def test_a_chunk_that_failed_in_a_layer_is_left_alone_in_later_ones_and_the_others_are_not() -> None:
+    rank = Rank(0, layers=3)
+    pool = rank.hand(FIRST)
+    pool.array[:] = 1
+    rank.faults.failing_calls = {0}
+    plan = plan_of(scatter(0, 1, 2), scatter(16384, 3, 4))
+    rank.worker.start_loads(plan)
+    for number in range(3):
+        rank.worker.wait_layer(f"layer{number}")
+    rank.worker.start_stores(plan)
+    assert rank.worker.results.take_report().loads == [LoadsDone(1, 0, (0,))]
+    assert rank.faults.calls == 1 + 3
+    assert not rank.cache[1:3].any()
+    assert rank.cache[3:5].all()
+    rank.close()
 
 
 @pytest.mark.parametrize("copier", [None, ThreadCopier])

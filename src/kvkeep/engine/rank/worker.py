@@ -152,9 +152,9 @@ class Worker:
         return _Loads(step, ops, [index for index, _ in found], copies, scattering, request)
 
     def _scatter_of(self, op: LoadOp, lease: Lease) -> Copy:
-        """What the step itself writes to is there before the first layer."""
-        sums = op.sums[self._rank] if op.sums else b""
-        return Copy(lease, op.blocks, _kind(op), sums=sums, layerwise=not op.written and not op.state)
+        """What the step itself writes to, and what is verified, is there before the first layer."""
+        layerwise = not (op.written or op.sums or op.state)
+        return Copy(lease, op.blocks, _kind(op), sums=op.sums[self._rank] if op.sums else b"", layerwise=layerwise)
 
     def _stores(self, plan: StepPlan) -> _Stores:
         """The plan's stores with their memory, checked once a step."""
