@@ -107,7 +107,7 @@ def lookup(planner: Planner, tokens: list[int]) -> Measure:
             pass  # "ask again": on a busy machine the store is late
         elapsed_s = time.perf_counter() - start
         assert claim == len(tokens) - 1, f"{claim} tokens were offered"
-        planner.ended(request.name)
+        planner.end(request.name)
         return elapsed_s * 1e3
 
     return measure

@@ -412,7 +412,7 @@ class Asking:
         return self.planner.match(Request(name, range(20), 20, none_hash()), 0)
 
     def admit(self, name: str) -> None:
-        self.planner.admitted(Request(name, range(20), 20, none_hash()), 0, lambda: [[1, 2, 3]])
+        self.planner.admit(Request(name, range(20), 20, none_hash()), 0, lambda: [[1, 2, 3]])
 
 
 SHARD = ReferenceTransfer([GroupCaches({"l": torch.zeros(9, 4, dtype=torch.uint8)}, 9, 4, 0)], 8).shard
@@ -469,7 +469,7 @@ def test_a_store_that_stays_silent_is_given_up_killed_and_replaced(line: Line) -
     asking.admit("other")
     assert asking.planner.figures.misses()["store_gone"] == 1
     for name in ("r", "other"):
-        asking.planner.ended(name)
+        asking.planner.end(name)
 
 
 # ---- what must not be left behind ------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Bench:
         return given
 
     def admit(self, request: Request, external: int = 0, tables: list[list[int]] | None = None) -> None:
-        self.planner.admitted(request, external, lambda: tables or table(len(request.tokens)))
+        self.planner.admit(request, external, lambda: tables or table(len(request.tokens)))
 
     def plan(self, request: Request, final: int, tables: list[list[int]] | None = None) -> StepPlan:
         scheduled = [Scheduled(request.name, final, request.tokens)]
@@ -141,7 +141,7 @@ class Bench:
         self.admit(request)
         self.figures()  # the answer to its reservation is here
         self.done(self.plan(request, len(tokens)))
-        self.planner.ended(name)
+        self.planner.end(name)
         assert self.at_rest()
 
     def lose_store(self) -> None:
@@ -246,7 +246,7 @@ def test_the_arithmetic_of_a_claim(
     plan = bench.plan(request, prompt)
     assert sum(len(run.block_ids) for op in plan.loads for run in op.blocks) == -(-given // BLOCK)
     bench.done(plan)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     assert bench.at_rest()
 
 
@@ -275,7 +275,7 @@ def test_a_match_follows_the_engine_s_own_hit(bench: Bench) -> None:
     assert bench.planner.match(later, 0) == 768, "the engine has less by now: the head is looked up as well"
     assert bench.asked == [3, 1, 3]
     for name in ("r", "later"):
-        bench.planner.ended(name)
+        bench.planner.end(name)
     assert bench.at_rest()
 
 
@@ -316,7 +316,7 @@ def test_a_request_that_wants_every_token_computed_is_stored_and_not_looked_up(b
     assert len(bench.plan(request, 600).stores) == 1
     assert bench.asked == []
     assert bench.misses() == {"not_stored": 1, "unread": 1}
-    bench.planner.ended("r")
+    bench.planner.end("r")
 
 
 def test_a_preempted_request_is_asked_for_again_with_what_it_has_generated(bench: Bench) -> None:
@@ -332,7 +332,7 @@ def test_a_preempted_request_is_asked_for_again_with_what_it_has_generated(bench
     assert len(plan.loads) == 1
     assert plan.stores == ()
     bench.done(plan)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     assert bench.at_rest()
 
 
@@ -374,7 +374,7 @@ def test_a_request_that_is_loaded_beside_the_steps_is_admitted_twice() -> None:
         bench.admit(again, 0, windowed)
         assert bench.count("failed_tokens") == 512
         for name in ("w", "r", "s"):
-            bench.planner.ended(name)
+            bench.planner.end(name)
         assert bench.at_rest()
 
 
@@ -393,7 +393,7 @@ def test_of_a_chunk_outside_every_window_nothing_is_loaded_so_that_nothing_of_it
         assert (bench.count("failed_tokens"), bench.count("delivered_tokens")) == (256, 512)
         assert bench.match(asking("s", range(800))) == 512, "those before it did not fail"
         for name in ("r", "s"):
-            bench.planner.ended(name)
+            bench.planner.end(name)
         assert bench.at_rest()
 
 
@@ -428,7 +428,7 @@ def test_a_chunk_is_readable_only_when_every_rank_has_stored_it() -> None:
         bench.done(plan, ranks=[0])
         assert bench.figures()["chunks"] == 2
         assert not bench.planner.awaits_report()
-        bench.planner.ended("w")
+        bench.planner.end("w")
         assert bench.at_rest()
 
 
@@ -510,7 +510,7 @@ def test_a_reservation_that_is_never_answered_costs_one_deadline(hasty: Bench) -
         assert hasty.count("skipped_late_chunks") == 2
     hasty.figures()
     assert hasty.link.live(idle=True) is hasty.link.client
-    hasty.planner.ended("w")
+    hasty.planner.end("w")
     assert hasty.at_rest(), "what it got too late was given back"
 
 
@@ -519,7 +519,7 @@ def test_a_reservation_that_is_answered_after_the_end_holds_nothing(hasty: Bench
     hasty.match(request)
     with mute(hasty, "reserve"):
         hasty.admit(request)
-        hasty.planner.ended("w")
+        hasty.planner.end("w")
     hasty.figures()
     assert hasty.at_rest()
 
@@ -548,7 +548,7 @@ def test_a_failed_load_taints_its_step_and_every_step_that_was_planned_by_then(b
     found = asking("again", range(600))
     assert bench.planner.match(found, 0) == 256
     for name in ("r", "other", "again"):
-        bench.planner.ended(name)
+        bench.planner.end(name)
     assert bench.at_rest()
     assert bench.figures()["chunks"] == 2  # the first of the two that were loaded, and the one that was gathered again
 
@@ -566,7 +566,7 @@ def test_what_another_request_has_built_on_a_failed_load_is_never_stored(bench: 
     tables = {"loads": table(1100), "reads": [[*table(512)[0], *range(200, 240)]], "other": table(300, 500)}
     forget = bench.planner.step_done(bench.report(first, failed=[0]), tables.__getitem__)
     assert forget == {*tables["loads"][0], *tables["reads"][0]}, "what the reader has computed is worth nothing"
-    bench.planner.ended("loads")
+    bench.planner.end("loads")
     assert bench.plan(reads, 1100, tables["reads"]).stores == ()
     assert len(bench.plan(other, 300, tables["other"]).stores) == 1
 
@@ -577,7 +577,7 @@ def test_a_chunk_whose_load_failed_is_never_offered_again(bench: Bench) -> None:
     assert bench.planner.match(request, 0) == 512
     bench.admit(request, 512)
     bench.done(bench.plan(request, 600), failed=[0, 1])
-    bench.planner.ended("r")
+    bench.planner.end("r")
     bench.asked.clear()
     again = asking("again", range(600))
     assert bench.planner.match(again, 0) == 0
@@ -601,12 +601,12 @@ def test_the_reason_of_a_hit_that_ends_at_a_failed_chunk(bench: Bench) -> None:
 def test_ended_before_it_was_admitted(bench: Bench) -> None:
     bench.keep(range(512))
     assert bench.planner.match(asking("r", range(600)), 0) == 512
-    bench.planner.ended("r")
-    bench.planner.ended("r")
-    bench.planner.ended("never heard of")
+    bench.planner.end("r")
+    bench.planner.end("r")
+    bench.planner.end("never heard of")
     assert bench.at_rest()
     assert bench.planner.match(asking("r", range(600)), 0) == 512, "the name may be used again"
-    bench.planner.ended("r")
+    bench.planner.end("r")
 
 
 def test_ended_before_its_load_was_planned(bench: Bench) -> None:
@@ -614,7 +614,7 @@ def test_ended_before_its_load_was_planned(bench: Bench) -> None:
     request = asking("r", range(600))
     assert bench.planner.match(request, 0) == 512
     bench.admit(request, 512)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     assert bench.planner.plan_step([], lambda _: table(600)).loads == ()
     assert bench.at_rest()
 
@@ -625,7 +625,7 @@ def test_ended_while_its_step_is_under_way(bench: Bench) -> None:
     assert bench.planner.match(request, 0) == 512
     bench.admit(request, 512)
     plan = bench.plan(request, 800)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     now = bench.figures()
     assert (now["pinned_nbytes"], now["writing_nbytes"]) == (2 * bench.layout.nbytes, bench.layout.nbytes)
     bench.done(plan)
@@ -639,7 +639,7 @@ def test_a_name_may_be_used_again_while_a_step_of_its_last_request_is_under_way(
     assert bench.planner.match(old, 0) == 512
     bench.admit(old, 512)
     first = bench.plan(old, 800)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     bench.planner.expect(new)
     assert bench.match(new) == 0
     bench.admit(new)
@@ -650,7 +650,7 @@ def test_a_name_may_be_used_again_while_a_step_of_its_last_request_is_under_way(
     assert bench.match(asking("again", range(5000, 5600))) == 512
     assert bench.match(asking("longer", range(800))) == 768
     for name in ("r", "again", "longer"):
-        bench.planner.ended(name)
+        bench.planner.end(name)
     assert bench.at_rest()
 
 
@@ -661,7 +661,7 @@ def test_a_store_that_is_lost_takes_what_ended_requests_had_reserved_with_it(ben
     bench.admit(request)
     bench.figures()
     plan = bench.plan(request, 600)
-    bench.planner.ended("r")
+    bench.planner.end("r")
     bench.lose_store()
     bench.planner.plan_step([], lambda _: table(600))
     bench.find_store()
@@ -670,7 +670,7 @@ def test_a_store_that_is_lost_takes_what_ended_requests_had_reserved_with_it(ben
     assert held == 512
     bench.done(plan)
     assert bench.figures()["pinned_nbytes"] == 2 * bench.layout.nbytes, "a lease of another's was released"
-    bench.planner.ended("reader")
+    bench.planner.end("reader")
     assert bench.at_rest()
 
 
@@ -678,7 +678,7 @@ def test_ended_while_its_question_is_open(hasty: Bench) -> None:
     hasty.keep(range(512))
     with mute(hasty, "fetch"):
         assert hasty.planner.match(asking("r", range(600)), 0) is None
-        hasty.planner.ended("r")
+        hasty.planner.end("r")
     hasty.figures()
     assert hasty.figures()["pinned_nbytes"] == 0
 
@@ -698,7 +698,7 @@ def test_after_a_reset_nothing_of_before_is_given_or_kept(bench: Bench) -> None:
     assert bench.plan(stores, 600).stores == (), "its tokens were computed by the old weights"
     assert bench.planner.match(matched, 0) == 0
     for name in ("matched", "stores"):
-        bench.planner.ended(name)
+        bench.planner.end(name)
     assert bench.at_rest()
     bench.keep(range(512), name="new")
     assert bench.planner.match(asking("r", range(600)), 0) == 512
@@ -742,7 +742,7 @@ def test_nothing_is_given_to_or_kept_of_a_request_that_another_adapter_computes(
     assert bench.match(asking("again", range(2000, 2600))) == 0
     assert bench.match(asking("other again", range(4000, 4600))) == 512
     for name in ("doubted", "other", "matched", "again", "other again"):
-        bench.planner.ended(name)
+        bench.planner.end(name)
     assert bench.at_rest()
 
 
@@ -813,7 +813,7 @@ def test_a_slow_store_costs_one_deadline_and_then_nothing(hasty: Bench) -> None:
     hasty.figures()
     assert hasty.link.live(idle=True) is hasty.link.client, "it has caught up and is asked again"
     for name in ("r", "other"):
-        hasty.planner.ended(name)
+        hasty.planner.end(name)
     assert hasty.figures()["pinned_nbytes"] == 0, "the answer that nobody waited for was given back"
     assert hasty.match(asking("s", range(600))) == 512
     assert hasty.count("store_losses") == 0
@@ -829,7 +829,7 @@ def test_without_a_store_everything_is_a_miss_and_a_new_one_starts_from_nothing(
     assert bench.misses()["store_gone"] == 1
     plan = bench.plan(matched, 600)
     assert (plan.boot, plan.loads, plan.stores) == (b"", (), ())
-    bench.planner.ended("matched")
+    bench.planner.end("matched")
     bench.find_store()
     assert bench.planner.match(asking("r", range(600)), 0) == 0
     assert bench.count("store_losses") == 1
@@ -848,7 +848,7 @@ def test_a_chunk_in_the_making_is_not_gathered_into_another_store_s_pool(bench: 
     assert bench.plan(long, 500).stores == ()
     bench.find_store()
     assert bench.plan(long, 1000).stores == ()
-    bench.planner.ended("long")
+    bench.planner.end("long")
     assert bench.at_rest()
 
 
@@ -976,7 +976,7 @@ def test_an_engine_is_not_kept_awake_for_ever_by_a_report_that_never_comes(
 def test_claims_that_were_never_offered_are_refused(bench: Bench) -> None:
     request = asking("r", range(600))
     assert bench.planner.match(request, 0) == 0
-    bench.planner.ended("r")
+    bench.planner.end("r")
     with pytest.raises(ValueError, match="never offered"):
         bench.admit(asking("s", range(600)), 256)
 
@@ -1009,7 +1009,7 @@ def test_a_load_is_beside_the_steps_where_many_would_wait_for_it() -> None:
             assert bench.planner.match(request, 0) == 512
             found.append(bench.planner.loads_beside(request.name))
             for one in (*runs, request):
-                bench.planner.ended(one.name)
+                bench.planner.end(one.name)
         assert found == [False, True, False]
 
 
@@ -1024,20 +1024,20 @@ def test_a_load_is_beside_the_steps_where_another_request_begins_with_the_same_b
     bench.planner.expect(asking("sharing", [*range(BLOCK), 7]))
     assert bench.planner.match(alone, 0) == 512
     assert bench.planner.loads_beside("alone"), "the other one could read a block before its load has failed"
-    bench.planner.ended("sharing")
+    bench.planner.end("sharing")
     assert bench.planner.match(alone, 0) == 512
     assert not bench.planner.loads_beside("alone")
-    bench.planner.arrived("not looked up yet", range(BLOCK))
+    bench.planner.announce("not looked up yet", range(BLOCK))
     assert bench.planner.match(alone, 0) == 512
     assert bench.planner.loads_beside("alone"), "nor may one whose digests are still to come"
-    bench.planner.ended("not looked up yet")
+    bench.planner.end("not looked up yet")
     assert bench.planner.match(alone, 0) == 512
     assert not bench.planner.loads_beside("alone")
     bench.planner.expect(asking("short", range(BLOCK - 1)))
     bench.planner.expect(asking("as short", range(1, BLOCK)))
     assert bench.planner.match(alone, 0) == 512
     assert bench.planner.loads_beside("alone"), "a short prompt may have been generated further, and be preempted"
-    bench.planner.ended("short")
+    bench.planner.end("short")
     assert bench.planner.match(alone, 0) == 512
     assert not bench.planner.loads_beside("alone")
 
@@ -1121,7 +1121,7 @@ def test_with_the_engines_block_hashes_a_prompt_and_what_was_generated_are_found
         for tokens in (range(500), range(520)):  # the hashes grow in place as tokens are generated
             grown = replace(hashed("writer", tokens, hashes), prompt_tokens=300)
             bench.done(bench.plan(grown, len(tokens)))
-        bench.planner.ended("writer")
+        bench.planner.end("writer")
         assert bench.match(hashed("reader", range(600), [])) == 512
 
 
@@ -1132,7 +1132,7 @@ def test_what_was_stored_under_block_hashes_is_no_other_adapters() -> None:
         bench.admit(writer)
         bench.figures()
         bench.done(bench.plan(writer, 512))
-        bench.planner.ended("writer")
+        bench.planner.end("writer")
         for name, fingerprint in (("replaced", b"content of another"), ("without", b"")):
             assert bench.match(hashed(name, range(600), [], fingerprint)) == 0
         assert bench.match(hashed("same", range(600), [], b"content of an adapter")) == 512

@@ -89,7 +89,7 @@ class Bench:
         request = asking(name, tokens)
         assert self.match(request) == 0
         table = list(range(1, 1 + -(-len(tokens) // BLOCK)))
-        self.planner.admitted(request, 0, lambda: [table, [], []])
+        self.planner.admit(request, 0, lambda: [table, [], []])
         for place, block in enumerate(table):
             part = tokens[place * BLOCK : (place + 1) * BLOCK]
             self.kv[block, : len(part)] = torch.tensor(part)
@@ -98,14 +98,14 @@ class Bench:
                 self.state[group][block] = sum(tokens[:upto]) + group if block else -1
         scheduled = [Scheduled(name, len(tokens), tokens, 0, states=left)]
         self.run(self.planner.plan_step(scheduled, lambda _: [table, [], []]))
-        self.planner.ended(name)
+        self.planner.end(name)
 
     def load(self, request: Request, claim: int) -> dict[str, bool]:
         """The request is loaded beside the steps: attention's blocks from 40 on, the state's to 50 and 51."""
         count = -(-claim // BLOCK)
         nulls = [0] * (claim // CHUNK - 1)
         tables = [list(range(40, 40 + count)), [*nulls, 50], [*nulls, 51]]
-        self.planner.admitted(request, claim, lambda: tables)
+        self.planner.admit(request, claim, lambda: tables)
         self.run(self.planner.plan_step([], lambda _: tables))
         return self.worker.results.take_loaded()
 
@@ -147,7 +147,7 @@ def test_a_claim_ends_where_a_state_was_left_and_brings_it(bench: Bench) -> None
     assert bench.load(request, 96) == {"reader": True}
     assert bench.kv[40:46].flatten().tolist() == PROMPT[:96]
     assert [int(bench.state[group][50 + group]) for group in range(2)] == [sum(PROMPT[:96]), sum(PROMPT[:96]) + 1]
-    bench.planner.ended("reader")
+    bench.planner.end("reader")
     assert bench.at_rest()
     assert bench.figures.misses() == {"not_stored": 1, "no_state": 1}  # the cold one, and the other's fourth chunk
 
@@ -169,9 +169,9 @@ def test_without_a_state_there_is_no_hit_and_the_reason_says_so(bench: Bench) ->
     bench.compute("writer", PROMPT, [])
     request = asking("reader", PROMPT)
     assert bench.match(request) == 0
-    bench.planner.admitted(request, 0, lambda: [[], [], []])
+    bench.planner.admit(request, 0, lambda: [[], [], []])
     assert bench.figures.misses()["no_state"] >= 1
-    bench.planner.ended("reader")
+    bench.planner.end("reader")
     assert bench.at_rest()
 
 
@@ -192,14 +192,14 @@ def test_what_is_no_state_at_the_end_of_a_chunk_is_not_stored(bench: Bench, left
 def test_a_state_that_is_there_is_not_stored_again(bench: Bench) -> None:
     bench.compute("one", PROMPT, [(64, (10, 11))])
     assert bench.match(asking("two", PROMPT[:70])) == 64
-    bench.planner.ended("two")
+    bench.planner.end("two")
     request = asking("three", PROMPT)
     bench.match(request, 0)
     table = list(range(1, 11))
-    bench.planner.admitted(request, 0, lambda: [table, [], []])
+    bench.planner.admit(request, 0, lambda: [table, [], []])
     scheduled = [Scheduled("three", 150, PROMPT, 0, states=[(64, (10, 11))])]
     bench.run(bench.planner.plan_step(scheduled, lambda _: [table, [], []]))
-    bench.planner.ended("three")
+    bench.planner.end("three")
     assert (bench.stored(), bench.figures.count("skipped_states")) == (1, 0)
 
 
@@ -213,7 +213,7 @@ def test_a_state_that_is_bad_fails_the_request_and_is_not_given_again(bench: Ben
     bad = record.match.state._replace(sums=bytes(32))
     record.match = replace(record.match, state=bad)
     assert bench.load(request, 96) == {"reader": False}
-    bench.planner.ended("reader")
+    bench.planner.end("reader")
     assert bench.match(asking("next", PROMPT)) == 64
     assert bench.figures.count("failed_tokens") == 96
 
@@ -227,7 +227,7 @@ def test_where_the_state_is_behind_a_chunk_whose_load_failed_that_is_the_reason(
     assert record.match.state is not None
     record.match = replace(record.match, state=record.match.state._replace(sums=bytes(32)))
     assert bench.load(request, 96) == {"reader": False}
-    bench.planner.ended("reader")
+    bench.planner.end("reader")
     assert bench.match(asking("next", PROMPT)) == 0
     assert bench.planner._records["next"].why is Miss.FAILED_BEFORE
 
@@ -246,7 +246,7 @@ def test_a_store_that_answers_no_reservation_of_a_state_costs_one_deadline() -> 
     bench.link.clock = clock
     request = asking("writer", PROMPT)
     assert bench.match(request) == 0
-    bench.planner.admitted(request, 0, lambda: [[], [], []])
+    bench.planner.admit(request, 0, lambda: [[], [], []])
     assert not bench.at_rest(), "the chunks have their room"
     source, client = bench.link.source, bench.link.client
     assert isinstance(source, ThreadSource)

@@ -104,7 +104,7 @@ class Identities:
 
     def _recall(self, found: Mapping[bytes, Named]) -> None:
         for line in self.namespaces.recall(found):
-            log.info("nothing of what %s has been kept before is of use now: %s", self.directory, line)
+            log.info("no chunk kept in %s before matches the engine that joined: %s", self.directory, line)
         self.namespaces.changed = self._write
         if self.namespaces.known:
             self._write()

@@ -170,19 +170,19 @@ class Committed(msgspec.Struct, frozen=True, tag=8, array_like=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=9, array_like=True):
-    """A lease ends: what it pinned is unpinned, what it reserved and did not commit is given up. No answer."""
+    """End a lease: unpin its chunks, give up those that it reserved and did not commit. No answer."""
 
     lease: int
 
 
 class Discard(msgspec.Struct, frozen=True, tag=10, array_like=True):
-    """These chunks, and the states at their ends, are not to be given out again. No answer."""
+    """Give these chunks, and the states at their ends, to nobody any more. No answer."""
 
     digests: bytes
 
 
 class Clear(msgspec.Struct, frozen=True, tag=11, array_like=True):
-    """Drop every chunk of the session's namespace, or of all."""
+    """Drop every chunk of the session's namespace, or of all namespaces."""
 
     call: int
     everything: bool = False
@@ -200,9 +200,9 @@ class Cleared(msgspec.Struct, frozen=True, tag=12, array_like=True):
 
 
 class Rename(msgspec.Struct, frozen=True, tag=13, array_like=True):
-    """From here on the session's keys are in another namespace. No answer.
+    """Put the session's keys into another namespace from here on. No answer.
 
-    `lasting` says whether anybody can find them again once the session has left it.
+    `lasting`: others may find these keys after the session has left the namespace.
     """
 
     namespace: bytes
@@ -211,7 +211,7 @@ class Rename(msgspec.Struct, frozen=True, tag=13, array_like=True):
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=14, array_like=True):
-    """Ask what the store holds; with `check` it first proves that its index adds up."""
+    """Ask for the store's figures; with `check` the store first proves that its index adds up."""
 
     call: int
     check: bool = False

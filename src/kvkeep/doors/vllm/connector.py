@@ -215,7 +215,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         self._notice_reset()
         self._requests.add(request)
         if self.planner is not None:
-            self.planner.arrived(request.request_id, request.all_token_ids)
+            self.planner.announce(request.request_id, request.all_token_ids)
             if request.lora_request is None:
                 self.planner.expect(self._requests.translated(request))
 
@@ -232,7 +232,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self.planner is not None:
             ordered = self._groups.tables
             translated = self._requests.translated(request)
-            self.planner.admitted(translated, num_external_tokens, lambda: ordered(blocks.get_block_ids()))
+            self.planner.admit(translated, num_external_tokens, lambda: ordered(blocks.get_block_ids()))
         else:
             self.figures.miss(Miss.REFUSED if self.config.enabled else Miss.BYPASS)
 
@@ -276,7 +276,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Forget the request; its blocks are free at once."""
         self._requests.drop(request.request_id)
         if self.planner is not None:
-            self.planner.ended(request.request_id)
+            self.planner.end(request.request_id)
         return False, None
 
     def has_pending_push_work(self) -> bool:

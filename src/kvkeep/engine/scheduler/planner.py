@@ -99,7 +99,7 @@ class Planner:
         self._asked_idle += 1
         return self._steps.busy and self._asked_idle < MAX_EMPTY_STEPS
 
-    def arrived(self, name: str, tokens: Sequence[int]) -> None:
+    def announce(self, name: str, tokens: Sequence[int]) -> None:
         """Takes in a new request, which may read the blocks of others that begin with the same tokens."""
         self._stems.add(name, tokens)
 
@@ -112,7 +112,7 @@ class Planner:
     def match(self, request: Request, computed: int) -> int | None:
         """How many tokens beyond `computed` the engine can get; None: ask again.
 
-        Any number of calls get the same answer until `admitted` or `ended`. A positive answer covers only chunks that
+        Any number of calls get the same answer until `admit` or `end`. A positive answer covers only chunks that
         are in the pool, or `early` on their way to it, under a lease.
         """
         record = self._record(request)
@@ -156,7 +156,7 @@ class Planner:
         """Whether a request's claim is loaded beside the steps, as of its last `match`."""
         return self._records[name].beside
 
-    def admitted(self, request: Request, external: int, tables: Callable[[], Tables]) -> None:
+    def admit(self, request: Request, external: int, tables: Callable[[], Tables]) -> None:
         """Takes in that the engine has allocated a request's blocks, for `external` tokens to be loaded (0: none).
 
         ValueError for tokens that `match` did not promise.
@@ -265,7 +265,7 @@ class Planner:
                 self._gathers.stop(record)
         return lost
 
-    def ended(self, name: str) -> None:
+    def end(self, name: str) -> None:
         """Ends a request, whatever became of it; what it held comes back once no step uses it."""
         self._stems.drop(name)
         record = self._records.pop(name, None)
@@ -334,7 +334,7 @@ class Planner:
             if hashes is not None:
                 chain = BlockChain(tokens, hashes)
             record = RequestRecord(request.name, chain, request.prompt_tokens)
-            self.arrived(request.name, request.tokens)
+            self.announce(request.name, request.tokens)
             if doubt is not None:
                 record.keeps, record.stores, record.why = False, False, doubt
             self._records[request.name] = record

@@ -42,14 +42,14 @@ HELLO_LIMIT_S = 5.0
 ROUND_FRAMES, ROUND_S = 32, 1e-3  # what one client gets before the others get theirs
 MAX_ERRANDS = 4  # of one client: clears and checks that are under way
 MAX_DISCARDS = 65_536  # of one client: keys that are not discarded yet
-MAX_FETCHES = 4096  # of one client: lookups that are not answered
+MAX_FETCHES = 4096  # lookups of a client without an answer
 
 
 @dataclass
 class Server:
-    """Serves `store` until `stop` is called, or until the private client's end of file when there is no listener.
+    """Serves the store of `walk` until `stop` is called or, without a listener, until its only client is gone.
 
-    The event loop's thread owns it and the store; only `stop` may be called from another.
+    The event loop's thread owns it and the store; another thread may call `stop` only.
     """
 
     walk: TierWalk
@@ -85,7 +85,7 @@ class Server:
         self._close()
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Makes what needs the loop."""
+        """Makes the parts that need the loop."""
         self._loop = loop
         self._over = asyncio.Event()
         self._lingering = Lingering(self.store, self._loop)
@@ -94,7 +94,7 @@ class Server:
         self._checks = Checks(self.answers.checked, self._loop)
 
     def stop(self) -> None:
-        """Ends `serve`; also from another thread, and before it has begun."""
+        """Ends `serve`. Any thread may call it, also before `serve` has begun."""
         self._stopping.set()
         self._wake()
 
@@ -110,10 +110,10 @@ class Server:
         for fd in self._life:
             os.close(fd)
 
-    # ---- who comes
+    # ---- clients that join
 
     def accept(self, sock: socket.socket) -> None:
-        """Takes in a connected client."""
+        """Adds a connected client, which must say hello in time."""
         sock.setblocking(False)
         peer = Peer(sock, credentials_of(sock).pid)
         self._peers[sock.fileno()] = peer
@@ -138,7 +138,7 @@ class Server:
     # ---- what a client asks
 
     def _serve_peer(self, peer: Peer) -> None:
-        """Reads what one client sent and answers a part of it; an error ends that client only."""
+        """Reads what a client sent and answers a part of it. An error ends that client only."""
         peer.due = False
         if peer.closed:
             return
@@ -313,10 +313,10 @@ class Server:
             peer.session = None
         self._drop(peer, "it said goodbye")
 
-    # ---- what goes back
+    # ---- answers
 
     def _answer_late(self, peer: Peer, answer: m.FromStore) -> None:
-        """Sends an answer that has taken a while, if its client is still there."""
+        """Sends an answer that took longer than a round, if its client is still there."""
         if not peer.greeted:
             return
         try:
@@ -341,7 +341,7 @@ class Server:
 
     def _refuse(self, peer: Peer, error: WireError) -> None:
         try:
-            if not peer.unsent:  # else it would be taken for the rest of an answer that is half sent
+            if not peer.unsent:  # else the client would read it as the rest of an answer that is half sent
                 peer.sock.send(framed(m.encoded(m.Refused(error.code, str(error)))))
         except OSError as failure:
             log.debug("the refusal could not be sent: %s", failure)
@@ -352,7 +352,7 @@ class Server:
         self._loop.remove_writer(peer.sock)
 
     def _drop(self, peer: Peer, why: str) -> None:
-        """Ends a client; memory that its processes may still touch is kept until they are gone."""
+        """Ends a client. Its session lingers until none of its processes can touch its memory any more."""
         log.info("client (pid %d) ended: %s", peer.pid, why)
         self._unwatch(peer)
         del self._peers[peer.sock.fileno()]
@@ -369,7 +369,7 @@ class Server:
 
 
 def _is_too_much(peer: Peer, message: m.ToStore) -> bool:
-    """Whether a message must wait until something that its client asked for before has ended."""
+    """Whether a message must wait until an earlier errand or lookup of its client has ended."""
     if isinstance(message, m.Fetch):
         return peer.fetches >= MAX_FETCHES
     if isinstance(message, m.Discard):

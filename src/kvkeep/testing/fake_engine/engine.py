@@ -103,7 +103,7 @@ class FakeEngine:
         request = self.requests[name]
         if request.phase is Phase.LOADING:  # the engine keeps its blocks until the load has ended
             request.phase = Phase.GIVEN_UP
-            self.planner.ended(name)
+            self.planner.end(name)
         elif request.phase not in (Phase.GIVEN_UP, Phase.DONE):
             self._end(request)
 
@@ -236,7 +236,7 @@ class FakeEngine:
             if request.phase is Phase.WAITING:
                 self._free(request)
             return False
-        self.planner.admitted(self._asked(request), external, lambda: request.tables)
+        self.planner.admit(self._asked(request), external, lambda: request.tables)
         self.external_tokens += external
         request.computed = start
         if beside:
@@ -303,7 +303,7 @@ class FakeEngine:
 
     def _end(self, request: FakeRequest) -> None:
         self._leave(request)
-        self.planner.ended(request.name)
+        self.planner.end(request.name)
 
     def _leave(self, request: FakeRequest) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
