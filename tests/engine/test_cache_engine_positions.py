@@ -220,6 +220,19 @@ def test_a_pool_that_is_locked_in_part_serves_both_ways(mode: str, at: int, lock
     assert not device.loads.held
 
 
+def test_what_was_started_has_ended_when_a_text_out_of_order_is_refused():
+    kind, device = KINDS["flash attention"](), HeldDevice(make_rotating=KERNEL)
+    transfer = device.transfer(kind.groups, CHUNK)
+    leases = [Lease(np.zeros(transfer.shard.nbytes, np.uint8), transfer.shard, (0,)) for _ in range(3)]
+    blocks = [[Blocks(0, 0, [2 * n + 1, 2 * n + 2])] for n in range(3)]
+    text = Rotator(kind.groups, transfer.shard, kind.keys).for_text(blocks[1:], 0, AT)
+    copies = [Copy(lease, part) for lease, part in zip(leases, blocks, strict=True)]
+    moving = [copy._replace(rotation=ChunkRotation(text, 1 - n)) for n, copy in enumerate(copies[1:])]
+    with pytest.raises(ValueError, match="in their order"):
+        DeviceCopies(transfer, SizeMode("bulk")).scatter([copies[0], *moving])
+    assert not device.loads.held, "a copy may still write to memory that is given back"
+
+
 @pytest.mark.parametrize("verb", ["retrieve", "retrieve_layer"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_chunk_that_has_changed_ends_what_is_moved(way: str, verb: str):

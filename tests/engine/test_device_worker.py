@@ -297,6 +297,20 @@ def test_a_load_beside_the_steps_is_over_when_its_copy_is(one: OneRank) -> None:
     assert bool(one.caches["l0"][[2, 4]].all())
 
 
+def test_a_step_s_stores_are_reported_after_its_loads(one: OneRank) -> None:
+    """Else a chunk that was computed from a load that fails could be committed first."""
+    pool = one.hand()
+    pool.array[:] = 1
+    plan = StepPlan(1, FIRST, (0,), loads=(scatter(0, 2, 4),), stores=(gather(1, 5, 6),))
+    one.worker.start_loads(plan)
+    one.worker.start_stores(plan)
+    one.settlers[1].run(9)  # the stores are over
+    assert not one.told()
+    one.settle()
+    report = one.told()
+    assert (report.loads, [done.step for done in report.stores]) == ([LoadsDone(1, 0, ())], [1])
+
+
 def test_without_the_plans_pool_loads_fail_at_once_and_stores_are_told_to_be_missing(one: OneRank) -> None:
     one.hand()
     plan = StepPlan(1, FIRST, (0,), loads=(scatter(0, 2), scatter(1, 3, 4, boot=SECOND)), stores=(gather(2, 5, 6),))

@@ -195,13 +195,16 @@ def test_a_request_is_loaded_beside_the_steps_only_if_every_chunk_was(rank: Rank
     assert rank.worker.results.take_failed_blocks() == {3, 4}
 
 
-def test_a_chunk_that_changed_after_it_was_written_fails_and_is_not_copied(rank: Rank) -> None:
+def test_a_chunk_that_changed_after_it_was_written_fails_and_is_not_copied(
+    rank: Rank, caplog: pytest.LogCaptureFixture
+) -> None:
     pool = rank.hand(FIRST)
     rank.cache[1] = 5
     sums = rank.store(gather(0, 1, 2)).stores[0].sums[0]
     pool.array[4096 * rank.rank] ^= 1
     assert rank.load(scatter(0, 3, 4, sums=sums)).loads == [LoadsDone(1, rank.rank, (0,))]
     assert not rank.cache[3:5].any()
+    assert "please report this" in caplog.text
 
 
 @pytest.mark.parametrize("block_id", [0, NUM_BLOCKS])
