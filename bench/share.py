@@ -17,7 +17,7 @@ from kvkeep.bench.rows import Case, Row, say, show, write
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
-from kvkeep.store.sessions import Opening
+from kvkeep.store.openings import Opening
 from kvkeep.store.store import Store
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
@@ -49,7 +49,7 @@ class Engines:
         store.release(session, found.lease)
         hits = len(found.offsets)
         granted = store.reserve(session, digests[hits:])
-        places = [place for place, one in enumerate(granted.places) if isinstance(one, int)]
+        places = [place for place, one in enumerate(granted.offsets) if isinstance(one, int)]
         store.commit(session, granted.lease, places, [b""] * len(places))
         store.release(session, granted.lease)
         return hits

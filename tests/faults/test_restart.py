@@ -16,6 +16,7 @@ import xxhash
 
 from kvkeep.config import Config, Disk
 from kvkeep.memory.region import Region
+from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.faulty_files import record_paths
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
@@ -138,7 +139,7 @@ def test_a_damaged_file_is_a_miss_and_gone(tmp_path: Path) -> None:
     with started(tmp_path) as (_, client, region):
         owned(client)
         matched = given(client, region, 1, 2)
-        assert (len(matched.offsets), matched.why) == (1, "not loaded")
+        assert (len(matched.offsets), matched.why) == (1, Miss.TIER_FAILED)
         assert figures(client)["disk_corrupt"] == 1
     assert not file.exists()
 
@@ -234,7 +235,7 @@ def test_a_second_store_takes_the_directory_over_and_both_keep_its_limit(tmp_pat
                 keep(other, theirs, first, first + 1)
             until(other, "disk_flush_waiting", 0)
             assert figures(other)["disk_used_nbytes"] <= limit
-            assert given(other, theirs, 118, 119).why == ""
+            assert given(other, theirs, 118, 119).why is None
     assert 4 * (CHUNK + 4096) <= max(most) <= limit
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from kvkeep.config import Config, Disk
 from kvkeep.errors import StoreGone
+from kvkeep.telemetry import Miss
 from kvkeep.wire import messages as m
 from kvkeep.wire.client import Client, Joining
 from kvkeep.wire.start import join_shared
@@ -34,7 +35,7 @@ def joined(process: subprocess.Popen[bytes], path: Path) -> Client:
     raise AssertionError("the store ended")
 
 
-def why(client: Client) -> str:
+def why(client: Client) -> Miss | None:
     answer = client.wait(client.fetch([b"d" * 32], LIMIT_S), LIMIT_S)
     assert isinstance(answer, m.Matched)
     return answer.why
@@ -51,11 +52,11 @@ def test_a_miss_before_the_disk_is_open_says_so(tmp_path: Path) -> None:
         fcntl.flock(owner, fcntl.LOCK_EX)
         process = subprocess.Popen(command)
         client = joined(process, tmp_path / "store")
-        assert why(client) == "opening"
+        assert why(client) is Miss.TIER_OPENING
     end_s = time.monotonic() + LIMIT_S
-    while why(client) == "opening":
+    while why(client) is Miss.TIER_OPENING:
         assert time.monotonic() < end_s, "the disk is not opened"
-    assert why(client) == "absent"
+    assert why(client) is Miss.NOT_STORED
     client.close()
     process.terminate()
     assert process.wait(LIMIT_S) == 0

@@ -12,7 +12,8 @@ from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import TABLE_NBYTES, Progress, ProgressTable, region_nbytes
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.openings import Opening
+from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
@@ -100,7 +101,7 @@ class House:
         """Stores chunks in the pool as an engine does; where they are."""
         session = session or self.session
         got = self.store.reserve(session, [digest(n) for n in numbers])
-        for number, offset in zip(numbers, got.places, strict=True):
+        for number, offset in zip(numbers, got.offsets, strict=True):
             assert isinstance(offset, int), offset
             self.memory[offset : offset + CHUNK] = np.frombuffer(payload(number), dtype=np.uint8)
         places = range(len(numbers))
@@ -112,7 +113,7 @@ class House:
 
         self.loop.run_until_complete(go())
         self.store.release(session, got.lease)
-        return [place for place in got.places if isinstance(place, int)]
+        return [place for place in got.offsets if isinstance(place, int)]
 
     def settle(self) -> None:
         """Everything is given back and adds up."""

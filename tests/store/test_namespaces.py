@@ -6,7 +6,7 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index
 from kvkeep.core.policies.queue import lru
 from kvkeep.store.namespaces import MAX_IDENTITY_NBYTES, MAX_NAME_CHARS, MOST, Named, Namespaces, plain_identity
-from kvkeep.store.sessions import Opening
+from kvkeep.store.openings import Opening
 from kvkeep.store.store import Store
 
 A, B, C = (bytes([n]) * 16 for n in range(3))

@@ -14,8 +14,9 @@ from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.errors import WireError
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.sessions import Opening, Session
-from kvkeep.store.store import Store, states_of
+from kvkeep.store.openings import Opening, states_of
+from kvkeep.store.sessions import Session
+from kvkeep.store.store import Store
 from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
@@ -57,7 +58,7 @@ class House:
     def put(self, side: Session, *numbers: int) -> None:
         """Stores chunks or states in the pool only."""
         got = self.store.reserve(side, [digest(one) for one in numbers])
-        for number, offset in zip(numbers, got.places, strict=True):
+        for number, offset in zip(numbers, got.offsets, strict=True):
             assert isinstance(offset, int), offset
             octets = payload(number, side)
             self.memory[offset : offset + len(octets)] = np.frombuffer(octets, dtype=np.uint8)

@@ -9,8 +9,9 @@ from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index, Outcome
 from kvkeep.core.policies.queue import lru
 from kvkeep.errors import WireError
-from kvkeep.store.sessions import Opening, Session, WriteLease
-from kvkeep.store.store import MAX_RANGES, Fetched, Reservation, Store
+from kvkeep.store.openings import MAX_RANGES, Opening
+from kvkeep.store.sessions import Session, WriteLease
+from kvkeep.store.store import Fetched, Reservation, Store
 from kvkeep.testing.doubles.transfers import ManualClock
 
 NBYTES = 8192
@@ -30,11 +31,11 @@ def opened(store: Store, namespace: bytes = NAMESPACES[0], verify_every: int = 0
 
 def write(store: Store, session: Session, numbers: list[int]) -> list[int]:
     got = store.reserve(session, [DIGESTS[n] for n in numbers])
-    assert not any(isinstance(one, Outcome) for one in got.places)
+    assert not any(isinstance(one, Outcome) for one in got.offsets)
     done = store.commit(session, got.lease, range(len(numbers)), [SUMS[n] for n in numbers])
     assert all(done)
     store.release(session, got.lease)
-    return got.places
+    return got.offsets
 
 
 def at_rest(store: Store) -> bool:
@@ -82,9 +83,9 @@ def test_reserved_chunks_are_no_hit_before_their_commit():
     assert store.fetch(one, DIGESTS[:2]).lease == 0
     assert store.reserve(other, DIGESTS[:2]) == Reservation(0, [Outcome.BUSY] * 2)
     assert store.commit(one, got.lease, [0], SUMS[:1]) == [True]
-    assert store.reserve(other, DIGESTS[:3]).places[:2] == [Outcome.PRESENT, Outcome.BUSY]
+    assert store.reserve(other, DIGESTS[:3]).offsets[:2] == [Outcome.PRESENT, Outcome.BUSY]
     store.release(one, got.lease)
-    assert isinstance(store.reserve(other, DIGESTS[1:2]).places[0], int), "what was given up is free for others"
+    assert isinstance(store.reserve(other, DIGESTS[1:2]).offsets[0], int), "what was given up is free for others"
 
 
 def test_a_commit_counts_once_and_only_for_its_own_lease_and_place():
@@ -145,7 +146,7 @@ def test_a_cleared_chunk_in_the_making_cannot_be_committed():
     got = store.reserve(session, DIGESTS[:1])
     assert store.clear(session, everything=False) == 1
     again = store.reserve(session, DIGESTS[:1])
-    assert again.places[0] != got.places[0], "memory that may still be written to was lent again"
+    assert again.offsets[0] != got.offsets[0], "memory that may still be written to was lent again"
     assert store.commit(session, got.lease, [0], SUMS[:1]) == [False]
     assert store.commit(session, again.lease, [0], SUMS[:1]) == [True]
 
@@ -159,7 +160,7 @@ def test_a_discarded_chunk_keeps_its_memory_while_it_is_read():
     assert store.fetch(session, DIGESTS[:1]).lease == 0
     assert store.reserve(session, DIGESTS[:1]) == Reservation(0, [Outcome.NO_ROOM])
     store.release(session, got.lease)
-    assert store.reserve(session, DIGESTS[:1]).places == got.offsets
+    assert store.reserve(session, DIGESTS[:1]).offsets == got.offsets
 
 
 def test_a_store_that_stopped_lending_still_serves():
@@ -186,11 +187,11 @@ def test_an_overdue_writer_loses_its_key_but_not_its_memory_and_another_takes_ov
     held = store.reserve(slow, DIGESTS[:2])
     assert store.commit(slow, held.lease, [0], SUMS[:1]) == [True]
     clock.advance(59.9)
-    assert store.reserve(other, DIGESTS[:2]).places == [Outcome.PRESENT, Outcome.BUSY]
+    assert store.reserve(other, DIGESTS[:2]).offsets == [Outcome.PRESENT, Outcome.BUSY]
     clock.advance(0.2)
     taken = store.reserve(other, DIGESTS[:2])
-    assert taken.places[0] is Outcome.PRESENT, "what was committed stays readable to others"
-    assert taken.places[1] not in held.places
+    assert taken.offsets[0] is Outcome.PRESENT, "what was committed stays readable to others"
+    assert taken.offsets[1] not in held.offsets
     assert store.figures()["dead_nbytes"] == NBYTES, "the first writer may still be at its memory"
     assert store.figures()["revoked"] == 1
     assert store.commit(slow, held.lease, [1], [b"late"]) == [False]
@@ -206,7 +207,7 @@ def test_age_alone_frees_nothing_and_costs_a_lonely_writer_nothing():
     session = opened(store)
     held = store.reserve(session, DIGESTS[:2])
     clock.advance(10_000.0)
-    assert isinstance(store.reserve(session, DIGESTS[2:3]).places[0], int)
+    assert isinstance(store.reserve(session, DIGESTS[2:3]).offsets[0], int)
     assert store.figures()["dead_nbytes"] == 0
     assert store.commit(session, held.lease, [0, 1], SUMS[:2]) == [True, True]
 
@@ -219,7 +220,7 @@ def test_a_writer_whose_other_chunks_come_is_at_work():
         clock.advance(40.0)
         assert store.commit(slow, held.lease, [place], SUMS[place : place + 1]) == [True]
     clock.advance(40.0)
-    assert store.reserve(other, DIGESTS[2:3]).places == [Outcome.BUSY]
+    assert store.reserve(other, DIGESTS[2:3]).offsets == [Outcome.BUSY]
 
 
 # ---- bounds
@@ -288,9 +289,9 @@ def test_two_namespaces_never_meet():
     theirs = store.reserve(other, DIGESTS[:1])
     assert theirs.lease, "a key in the making of another namespace is not in the way"
     assert store.commit(other, theirs.lease, [0], [b"other"]) == [True]
-    assert store.fetch(one, DIGESTS[:1]).offsets != theirs.places
+    assert store.fetch(one, DIGESTS[:1]).offsets != theirs.offsets
     assert store.clear(one, everything=False) == 2
-    assert store.fetch(other, DIGESTS[:1]).offsets == theirs.places
+    assert store.fetch(other, DIGESTS[:1]).offsets == theirs.offsets
     assert store.clear(one, everything=True) == 1
 
 
@@ -368,9 +369,9 @@ def test_a_lingering_session_keeps_its_memory_but_not_its_keys():
     assert figures["sessions"] == 1
     assert store.fetch(other, DIGESTS[:2]).offsets == read.offsets, "what is committed is still served"
     got = store.reserve(other, DIGESTS[1:3])
-    assert isinstance(got.places[0], int), "its keys in the making are free for others"
-    assert got.places[1] is Outcome.NO_ROOM
-    assert got.places[0] not in making.places, "but not their memory"
+    assert isinstance(got.offsets[0], int), "its keys in the making are free for others"
+    assert got.offsets[1] is Outcome.NO_ROOM
+    assert got.offsets[0] not in making.offsets, "but not their memory"
     store.close(session)
     assert store.figures()["quarantined_nbytes"] == 0
     assert store.reserve(other, DIGESTS[2:3]).lease
@@ -419,7 +420,7 @@ class Sessions(RuleBasedStateMachine):
             for entry in (lease.entries.values() if isinstance(lease, WriteLease) else lease.entries)
         }
         got = self.store.reserve(session, [DIGESTS[n] for n in numbers])
-        offsets = [one for one in got.places if isinstance(one, int)]
+        offsets = [one for one in got.offsets if isinstance(one, int)]
         assert not held & set(offsets), "memory under a lease was lent again"
         assert len(set(offsets)) == len(offsets)
         for offset in offsets:
@@ -604,7 +605,7 @@ def silent(store: Store, owner: int, namespace: bytes = NAMESPACES[0], **more: t
 
 def room_for(store: Store, session: Session, numbers: range) -> int:
     """How many of these chunks the session gets room for."""
-    return sum(isinstance(one, int) for one in store.reserve(session, [bytes([n]) * 32 for n in numbers]).places)
+    return sum(isinstance(one, int) for one in store.reserve(session, [bytes([n]) * 32 for n in numbers]).offsets)
 
 
 def test_beside_another_client_a_client_reserves_no_more_than_its_share() -> None:
@@ -613,12 +614,27 @@ def test_beside_another_client_a_client_reserves_no_more_than_its_share() -> Non
     assert room_for(store, hog, range(3)) == 3
     other = joined(store, 2)
     got = store.reserve(hog, [bytes([n]) * 32 for n in range(2, 6)])
-    assert [isinstance(one, int) for one in got.places] == [False, True, False, False]
-    assert [got.places[0], *got.places[2:]] == [Outcome.BUSY, Outcome.NO_ROOM, Outcome.NO_ROOM]
+    assert [isinstance(one, int) for one in got.offsets] == [False, True, False, False]
+    assert [got.offsets[0], *got.offsets[2:]] == [Outcome.BUSY, Outcome.NO_ROOM, Outcome.NO_ROOM]
     assert room_for(store, hog, range(10, 12)) == 0
     assert room_for(store, other, range(20, 28)) == 4, "the others have their share"
     store.close(other)
     assert room_for(store, hog, range(10, 18)) == 4, "alone it may use all that is free"
+
+
+def test_the_sessions_of_one_process_pin_no_more_than_one_share_together() -> None:
+    store = make(8, max_pinned_share=0.5)
+    first = silent(store, owner=7)
+    write(store, first, [0, 1, 2, 3])
+    held = store.fetch(first, DIGESTS[:3])
+    assert len(held.offsets) == 3
+    second, other = silent(store, owner=7), silent(store, owner=8)
+    assert len(store.fetch(second, DIGESTS[:4]).offsets) == 1
+    assert len(store.fetch(other, DIGESTS[:4]).offsets) == 4
+    store.linger(first)
+    assert store.fetch(second, DIGESTS[:1]).offsets == [], "what its ended session holds is in its share"
+    store.close(first)
+    assert len(store.fetch(second, DIGESTS[:4]).offsets) == 3
 
 
 def test_whoever_asks_for_no_chunk_takes_no_share() -> None:

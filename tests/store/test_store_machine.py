@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvkeep.core.allocator import FreeList
 from kvkeep.core.index import Index, Outcome
 from kvkeep.core.policies.queue import lru
-from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.openings import Opening
+from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 
 CHUNK = 4096

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvkeep.errors import TierBusy
-from kvkeep.store.sessions import Opening
+from kvkeep.store.openings import Opening
 from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 

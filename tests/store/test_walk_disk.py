@@ -15,7 +15,8 @@ from kvkeep.core.index import Index
 from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.sessions import Opening, Session
+from kvkeep.store.openings import Opening
+from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.telemetry import Miss, by_flat_name
 from kvkeep.testing.doubles.faulty_files import FaultyDisk

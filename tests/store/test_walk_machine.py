@@ -20,7 +20,8 @@ from kvkeep.core.policies.registry import policy_by_name
 from kvkeep.memory.progress import Progress, ProgressTable
 from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.store.below.tiers import TierWalk
-from kvkeep.store.sessions import Opening, Session, WriteLease
+from kvkeep.store.openings import Opening
+from kvkeep.store.sessions import Session, WriteLease
 from kvkeep.store.store import Store
 from kvkeep.testing.doubles.gate_tier import GateTier, ManualLoop
 
@@ -129,9 +130,9 @@ class WalkMachine(RuleBasedStateMachine):
     def put(self, session: int, numbers: list[int], late: bool) -> None:
         one = self.sessions[session]
         got = self.store.reserve(one, [digest(number) for number in numbers])
-        places = [place for place, where in enumerate(got.places) if isinstance(where, int)]
+        places = [place for place, where in enumerate(got.offsets) if isinstance(where, int)]
         for place in places:
-            offset = got.places[place]
+            offset = got.offsets[place]
             self.memory[offset : offset + CHUNK] = payload(numbers[place], self.epoch)
         if not late and places:
             entries = self.store.written(one, got.lease, places)

@@ -201,7 +201,7 @@ def prompt(house: House, numbers: Sequence[int], steps: Sequence[int]) -> None:
     """
     got = house.store.reserve(house.session, [digest(number) for number in numbers])
     for place, number in enumerate(numbers):
-        offset = got.places[place]
+        offset = got.offsets[place]
         assert isinstance(offset, int), "it got no room"
         house.memory[offset : offset + CHUNK] = np.frombuffer(payload(number), dtype=np.uint8)
     first = 0
@@ -227,7 +227,7 @@ def test_a_pool_barely_larger_than_a_prompt_evicts_first_what_is_written(loop: M
     prompt(house, FIRST, steps=(2, 2, 2, 2, 2))
     assert on_disk(house, FIRST) == [*FIRST][:8]
     got = house.store.reserve(house.session, [digest(number) for number in SECOND])
-    assert all(isinstance(place, int) for place in got.places)
+    assert all(isinstance(place, int) for place in got.offsets)
     house.store.release(house.session, got.lease)
     house.fast.open("store")
     house.loop.advance(1.0)

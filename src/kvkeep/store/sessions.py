@@ -1,4 +1,4 @@
-"""Who holds what: a session is one planner's connection, its leases are the right to use memory until they are closed.
+"""Sessions and their leases: an engine's connection, and the memory of the pool that it may use.
 
 Data only. Knows nothing about sockets, processes or the index's rules.
 """
@@ -6,57 +6,31 @@ Data only. Knows nothing about sockets, processes or the index's rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 
 from kvkeep.core.index import IndexEntry
-from kvkeep.core.units import SUM_NBYTES
 from kvkeep.store.lent import Early
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a planner says of itself when its session opens (in bytes; holders are pids).
-
-    `sizes` are those of a chunk's ranges with their padding, in order; without them its chunks stay in the pool.
-    `state_sizes` are those of a state's ranges; empty: there are no states. `owner` is the pid of the process at the
-    other end as the kernel says it; 0: nobody knows.
-    """
-
-    name: str
-    namespace: bytes
-    identity: str
-    chunk_nbytes: int
-    _: KW_ONLY
-    holders: tuple[int, ...] = ()
-    verify_every: int = 0
-    sizes: tuple[int, ...] = ()
-    state_sizes: tuple[int, ...] = ()
-    owner: int = 0
-
-    @property
-    def sums_nbytes(self) -> int:
-        """The length of a chunk's sums; 0: nothing is known of its ranges."""
-        return SUM_NBYTES * len(self.sizes)
+from kvkeep.store.openings import Opening
 
 
 @dataclass
 class ReadLease:
-    """Chunks that a planner may have read: pinned `entries`, and those that were lent before they had come."""
+    """Chunks that an engine may read: pinned `entries`, and `early` those that are lent while they are still read."""
 
     entries: list[IndexEntry]
     early: Sequence[Early] = ()
 
     @property
     def nbytes(self) -> int:
-        """The memory that it holds."""
-        return sum(entry.nbytes for entry in self.entries) + sum(one.entry.nbytes for one in self.early)
+        """The memory under it."""
+        return sum(entry.nbytes for entry in self.entries) + sum(early.entry.nbytes for early in self.early)
 
 
 @dataclass
 class WriteLease:
-    """Reserved chunks by their place in the reservation; an entry leaves when it is committed or given up.
+    """Reserved chunks by their index in the reservation, without those that were committed.
 
-    `alive_s` is when its writer last showed that it is at work: at the reservation, then at each commit.
+    `alive_s` is when its writer was last seen at work: at the reservation, or at its last commit.
     """
 
     entries: dict[int, IndexEntry]
@@ -64,17 +38,17 @@ class WriteLease:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it holds."""
+        """The memory under it."""
         return sum(entry.nbytes for entry in self.entries.values())
 
 
 @dataclass
 class Session:
-    """One planner's connection and all its leases; `promised_nbytes` are what its waiting fetches may still pin.
+    """One engine's connection and its leases. `client` is the same for all sessions of one process.
 
-    `client` is the same for all sessions of one process. `reserved_nbytes` are what its write leases hold.
-    `states` holds what it keeps of states: these have sizes and a namespace of their own, and chunks' digests.
-    `lasting`: somebody may find its keys again once it has left its namespace. `asked`: it has fetched or reserved.
+    `reserved_nbytes` and `pinned_nbytes` are under its write and read leases; `promised_nbytes` are what its fetches
+    under way may still pin. `states` is its side for states: they have sizes and a namespace of their own, and chunks'
+    digests. `lasting`: others may find its keys once it has left its namespace. `asked`: it has fetched or reserved.
     """
 
     number: int
@@ -92,7 +66,7 @@ class Session:
 
     @property
     def sides(self) -> list[Session]:
-        """Itself, and what it keeps of states."""
+        """Its side for chunks (itself), and the one for states if it has any."""
         return [self] if self.states is None else [self, self.states]
 
     def side_of(self, lease: int) -> Session:

@@ -41,7 +41,7 @@ class Run:
         self._shape = self.store.shape(self.session)
 
     def __enter__(self) -> Self:
-        self._promised_nbytes = len(self.keys) * self.store.taken(self.session)
+        self._promised_nbytes = len(self.keys) * self.store.chunk_nbytes(self.session)
         self.session.promised_nbytes += self._promised_nbytes
         return self
 

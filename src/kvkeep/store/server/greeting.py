@@ -8,7 +8,7 @@ sockets.
 from __future__ import annotations
 
 from kvkeep.errors import WireError
-from kvkeep.store.sessions import Opening
+from kvkeep.store.openings import Opening
 from kvkeep.wire import messages as m
 from kvkeep.wire.processes import MAX_HOLDERS
 
