@@ -145,7 +145,6 @@ def test_free_space_of_the_file_system_counts_too() -> None:
     assert [one.key for one in ledger.evict(2)] == [name(1)]
 
 
-@pytest.mark.skipif(not __debug__, reason="python -O makes no assertions")
 def test_a_record_that_ends_twice_is_a_bug() -> None:
     ledger = Ledger(4, lru(), 0)
     ledger.settle()
