@@ -201,6 +201,6 @@ def copy_rows(runs: int, layerwise: bool) -> list[Row]:
             (f"{name}-store-no-sums", "", lambda: made.store("-no-sums", layerwise), lambda: made.memmove(True)),
         ]
         return [
-            Case(case, "GB/s", "memmove of each block", "higher", asked).row(*alternate(runs, ours, theirs))
+            Case(case, "GB/s", "memmove of each block", "higher", goal=asked).row(*alternate(runs, ours, theirs))
             for case, asked, ours, theirs in cases
         ]

@@ -47,7 +47,9 @@ def signatures(folder: Path, suffixes: Iterable[str]) -> tuple[Signature, ...]:
         for path in sorted(folder.iterdir()):
             if path.name.endswith(wanted) and path.is_file():
                 s = path.stat()
-                found.append(Signature(path.name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+                found.append(
+                    Signature(path.name, s.st_dev, s.st_ino, s.st_size, mtime_ns=s.st_mtime_ns, ctime_ns=s.st_ctime_ns)
+                )
     except OSError:
         return ()
     return tuple(found)

@@ -114,7 +114,7 @@ class Pool:
             progress = progress_of(self._region, progress_at) if progress_at else None
             self._leases += 1
         pieces = self.page_lock.pieces(offset, shard.nbytes) if self.page_lock is not None else ()
-        return Lease(memory, shard, pieces, self._lease_ended, progress)
+        return Lease(memory, shard, pieces, self._lease_ended, progress=progress)
 
     def close(self) -> None:
         """Gives no more leases; the mapping ends with the last one. Returns at once; idempotent."""

@@ -60,7 +60,7 @@ def run(config: Config, private_fd: int | None, path: Path | None) -> None:
         listener = listen(path) if path is not None else None
         own = path.lstat() if path is not None else None
         walk = TierWalk(store, region.array, table_of(region))
-        server = Server(walk, secrets.token_bytes(16), region.fd, private, listener)
+        server = Server(walk, secrets.token_bytes(16), region.fd, private, listener=listener)
         closing = threading.Event()
         populating = threading.Thread(target=_populate, args=(region, store, closing), daemon=True, name="populate")
         log.info("pool of %s, policy %s, pid %d", size_text(pool_nbytes), config.policy, os.getpid())

@@ -32,7 +32,8 @@ class ReportMeta(KVConnectorWorkerMetadata):
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merge two workers' reports."""
-        assert isinstance(other, ReportMeta)
+        if not isinstance(other, ReportMeta):
+            raise TypeError(f"a report is merged with reports, not with {type(other).__name__}")
         return ReportMeta(self.report.merged(other.report), self.loads + other.loads, self.resident + other.resident)
 
 

@@ -36,7 +36,7 @@ def open_rank(rank: int, opened: Opened, door: PoolDoor, config: Config, alone: 
     trace = Trace(config.trace_path)
     copies = open_copies(opened, mode, alone, beside=True, trace=trace)
     early = isinstance(copies, CpuCopies) and copies.ahead and mode == "layerwise"
-    return Worker(rank, copies, MappedPool(door, opened.pin_calls), trace, early)
+    return Worker(rank, copies, MappedPool(door, opened.pin_calls), trace, early=early)
 
 
 def early_loads(config: Config, ranks: Sequence[RankInfo], beside_steps: bool) -> bool:

@@ -149,7 +149,7 @@ class Worker:
         found = [(index, lease) for index, op in enumerate(ops) if (lease := self._lease(op.boot, op, plan))]
         copies = [self._scatter_of(ops[index], lease) for index, lease in found]
         scattering = self.copies.scatter(copies, beside=bool(request), wait_s=plan.wait_s)
-        return _Loads(step, ops, [index for index, _ in found], copies, scattering, request)
+        return _Loads(step, ops, [index for index, _ in found], copies, scattering=scattering, request=request)
 
     def _scatter_of(self, op: LoadOp, lease: Lease) -> Copy:
         """What the step itself writes to, and what is verified, is there before the first layer."""
