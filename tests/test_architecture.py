@@ -42,18 +42,6 @@ CALLED_FROM_OUTSIDE: dict[str, str] = {
     "kvkeep.tiers.disk.disk:DiskTier.wait_for_scan": "tests and benchmarks wait for the start-up scan; nothing else may",
 }
 
-# What a fault says -> the modules in which it may still stand. These lists only shrink.
-NOT_YET: dict[str, str] = {
-    "calls something": """
-        kvkeep.store.below.flush kvkeep.store.identities kvkeep.store.namespaces kvkeep.store.sessions
-        kvkeep.store.store
-    """,
-    "asserts what a caller": """""",
-    "arguments by position": """
-        kvkeep.store.below.promotions
-    """,
-}
-
 # "module: fault" as the test prints it -> why it may stay. An exemption that nothing needs fails the test.
 EXEMPT: dict[str, str] = {}
 
@@ -357,13 +345,6 @@ def unused(sources: Mapping[str, str]) -> list[str]:
     return [definition.place for definition in found if uses[definition.name] <= 0]
 
 
-def is_put_off(fault: str) -> bool:
-    """Whether the module is one that a rule does not hold yet."""
-    return any(
-        text in fault and fault.split(":", maxsplit=1)[0] in modules.split() for text, modules in NOT_YET.items()
-    )
-
-
 def called_from_outside(place: str) -> str:
     """Why nothing in the product needs to name this; empty where there is no reason."""
     return next(
@@ -373,7 +354,6 @@ def called_from_outside(place: str) -> str:
 
 def test_the_house_is_in_order() -> None:
     found = [fault for name, source in modules().items() for fault in faults(name, source)]
-    found = [fault for fault in found if not is_put_off(fault)]
     assert [fault for fault in found if fault not in EXEMPT] == []
     assert [fault for fault in EXEMPT if fault not in found] == [], "an exemption that nothing needs"
     assert all(reason.strip() for reason in EXEMPT.values())

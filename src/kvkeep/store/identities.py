@@ -67,8 +67,8 @@ def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
     """
     lines: deque[bytes] = deque()
     nbytes = len(b"[\n\n]\n")
-    for one, named in reversed(list(known.items())):
-        line = msgspec.json.encode(NamespaceLine(one.hex(), named.name, named.identity))
+    for namespace, named in reversed(list(known.items())):
+        line = msgspec.json.encode(NamespaceLine(namespace.hex(), named.name, named.identity))
         nbytes += len(line) + len(b",\n")
         if nbytes > MAX_NBYTES:
             break

@@ -73,20 +73,23 @@ class Namespaces:
 
     def recall(self, earlier: Mapping[bytes, Named]) -> list[str]:
         """Takes in what was known in an earlier life; for each that is new since then, what tells it from those."""
-        earlier = {one: plainly_named(*named) for one, named in earlier.items()}
+        earlier = {namespace: plainly_named(*named) for namespace, named in earlier.items()}
         lines = []
         for namespace, here in self.known.items():
             like = _latest(earlier, here.name)
             if like is not None and namespace not in earlier:
                 lines.append("; ".join(told_apart(here.identity, like.identity)))
-        self.known = {**{one: named for one, named in earlier.items() if one not in self.known}, **self.known}
+        self.known = {
+            **{namespace: named for namespace, named in earlier.items() if namespace not in self.known},
+            **self.known,
+        }
         self._bound()
         return lines
 
     def _bound(self) -> None:
-        for one in list(islice(self.known, max(0, len(self.known) - MOST))):
-            del self.known[one]
+        for namespace in list(islice(self.known, max(0, len(self.known) - MOST))):
+            del self.known[namespace]
 
 
 def _latest(known: Mapping[bytes, Named], name: str) -> Named | None:
-    return next((one for one in reversed(list(known.values())) if one.name == name), None)
+    return next((named for named in reversed(list(known.values())) if named.name == name), None)

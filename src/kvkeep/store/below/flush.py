@@ -165,5 +165,5 @@ class Flush:
             self.held_nbytes -= nbytes
             self._writing -= len(writes)
             self.index.unpin(entries)
-        for one in stored:
-            self.figures[one.value] += 1
+        for outcome in stored:
+            self.figures[outcome.value] += 1

@@ -40,7 +40,7 @@ class Promotion:
         """What to ask the tier for."""
         into = memory[self.entry.offset : self.entry.offset + self.entry.nbytes]
         arrived = self.early.progress.advance if self.early is not None and not self.whole else None
-        return Read(self.entry.key, self.sizes, into, arrived, self._vanished)
+        return Read(self.entry.key, self.sizes, into, arrived, gone=self._vanished)
 
     def leave(self, index: Index) -> None:
         """A lookup that waits goes away; if the chunk is readable its pin goes too."""
