@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvkeep.core.layout import ChunkLayout
-from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.plan import LoadOp
-from kvkeep.engine.scheduler.ops import Tables, scatter_ops
+from kvkeep.engine.scheduler.ops import Tables, scatter_ops, sums_by_rank
 from kvkeep.engine.scheduler.request import Match, RequestRecord
 from kvkeep.engine.scheduler.states import States
 from kvkeep.engine.scheduler.steps import Load
@@ -66,9 +65,4 @@ class DueLoads:
         sums = match.sums.get(chunk - match.first)
         if not sums:
             return replace(op, progress_at=match.progress.get(chunk - match.first, 0))
-        parts, start = [], 0
-        for shard in self._layout.shards:
-            end = start + SUM_NBYTES * len(shard.ranges)
-            parts.append(sums[start:end])
-            start = end
-        return replace(op, sums=tuple(parts))
+        return replace(op, sums=sums_by_rank(self._layout, sums))

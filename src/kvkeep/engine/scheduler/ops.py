@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from kvkeep.core.layout import ShardLayout
+from kvkeep.core.layout import ChunkLayout, ShardLayout
+from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.plan import LoadOp, StoreOp
 from kvkeep.engine.scheduler.request import Match, OpenChunk
 from kvkeep.transfer.transfer import NULL_BLOCK, Blocks
@@ -91,6 +92,16 @@ def built_on(table: Sequence[int], blocks: Collection[int]) -> Sequence[int]:
     """The part of a request's block ids that was computed from any of `blocks`, these included."""
     first = next((index for index, block in enumerate(table) if block in blocks), len(table))
     return table[first:]
+
+
+def sums_by_rank(layout: ChunkLayout, sums: bytes) -> tuple[bytes, ...]:
+    """The sums of a chunk, or of a state, divided into each rank's part."""
+    parts, start = [], 0
+    for shard in layout.shards:
+        end = start + SUM_NBYTES * len(shard.ranges)
+        parts.append(sums[start:end])
+        start = end
+    return tuple(parts)
 
 
 def advance(chunk: OpenChunk, op: StoreOp, step: int) -> None:

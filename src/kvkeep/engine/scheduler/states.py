@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvkeep.core.layout import ChunkLayout
-from kvkeep.core.units import SUM_NBYTES
 from kvkeep.engine.link import Link
 from kvkeep.engine.plan import LoadOp, Scheduled, StoreOp
-from kvkeep.engine.scheduler.ops import Tables
+from kvkeep.engine.scheduler.ops import Tables, sums_by_rank
 from kvkeep.engine.scheduler.request import Match, OpenChunk, RequestRecord
 from kvkeep.engine.scheduler.steps import Step
 from kvkeep.errors import BlockError
@@ -53,7 +52,7 @@ class States:
         slot = end // shard.chunk_tokens - 1
         own = tables[len(tables) - len(shard.groups) :]
         blocks = tuple(Blocks(group, 0, (table[slot],)) for group, table in enumerate(own))
-        sums = self._sums(state.sums)
+        sums = sums_by_rank(self._layout, state.sums) if state.sums else ()
         return LoadOp(match.lease.boot, request, start, state.offset, blocks=blocks, sums=sums, state=True)
 
     def gather_ops(
@@ -114,12 +113,6 @@ class States:
             elif offset not in (PRESENT, BUSY):
                 self._figures.add("skipped_states")
         return ops
-
-    def _sums(self, sums: bytes) -> tuple[bytes, ...]:
-        """Each rank's part of a state's sums."""
-        sizes = [SUM_NBYTES * len(shard.ranges) for shard in self._layout.shards] if sums else []
-        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
-        return tuple(sums[end - size : end] for size, end in zip(sizes, ends, strict=True))
 
 
 def _left_behind(record: RequestRecord, scheduled: Scheduled, chunk_tokens: int) -> dict[int, tuple[int, ...]]:
