@@ -7,12 +7,12 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import run
+from subprocess import PIPE, Popen
 
 import msgspec
 import pytest
 
-from kvkeep.cli.ask import ask_stats, control_session
+from kvkeep.cli.ask import control_session
 from kvkeep.config import Config
 from kvkeep.errors import WireError
 from kvkeep.testing.doubles.store_thread import RunningStore, shared_store
@@ -27,8 +27,8 @@ ENGINE = m.Hello(name="engine", namespace=b"n" * 16, identity="", chunk_nbytes=C
 ASK_FROM_A_PROCESS = """
 import sys
 from kvkeep.cli.ask import control_session
-with control_session(sys.argv[1], "tool"):
-    print("here", flush=True)
+with control_session(sys.argv[1], "tool") as client:
+    print(client.wait(client.stats(check=True), 20.0).figures["sessions"], "here", flush=True)
     sys.stdin.read()
 """
 
@@ -77,12 +77,14 @@ def test_it_gets_no_descriptor_that_a_client_would_not_take(path: Path, running:
 
 @pytest.mark.process
 def test_it_changes_no_engine_s_share(path: Path, engine: Client) -> None:
+    """A process of its own asks: sessions of one process count as one client."""
     command = [sys.executable, "-c", ASK_FROM_A_PROCESS, str(path)]
-    tool = run([*command], input="", capture_output=True, text=True, timeout=LIMIT_S, check=True)
-    assert tool.stdout == "here\n"
-    with control_session(str(path), "tool"):
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True) as tool:
+        assert tool.stdout is not None
+        assert tool.stdout.readline() == "1 here\n"
         assert all(offset >= 0 for offset in granted(engine, *range(ROOM)).offsets), "the whole pool is the engine's"
-        ask_stats(str(path), check=True)
+        tool.communicate("", timeout=LIMIT_S)
+    assert tool.returncode == 0
 
 
 @pytest.mark.parametrize(

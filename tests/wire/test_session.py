@@ -444,6 +444,15 @@ def test_answers_that_nobody_asked_for_are_left_alone(fake_store: tuple[socket.s
     client.close()
 
 
+def test_a_client_that_asks_a_store_that_has_refused_it_knows_why(fake_store: tuple[socket.socket, Joining]) -> None:
+    store, client = welcomed(fake_store)
+    store.sendall(framed(m.encoded(m.Refused("wire", "tired"))))
+    store.close()
+    assert client.stats().failed
+    assert "ended the session: tired" in client.why_gone
+    client.drop()
+
+
 def test_a_store_that_does_not_read_is_lost(
     fake_store: tuple[socket.socket, Joining], monkeypatch: pytest.MonkeyPatch
 ) -> None:

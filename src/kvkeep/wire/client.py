@@ -198,8 +198,18 @@ class Client:
             self._flush()
             if len(self._unsent) > MAX_UNSENT_NBYTES:
                 self.lose("the store does not read")
-        except (OSError, WireError) as error:
+        except OSError as error:
+            self._lose_hearing(error)
+        except WireError as error:
             self.lose(str(error))
+
+    def _lose_hearing(self, error: OSError) -> None:
+        """Gives the session up after a failed send, for the reason that the store gave before it closed, if any."""
+        try:
+            self._take_in()
+        except (OSError, WireError) as said:
+            self.lose(str(said))
+        self.lose(str(error))
 
     def _flush(self) -> None:
         if not self._unsent:
