@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvkeep.cli import serve as serve_module
+from kvkeep.cli import stats as stats_module
 from kvkeep.cli.main import app
 from kvkeep.config import STORE_SETTINGS, Config, Disk, Durability
 from kvkeep.store.systemd import notify
@@ -191,7 +192,7 @@ def test_names_and_problems_of_others_are_shown_and_never_obeyed(
         known=known,
         out={"disk": f"busy {evil}"},
     )
-    monkeypatch.setattr(serve_module, "ask_stats", lambda path, check: answer)
+    monkeypatch.setattr(stats_module, "ask_stats", lambda path, check: answer)
     result = CliRunner().invoke(app, ["stats", "--socket=/[/x]"], env={"COLUMNS": "300"})
     assert result.exit_code == 1
     assert result.output.count(shown) >= 5
@@ -206,6 +207,6 @@ def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(path: str, check: bool) -> m.Stats:
         raise PermissionError(13, "Permission denied", "/a\nb")
 
-    monkeypatch.setattr(serve_module, "ask_stats", refuse)
+    monkeypatch.setattr(stats_module, "ask_stats", refuse)
     result = CliRunner().invoke(app, ["stats", "--socket=/s"])
     assert (result.exit_code, result.stderr) == (2, "kvkeep: [Errno 13] Permission denied: '/a\\nb'\n")

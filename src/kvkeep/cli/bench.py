@@ -1,6 +1,6 @@
-"""`kvkeep bench`: how fast the parts are on this machine, each beside a yardstick of the same run. Imports no torch.
+"""`kvkeep bench` measures how fast the parts are on this machine, each beside a yardstick of the same run.
 
-Knows the groups of cases and how they are shown; what a case does is in the modules beside it.
+Imports no torch. Knows the groups of cases and how to show them; the modules of `kvkeep.bench` know what a case does.
 """
 
 from __future__ import annotations

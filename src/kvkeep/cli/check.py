@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from kvkeep.cli.plain import cell
-from kvkeep.cli.serve import show_namespaces
+from kvkeep.cli.stats import show_namespaces
 from kvkeep.core.units import NAMESPACE_NBYTES
 from kvkeep.errors import TierUnavailable
 from kvkeep.store.identities import FILE, load_identities

@@ -22,7 +22,7 @@ COMMANDS = {
     "check": ("kvkeep.cli.check", "Verify every record in a directory of the disk tier."),
     "doctor": ("kvkeep.cli.doctor", "Check this machine and the configuration."),
     "serve": ("kvkeep.cli.serve", "Run a store that all engines of this host share."),
-    "stats": ("kvkeep.cli.serve", "Show what a shared store holds."),
+    "stats": ("kvkeep.cli.stats", "Show what a shared store holds."),
 }
 
 

@@ -1,4 +1,4 @@
-"""Text of others on a terminal: a model's path, a client's name, a file's content is shown and never obeyed."""
+"""Shows the text of others (a model's path, a client's name, a file's content) on a terminal, as text alone."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from kvkeep.store.namespaces import plain
 
 
 def cell(*lines: str) -> Text:
-    """A table's cell of these lines, in which brackets are brackets and no markup."""
+    """A table's cell of these lines. Brackets in them are no markup, control characters are shown as escapes."""
     return Text("\n".join(map(plain, lines)))
