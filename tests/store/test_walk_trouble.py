@@ -66,6 +66,21 @@ def test_a_miss_while_a_tier_is_left_alone_says_so(house: House) -> None:
     assert house.ask(2, 3)[0].why is Miss.NOT_STORED
 
 
+def test_a_tier_that_fails_while_another_is_asked_is_not_read(house: House) -> None:
+    house.on(house.fast, 1, 2)
+    house.on(house.slow, 3)
+    house.slow.shut.add("contains")
+    first = house.ask(1, 2, 3)
+    house.fast.broken.add("load")
+    (failed,) = house.ask(1)  # the fast one has all of it: it is read, and fails
+    assert failed.why is Miss.TIER_FAILED
+    house.fast.broken.clear()
+    house.slow.open("contains")
+    house.loop.turn()
+    assert (first[0].fetched.offsets, first[0].why) == ([], Miss.TIER_LEFT_ALONE)
+    assert len([verb for verb, _ in house.fast.calls if verb == "load"]) == 1, "only the one that failed"
+
+
 def test_what_was_evicted_between_the_question_and_the_read_is_no_failure(house: House) -> None:
     house.on(house.fast, 1, 2)
     house.fast.shut.add("load")
