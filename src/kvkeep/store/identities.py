@@ -1,7 +1,7 @@
-"""What the namespaces of a disk directory are, in a file beside its records: a start can say why none there is its own.
+"""A file of namespaces beside a directory's records, so that a store can say why it finds nothing there at its start.
 
-For people only: a file that cannot be read or written changes nothing but words. A thread does both, since a disk may
-hang; it is never joined. Knows nothing about records.
+For people only: if the file cannot be read or written, only log lines are missing. A thread reads and writes it, for a
+disk may hang; nobody waits for that thread. Knows nothing about records.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class NamespaceLine(msgspec.Struct, frozen=True):
 
 
 def load_identities(directory: Path) -> dict[bytes, Named]:
-    """The namespaces that a directory has met, the latest at the end.
+    """The namespaces in a directory's file, the latest at the end.
 
-    OSError where there is no such file that can be read, ValueError where it is not what `write_identities` writes.
+    OSError if there is none that can be read, ValueError if `write_identities` did not write it.
     """
     file = os.open(directory / FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a fifo would wait
     with open(file, "rb") as opened:
@@ -53,7 +53,7 @@ def load_identities(directory: Path) -> dict[bytes, Named]:
 
 
 def read_identities(directory: Path) -> dict[bytes, Named]:
-    """As `load_identities`; nothing where that fails."""
+    """As `load_identities`; empty if that fails."""
     try:
         return load_identities(directory)
     except (OSError, ValueError):  # msgspec's errors are ValueErrors
@@ -61,9 +61,9 @@ def read_identities(directory: Path) -> dict[bytes, Named]:
 
 
 def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
-    """Puts these in the file's place, in a directory that is the caller's own; OSError if that cannot be.
+    """Replace the file in a directory that the caller owns; OSError if that fails.
 
-    Where they take more than `MAX_NBYTES`, those that were named last.
+    If they take more than `MAX_NBYTES`, only those named last.
     """
     lines: deque[bytes] = deque()
     nbytes = len(b"[\n\n]\n")
@@ -74,7 +74,7 @@ def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
             break
         lines.appendleft(line)
     fresh = directory / f".{FILE}"
-    fresh.unlink(missing_ok=True)  # of one that was killed; or a link, whose target is nothing of ours
+    fresh.unlink(missing_ok=True)  # left by a store that was killed; or a link, which must not be followed
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(fresh, flags, 0o600), "wb") as file:
         file.write(b"[\n" + b",\n".join(lines) + b"\n]\n")
@@ -83,14 +83,14 @@ def write_identities(directory: Path, known: Mapping[bytes, Named]) -> None:
 
 @dataclass
 class Identities:
-    """Keeps a store's namespaces in `directory` as well, and tells them what was there before."""
+    """Writes a store's namespaces to a file in `directory`, and adds what the file had before to them."""
 
     directory: Path
     namespaces: Namespaces
     _wanted: queue.Queue[dict[bytes, Named]] = field(default_factory=lambda: queue.Queue(MOST))
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begins to read; what was there is told in the loop, what is named from then on is written."""
+        """Start the thread: it reads the file, adds that in the loop, and writes what is named from then on."""
         threading.Thread(target=self._serve, args=(loop,), daemon=True, name="kvkeep-identities").start()
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -113,4 +113,4 @@ class Identities:
         try:
             self._wanted.put_nowait(dict(self.namespaces.known))
         except queue.Full:  # the disk hangs
-            log.debug("%s is not kept up", self.directory / FILE)
+            log.debug("%s is not up to date: the disk hangs", self.directory / FILE)

@@ -1,6 +1,6 @@
-"""What each namespace in use is, in words: so that two engines that do not share are told why.
+"""Descriptions of the namespaces in use, so that the log can say why two engines do not share.
 
-Pure. Knows nothing about chunks or sockets; namespaces are compared as bytes elsewhere, the words are for people only.
+Pure, and for people only: elsewhere namespaces are compared as bytes. Knows nothing about chunks or sockets.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from typing import NamedTuple
 
 from kvkeep.core.identity import told_apart
 
-MOST = 64  # the ones named last
+MOST = 64  # namespaces, those named last
 MAX_NAME_CHARS = 256
 MAX_IDENTITY_NBYTES = 16 << 10  # as UTF-8; those of `MOST` namespaces fit one answer
 
 
 class Named(NamedTuple):
-    """A namespace as its last session told it: that one's name, and its identity for people; see `plainly_named`."""
+    """A namespace as its last session described it: the session's name and identity; see `plainly_named`."""
 
     name: str
     identity: str
 
 
 def plain(text: str) -> str:
-    """The text on one line, with what a terminal would obey (ESC, a new line, a change of direction) written out."""
+    """The text on one line, with what a terminal would obey (ESC, a new line, a change of direction) escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def plain_name(name: str) -> str:
-    """What others call themselves, on one line and cut, so that it can be logged and shown."""
+    """A client's name, on one line and cut, so that it can be logged and shown."""
     return plain(name[:MAX_NAME_CHARS])[:MAX_NAME_CHARS]
 
 
 def plain_identity(identity: str) -> str:
-    """What others say that they are, a field a line and cut, so that it can be shown."""
+    """A client's identity, a field a line and cut, so that it can be shown."""
     lines = identity[:MAX_IDENTITY_NBYTES].split("\n")
     return "\n".join(map(plain, lines)).encode()[:MAX_IDENTITY_NBYTES].decode(errors="ignore")
 
 
 def plainly_named(name: str, identity: str) -> Named:
-    """A namespace in words that can be logged, shown and sent, whoever said them."""
+    """A description that can be logged, shown and sent, whoever made it."""
     return Named(plain_name(name), plain_identity(identity))
 
 
 @dataclass
 class Namespaces:
-    """The namespaces named last, the latest at the end; `changed` is called when one is named that was not known."""
+    """The namespaces named last, the latest at the end; `changed` is called when one is new or forgotten."""
 
     known: dict[bytes, Named] = field(default_factory=dict)
     changed: Callable[[], None] = lambda: None
 
     def name(self, namespace: bytes, name: str, identity: str) -> list[str]:
-        """Notes one. Where it was not known: what tells it from the latest of this name, a field a line."""
+        """Note a namespace. If it is new, return how it differs from the latest of this name, a field a line."""
         here = plainly_named(name, identity)
         like = _latest(self.known, here.name)
         was_known = self.known.pop(namespace, None) is not None
@@ -67,12 +67,12 @@ class Namespaces:
         return [] if like is None else told_apart(here.identity, like.identity)
 
     def forget(self, namespace: bytes) -> None:
-        """Nobody can find it any more."""
+        """Drop a namespace whose chunks nobody can find any more."""
         if self.known.pop(namespace, None) is not None:
             self.changed()
 
     def recall(self, earlier: Mapping[bytes, Named]) -> list[str]:
-        """Takes in what was known in an earlier life; for each that is new since then, what tells it from those."""
+        """Add what an earlier store knew; for each namespace that is new since then, how it differs from that."""
         earlier = {namespace: plainly_named(*named) for namespace, named in earlier.items()}
         lines = []
         for namespace, here in self.known.items():

@@ -1,7 +1,7 @@
-"""Starting the store process, joining one that runs, and being one.
+"""The store process: its pool, its server and its tiers, from the start to the last write.
 
-A private store inherits one end of a socket pair and ends with its file; a shared one listens on a Unix socket.
-Knows nothing about engines. The process imports no torch.
+A private store inherits one end of a socket pair and ends when the other end is closed; a shared one listens on a Unix
+socket. Knows nothing about engines, and imports no torch.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ log = logging.getLogger("kvkeep.store")
 POPULATE_PIECE_NBYTES = 16 << 20
 POPULATE_SAY_S = 2.0
 END_LIMIT_S = 5.0
-DRAIN_S = 8.0  # what an ending store still writes; whoever waits for its end must wait longer
+DRAIN_S = 8.0  # for the last writes of an ending store; whoever waits for its end must wait longer
 
 
 def write_log(level: str) -> None:
-    """Writes the store process's lines of this level and above to stderr, with the time as vLLM writes it."""
+    """Log lines of this level and above to stderr, with the time as vLLM writes it."""
     form = "kvkeep store %(process)d %(levelname)s %(asctime)s %(message)s"
     logging.basicConfig(level=level.upper(), format=form, datefmt="%m-%d %H:%M:%S")
 
 
 def run(config: Config, private_fd: int | None, path: Path | None) -> None:
-    """Is the store process: makes the pool and serves until its client is gone (private) or it is told to stop."""
+    """Make the pool and serve until SIGTERM or SIGINT, or (private) until the client has gone."""
     pool_nbytes = config.pool_nbytes(read_limits().available_nbytes)
     check_room(pool_nbytes, beside_nbytes=still_beside_nbytes())
     _allow_descriptors()
@@ -66,7 +66,7 @@ def run(config: Config, private_fd: int | None, path: Path | None) -> None:
         log.info("pool of %s, policy %s, pid %d", size_text(pool_nbytes), config.policy, os.getpid())
         populating.start()
         try:
-            serve_to_the_end(server, _opened(config.tiers, server.walk), DRAIN_S)
+            serve_to_the_end(server, _open(config.tiers, server.walk), DRAIN_S)
         finally:
             closing.set()
             if path is not None and own is not None:
@@ -74,8 +74,8 @@ def run(config: Config, private_fd: int | None, path: Path | None) -> None:
             populating.join(END_LIMIT_S)  # it must not meet a closed region
 
 
-async def _opened(tiers: Sequence[Tier], walk: TierWalk) -> None:
-    """Opens the tiers; in a directory that is ours, also what its namespaces are in words."""
+async def _open(tiers: Sequence[Tier], walk: TierWalk) -> None:
+    """Open the tiers, then the file of namespaces in the disk's first directory."""
     walk.filler.opening = bool(tiers)
     try:
         await open_tiers(tiers, walk.admit, walk.left_out)
@@ -87,10 +87,10 @@ async def _opened(tiers: Sequence[Tier], walk: TierWalk) -> None:
 
 
 def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain_s: float) -> None:
-    """Serves until the end, which SIGTERM and SIGINT are too; `opening` opens the tiers meanwhile.
+    """Serve until the server ends, or SIGTERM or SIGINT; `opening` opens the tiers meanwhile.
 
-    Then what waits to be written is written, for at most `drain_s` seconds. The loop is left as it is: to close it well
-    is to wait for a device that may hang.
+    Then write what waits to be written, for at most `drain_s` seconds. The loop is not closed: that would wait for a
+    device that may hang.
     """
     loop = asyncio.new_event_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,15 +108,15 @@ def serve_to_the_end(server: Server, opening: Coroutine[None, None, None], drain
 
 
 def _allow_descriptors() -> None:
-    """Raises the soft limit to the hard one: a store has one descriptor a client and one a process of its session."""
+    """Raise the soft limit to the hard one: a store has a descriptor for each client and each of its processes."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _populate(region: Region, store: Store, closing: threading.Event) -> None:
-    """Allocates the pool's pages from the low end, which the allocator lends first; a copy into fresh pages is slow.
+    """Allocate the pool's pages in the order in which the allocator lends them, since a copy into fresh pages is slow.
 
-    If memory runs out the store stops lending rather than let a worker's copy be killed.
+    If memory runs out the store stops lending: else a worker's copy would be killed.
     """
     began_s = said_s = time.monotonic()
     for start in range(0, region.nbytes, POPULATE_PIECE_NBYTES):

@@ -1,7 +1,6 @@
-"""What the store tells a service manager: that it is ready, what it is doing, that it is ending (sd_notify(3)).
+"""Notify a service manager that the store is ready, what it is doing, and that it is ending (sd_notify(3)).
 
-Knows nothing about the store. Without NOTIFY_SOCKET in the environment nothing is said, and a manager that does not
-listen harms nobody.
+Knows nothing about the store. Without NOTIFY_SOCKET in the environment it sends nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ log = logging.getLogger("kvkeep.store")
 
 
 def notify(state: str, environ: Mapping[str, str]) -> None:
-    """Sends one state, as "READY=1" or "STATUS=...", as one datagram; never waits."""
+    """Send a state, such as "READY=1" or "STATUS=...", as one datagram; never wait."""
     path = environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
@@ -23,4 +22,4 @@ def notify(state: str, environ: Mapping[str, str]) -> None:
         try:
             sock.sendto(state.encode(), address)
         except OSError as error:
-            log.debug("the service manager was not told %r: %s", state, error)
+            log.debug("%r was not sent to the service manager: %s", state, error)

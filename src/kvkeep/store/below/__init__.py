@@ -1,1 +1,1 @@
-"""Between the pool and its tiers: promotion, flush, what waits for them, and who is left alone."""
+"""Between the pool and its tiers: fetches that promote chunks into the pool, flushes that write them to the tiers."""

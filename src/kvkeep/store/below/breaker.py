@@ -1,4 +1,4 @@
-"""Whether a tier may be asked: a tier that failed is left alone for a while, then tried with one probe.
+"""A circuit breaker: a tier that failed is asked nothing for a while, then tried with one probe.
 
 Pure: the caller says what time it is and what happened. Knows nothing about tiers.
 """
@@ -13,38 +13,38 @@ LONGEST_PAUSE_S = 60.0
 
 
 class Gate(Enum):
-    """What may pass."""
+    """What a tier may be asked."""
 
-    CLOSED = "working"  # the circuit is closed: everything passes
-    HALF_OPEN = "on trial"  # one probe passes, and nobody waits for it
-    OPEN = "left alone"
+    CLOSED = "working"  # everything
+    HALF_OPEN = "on trial"  # one probe, for which nobody waits
+    OPEN = "left alone"  # nothing
 
 
 @dataclass
 class Breaker:
-    """Opens at a failure and closes at a success; each failed probe doubles the pause (seconds)."""
+    """Open from a failure to the next success; each failed probe doubles the pause before the next one (seconds)."""
 
     failures: int = 0
     _pause_s: float = FIRST_PAUSE_S
     _probe_at_s: float | None = None
 
     def gate(self, now_s: float) -> Gate:
-        """What may pass now; a probe that passes is announced with `probing`."""
+        """What may be asked now; whoever sends a probe calls `probing`."""
         if self._probe_at_s is None:
             return Gate.CLOSED
         return Gate.HALF_OPEN if now_s >= self._probe_at_s else Gate.OPEN
 
     def probing(self, now_s: float) -> None:
-        """A probe is on its way: no second one before the next pause is over."""
+        """Note that a probe was sent: the next one may go after another pause."""
         self._probe_at_s = now_s + self._pause_s
 
     def failed(self, now_s: float) -> None:
-        """Something failed or was too late."""
+        """Note a failure, or an answer that is too late."""
         self.failures += 1
         if self._probe_at_s is not None:
             self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
         self._probe_at_s = now_s + self._pause_s
 
     def succeeded(self) -> None:
-        """Something came back, however late: the tier works."""
+        """Note an answer, however late: the tier works."""
         self._probe_at_s, self._pause_s = None, FIRST_PAUSE_S

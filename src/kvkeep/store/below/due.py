@@ -1,6 +1,6 @@
-"""The chunks that wait to be written to one tier, first come, first written; the pool evicts the first of them last.
+"""The queue of chunks to be written to one tier; the pool evicts the first of them last.
 
-They hold nothing: where the pool needs their room they go. Knows nothing about tiers, or when a chunk is written.
+They are not pinned: if the pool has nothing else to evict, they go. Knows nothing about tiers, or when writes happen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvkeep.core.index import Index
 
 
 class Due(NamedTuple):
-    """A chunk that waits: its key, its ranges, since when."""
+    """A chunk to be written: its key, the sizes of its ranges, and since when it waits."""
 
     key: bytes
     sizes: Sequence[int]
@@ -23,39 +23,41 @@ class Due(NamedTuple):
 
 @dataclass(eq=False)
 class DueChunks:
-    """Of those that wait the first are spared, `most_spared_nbytes` in all: what is used most needs room as well."""
+    """The first chunks, up to `most_spared_nbytes`, are evicted last; not all, for chunks in use need room too."""
 
     index: Index
     most_spared_nbytes: int
     _due: OrderedDict[bytes, Due] = field(default_factory=OrderedDict)
     _spared: dict[bytes, int] = field(default_factory=dict)
     _spared_nbytes: int = 0
-    _others: deque[bytes] = field(default_factory=deque)  # waiting ones that are not spared yet, and some that were
+    _others: deque[bytes] = field(
+        default_factory=deque
+    )  # keys that are not spared yet, and some that were or have left
 
     def __len__(self) -> int:
         return len(self._due)
 
     @property
     def since_s(self) -> float:
-        """How long the first one has been waiting; there must be one."""
+        """Since when the first chunk waits; there must be one."""
         return next(iter(self._due.values())).since_s
 
     def add(self, due: Due) -> None:
-        """One more; of one that waits already the place stays, and the pool may have made it anew."""
+        """Add a chunk at the end; one that waits already keeps its position, also if the pool has it anew."""
         self._unspare(due.key)
         self._due[due.key] = due
         self._others.append(due.key)
         self._spare()
 
     def pop(self) -> Due:
-        """Takes the first one; there must be one."""
+        """Remove and return the first chunk; there must be one."""
         _, due = self._due.popitem(last=False)
         self._unspare(due.key)
         self._spare()
         return due
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Remove all chunks."""
         self._due.clear()
         self._others.clear()
         for key in list(self._spared):

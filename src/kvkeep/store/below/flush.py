@@ -1,8 +1,7 @@
-"""Write-through: what became readable in the pool is written to a tier in the background, after what is being read.
+"""Write-through: chunks that became readable in the pool are written to a tier in the background; reads go first.
 
-One Flush a tier, so that a slow one holds up no other. It holds only what it is writing, and drops what it cannot keep
-up with, counted; of what waits the first is evicted from the pool last. Knows nothing about sockets, sessions or how a
-tier keeps its chunks.
+One Flush a tier, so that a slow tier holds up no other. It pins only what it is writing, and drops and counts what it
+cannot keep up with. Knows nothing about sockets, sessions or how a tier keeps its chunks.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _TURN = 64  # chunks of the backlog that come due at once
 
 @dataclass(frozen=True)
 class FlushOptions:
-    """Bounds: a batch and all batches together (bytes held), what may wait (chunks) and for how long (seconds).
+    """Bounds: bytes of one batch and of all batches being written, chunks that may wait, and how long (seconds).
 
-    Of what waits, the first `spared_nbytes` are evicted from the pool last.
+    The pool evicts the first `spared_nbytes` of the chunks that wait last.
     """
 
     batch_nbytes: int
@@ -44,7 +43,7 @@ class FlushOptions:
 
 @dataclass(eq=False)
 class Flush:
-    """Writes to the tier of `reads` what `submit` names; reads go first, and their trouble is not its own."""
+    """Writes to the tier of `reads` the chunks that `submit` names; it has a breaker of its own."""
 
     index: Index
     reads: TierReads
@@ -63,11 +62,11 @@ class Flush:
 
     @property
     def waiting(self) -> int:
-        """Chunks that are not written yet, those being written included."""
+        """How many chunks are not written yet, those being written included."""
         return len(self._due) + len(self._backlog) + self._writing
 
     def submit(self, entry: IndexEntry, sizes: Sequence[int]) -> None:
-        """A chunk is readable in the pool; it is written when its turn comes, if it is still there."""
+        """Queue a readable chunk; it is written if the pool still has it by then."""
         if len(self._due) >= self.options.max_waiting:
             self.figures["dropped"] += 1  # the newest: a prefix is worth more from its beginning
             return
@@ -75,13 +74,13 @@ class Flush:
         self._start()
 
     def catch_up(self, chunks: Iterable[tuple[bytes, Sequence[int]]]) -> None:
-        """What the pool had before the tier came, keys and ranges: written in turns, what is new between them."""
+        """Queue what the pool had before the tier came (keys, sizes of ranges), a few at a time between new chunks."""
         self._backlog.extend(chunks)
         if self._backlog:
             self._start()
 
     async def drain(self, limit_s: float) -> int:
-        """Waits until all is written, at most `limit_s`; how many chunks were not."""
+        """Wait until all is written, at most `limit_s`; return how many chunks were not."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + limit_s
         while self.waiting and loop.time() < end_s:
@@ -95,7 +94,7 @@ class Flush:
             self._pump = self.reads.tasks.start(self._run())
 
     async def _run(self) -> None:
-        """Starts batches while there is something to write, then ends."""
+        """Start batches while there is something to write, then end."""
         now_s = asyncio.get_running_loop().time
         while self._due or self._backlog:
             self._forget_old(now_s())
@@ -143,7 +142,7 @@ class Flush:
         self.reads.tasks.start(self._write(entries, writes, nbytes))
 
     def _lost(self) -> None:
-        """Counts a chunk that has gone before its turn, and says so now and then."""
+        """Count a chunk that was evicted or cleared before it was written, and log that now and then."""
         self.figures["gone"] += 1
         self._unsaid += 1
         if (now_s := asyncio.get_running_loop().time()) >= self._say_at_s:

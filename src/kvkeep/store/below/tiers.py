@@ -1,4 +1,4 @@
-"""All that lies below the pool of one store: its tiers in order, the fetches down them, the writes to each.
+"""Everything below the pool of one store: its tiers in order, the fetches that read them, the flushes to each.
 
 Knows nothing about sockets, or what kinds of tiers there are.
 """
@@ -31,16 +31,16 @@ from kvkeep.tiers.tier import OPENING, Bytes, Tier
 log = logging.getLogger("kvkeep.store")
 
 BATCH_NBYTES = 32 << 20
-HELD_SHARE = 8  # flushes may hold an eighth of the pool
-SPARED_SHARE = 2  # what waits to be written is evicted last, as far as it takes half of the pool
-VERB_LIMIT_S = 5.0  # of a clear or a delete
+HELD_SHARE = 8  # flushes may pin an eighth of the pool
+SPARED_SHARE = 2  # chunks that wait to be written are evicted last, up to half of the pool
+VERB_LIMIT_S = 5.0  # for a clear or a delete
 CLOSE_LIMIT_S = 2.0
 SILENT = "tier %s does not say what it has, which counts as nothing: %s"
 MAX_NAMESPACES = 256  # whose ranges, and whose clears, are remembered for tiers that come late
 
 
 class Left(NamedTuple):
-    """How many chunks of the pool are in `no_tier` at the end; those of them that a tier should have are `lost`."""
+    """How many chunks of the pool no tier has at the end; `lost` are those that a tier could have kept."""
 
     no_tier: int
     lost: int
@@ -48,7 +48,7 @@ class Left(NamedTuple):
 
 @dataclass
 class TierWalk:
-    """The pool's `store` and the tiers below it, the best first; one may come late, when it was in use before.
+    """The pool's `store` and the tiers below it, the best first; a tier may come late, if another store still owned it.
 
     `table` is behind the pool: each chunk that is lent early gets a progress word of it.
     """
@@ -76,7 +76,7 @@ class TierWalk:
     async def admit(
         self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1
     ) -> None:
-        """Takes in a tier once it has forgotten what was cleared before it came; one that cannot is ended."""
+        """Add a tier once it has forgotten what was cleared before it came; close it if it cannot."""
         forgotten: set[bytes | None] = set()
         while missing := list(self._cleared - forgotten):
             failure = await self._within(VERB_LIMIT_S, tier.clear(missing[0]))
@@ -90,7 +90,7 @@ class TierWalk:
         self.left_out(name, "")
 
     def left_out(self, name: str, why: str) -> None:
-        """Notes why a tier that is configured is not there; OPENING: it will be soon, or `why` is known; "": it is."""
+        """Note why a configured tier is not there: OPENING until the reason is known; "": it is there."""
         self.out.pop(name, None)
         if why:
             self.out[name] = why
@@ -102,10 +102,10 @@ class TierWalk:
             await self._changed.wait()
 
     def add(self, name: str, tier: Tier, figures: Callable[[], Mapping[str, int]] = dict, max_reads: int = 1) -> None:
-        """Takes in a tier below all others, and writes to it what the pool has.
+        """Add a tier below all others, and write to it what the pool has.
 
-        `figures` tells its own counts, `max_reads` are how many reads it does at once. ValueError for a name that
-        cannot be a label of metrics.
+        `figures` reads its own counts; `max_reads` is how many reads it does at once. ValueError for a name that cannot
+        be a label of metrics.
         """
         if name == POOL or re.fullmatch(SOURCE_PATTERN, name) is None:
             raise ValueError(f"a tier's name matches {SOURCE_PATTERN} and is not {POOL}: {name!r}")
@@ -127,16 +127,16 @@ class TierWalk:
         self.flushes[-1].catch_up(self._kept())
 
     def _kept(self) -> Iterator[tuple[bytes, Sequence[int]]]:
-        """The chunks in the pool that a tier can keep, and their ranges."""
+        """The keys of the chunks in the pool that a tier can keep, each with the sizes of its ranges."""
         for entry in self.store.index.committed():
             sizes = self._sizes.get(entry.key[:NAMESPACE_NBYTES], ())
             if _is_whole(entry, sizes):
                 yield entry.key, sizes
 
     def committed(self, session: Session, entries: Sequence[IndexEntry | None]) -> None:
-        """These became readable in the pool: every tier gets them, if anybody can find them after the session.
+        """Write to every tier what became readable in the pool, if others can find it after the session.
 
-        A session that does not say what their ranges are keeps them in the pool.
+        Chunks of a session that does not say the sizes of their ranges stay in the pool.
         """
         if not session.lasting or not session.opening.sizes:
             return
@@ -160,7 +160,7 @@ class TierWalk:
                 self.store.index.discard(unwanted)  # what a tier gave before its turn came
 
     async def clear(self, namespace: bytes | None) -> str:
-        """Drops a namespace, or everything, from every tier, also from later ones (the pool has lost it already).
+        """Drop a namespace, or everything, from every tier, also from later ones (the pool has lost it already).
 
         Returns why it may be there again after a restart: a tier failed, did not answer, is not there. "": it is gone.
         """
@@ -171,7 +171,7 @@ class TierWalk:
         return "; ".join(f"tier {name}: {why}" for name, why in {**self.out, **failed}.items())
 
     async def aclose(self, drain_s: float) -> Left:
-        """Writes what waits, at most for `drain_s`, and ends the tiers; which chunks of the pool they do not have."""
+        """Write what waits, for at most `drain_s`, and close the tiers; how many chunks of the pool they lack."""
         await asyncio.gather(*(flush.drain(drain_s) for flush in self.flushes))
         left = await self._left()
         for reads in self.reads:
@@ -213,9 +213,9 @@ class TierWalk:
             flush.submit(promotion.entry, promotion.sizes)
 
     async def _each(self, verb: Callable[[Tier], Coroutine[None, None, None]]) -> list[tuple[str, TierError]]:
-        """Every tier, one after the other; one that fails or does not answer in `VERB_LIMIT_S` is left alone.
+        """Ask every tier, one after the other; leave alone one that fails or does not answer in `VERB_LIMIT_S`.
 
-        Returns the names of those that did not do it, and what went wrong.
+        Returns the names of those that did not do it, each with what went wrong.
         """
         failures = []
         for reads in self.reads:
@@ -227,7 +227,7 @@ class TierWalk:
         return failures
 
     async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
-        """Runs a verb for at most `limit_s`, then leaves it to itself; what went wrong."""
+        """Wait for a verb for at most `limit_s`, then leave it to itself; what went wrong."""
         task = await self.tasks.wait(_failure(verb), limit_s)
         return task.result() if task.done() else TierUnavailable(f"no answer within {limit_s:.0f} s")
 
@@ -241,5 +241,5 @@ async def _failure(verb: Coroutine[None, None, None]) -> TierError | None:
 
 
 def _is_whole(entry: IndexEntry, sizes: Sequence[int]) -> bool:
-    """Whether a chunk can be verified later: a client may have sent sums of another number than its ranges."""
+    """Whether a tier can verify a chunk: a client may have sent another number of sums than it has ranges."""
     return bool(sizes) and len(entry.sums or b"") == SUM_NBYTES * len(sizes)
