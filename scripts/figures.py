@@ -35,9 +35,9 @@ def table() -> str:
     )
     alone = cold["yardstick_median"]
     rows = [
-        ("computed before, now in the pool", alone, warm["median"], peer["yardstick_median"]),
-        ("computed before a restart, now on disk", alone, restart["median"], restart["yardstick_median"]),
-        ("new: computed and stored", alone, cold["median"], None),
+        ("came before, and vLLM's own cache has lost it", alone, warm["median"], peer["yardstick_median"]),
+        ("came before a restart (kept on disk)", alone, restart["median"], restart["yardstick_median"]),
+        ("new: computed, and stored", alone, cold["median"], None),
     ]
     lines = ["| prompt of 4,096 tokens | vLLM alone | with kvkeep | with LMCache 0.5.6 |", "|---|---|---|---|"]
     for what, *values in rows:
