@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ VERSION = 2
 _MAGIC = b"kvkeep\r\n"  # a transfer that converts line ends breaks it
 _START = struct.Struct("<8sHHI")
 _FIXED = struct.Struct("<8sHHIIIQ16s32s16s24sQ")
-_RANGE = struct.Struct("<QQ16s16s")
+_RANGE_FIELDS = "QQ16s16s"
+_RANGE = struct.Struct(f"<{_RANGE_FIELDS}")
 _MAX_PAGES = 1024  # room for 87,000 ranges; bounds what a reader allocates for bytes that are no header
 _MAX_RANGE_NBYTES = 1 << 48
 
@@ -90,7 +92,10 @@ def record_nbytes(sizes: Sequence[int]) -> int:
 
 def fits(sizes: Sequence[int], sums: bytes) -> bool:
     """Whether a record can hold ranges of such sizes, each with its sum."""
-    whole = all(0 < size < _MAX_RANGE_NBYTES and not size % ALIGN_NBYTES for size in sizes)
+    bits = 0
+    for size in sizes:
+        bits |= size
+    whole = not bits % ALIGN_NBYTES and (not sizes or (min(sizes) > 0 and bits < _MAX_RANGE_NBYTES))
     return whole and header_nbytes(len(sizes)) <= _MAX_PAGES * ALIGN_NBYTES and len(sums) == len(sizes) * SUM_NBYTES
 
 
@@ -105,8 +110,8 @@ def encode_header(header: Header, out: Bytes) -> None:
     out[:] = 0
     _FIXED.pack_into(out.data, 0, *fixed, namespace, digest, *header.seal, 0)
     sums, raw_sums = _split(header.sums), _split(header.raw_sums)
-    for index, row in enumerate(zip(header.sizes, header.raw_sizes, sums, raw_sums, strict=True)):
-        _RANGE.pack_into(out.data, _FIXED.size + index * _RANGE.size, *row)
+    rows = chain.from_iterable(zip(header.sizes, header.raw_sizes, sums, raw_sums, strict=True))
+    struct.pack_into("<" + count * _RANGE_FIELDS, out.data, _FIXED.size, *rows)
     out[-SUM_NBYTES:] = np.frombuffer(_sum(out[:-SUM_NBYTES]), np.uint8)
 
 
@@ -145,16 +150,15 @@ def decode_header(octets: Bytes) -> Header:
         raise CorruptChunk("the header's checksum does not hold")
     _, _, _, count, codec, tokens, epoch, namespace, digest, key_id, nonce, reserved = _FIXED.unpack_from(data)
     end = _FIXED.size + count * _RANGE.size
-    table = list(_RANGE.iter_unpack(data[_FIXED.size : end]))
-    sizes, raw_sizes = tuple([row[0] for row in table]), tuple([row[1] for row in table])
-    sums, raw_sums = b"".join([row[2] for row in table]), b"".join([row[3] for row in table])
+    columns = zip(*_RANGE.iter_unpack(data[_FIXED.size : end]), strict=True)
+    sizes, raw_sizes, sums, raw_sums = columns if count else ((), (), (), ())
     header = Header(
         namespace + digest,
         epoch,
         raw_sizes,
-        raw_sums,
+        b"".join(raw_sums),
         sizes=sizes,
-        sums=sums,
+        sums=b"".join(sums),
         codec=codec,
         tokens=tokens,
         seal=Seal(key_id, nonce),
@@ -173,7 +177,7 @@ def first_bad_range(payload: Bytes, sizes: Sequence[int], sums: bytes) -> int | 
     """
     start = 0
     for index, size in enumerate(sizes):
-        end = start + padded_nbytes(size)
+        end = start + size + -size % ALIGN_NBYTES
         if _sum(payload[start:end]) != sums[index * SUM_NBYTES : (index + 1) * SUM_NBYTES]:
             return index
         start = end
