@@ -1,8 +1,8 @@
 """What a place is: names and bytes below the pool. This is what a plugin writes; `RecordTier` makes a tier of it.
 
-A place knows no chunks, keys, checksums or epochs. Batches in, one answer each. A place that as a whole does not answer
-raises a TierError (TierUnavailable: later maybe; TierBusy: too much at once); an absent name is no error. A name is at
-most 128 characters of `[a-z0-9/]`. `testing/suites/places.py` checks a place.
+A place knows no chunks, keys, checksums or epochs. Batches in, an answer for each. A place that as a whole does not work
+raises TierUnavailable, or TierBusy if too much waits already; an absent name is no error. A name has at most 128
+characters of `[a-z0-9/]`. `testing/suites/places.py` checks a place.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ async def check_lengths(place: Place) -> None:
     await place.put([Put("odd", [octets[:1], octets[1:]])])
     assert await kept(place, "odd", 5001) == octets.tobytes()
     assert await kept(place, "odd", 17) == octets[:17].tobytes()
-    assert await kept(place, "odd", 9000) == octets.tobytes(), "a short name is given as a longer one"
+    assert await kept(place, "odd", 9000) == octets.tobytes(), "a get gives more bytes than the name has"
     assert await place.sizes(["odd"]) == [5001]
 
 

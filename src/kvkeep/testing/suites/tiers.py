@@ -1,6 +1,6 @@
 """What every `Tier` must do, as coroutines that a third party can call on its own: one case, one check.
 
-Knows nothing about what kind of place a tier is: a case makes an empty one with room for some MiB. Each check raises
+A case makes an empty tier of any kind, with room for some MiB. Each check raises
 AssertionError with what is wrong, and leaves the tier open; `CHECKS` are all of them.
 """
 
