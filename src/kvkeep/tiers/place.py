@@ -1,7 +1,7 @@
 """What a place is: names and bytes below the pool. This is what a plugin writes; `RecordTier` makes a tier of it.
 
-A place knows no chunks, keys, checksums or epochs. Batches in, an answer for each. A place that as a whole does not work
-raises TierUnavailable, or TierBusy if too much waits already; an absent name is no error. A name has at most 128
+A place knows no chunks, keys, checksums or epochs. Batches in, an answer for each. A place that as a whole does not
+work raises TierUnavailable, or TierBusy if too much waits already; an absent name is no error. A name has at most 128
 characters of `[a-z0-9/]`. `testing/suites/places.py` checks a place.
 """
 
