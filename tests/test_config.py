@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from kvkeep.config import Config, Disk, Durability, describe_settings
 from kvkeep.core.policies.registry import POLICIES, policy_by_name
 from kvkeep.errors import ConfigError
-from kvkeep.settings import right_values
-from kvkeep.sizes import parse_size
+from kvkeep.settings import parse_size, right_values
 from kvkeep.sources import load_config
 
 MIB, GIB = 1 << 20, 1 << 30

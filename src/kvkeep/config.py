@@ -17,8 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from kvkeep.core.policies.registry import POLICIES
 from kvkeep.errors import ConfigError
-from kvkeep.settings import checked, right_values, unknown, wrong
-from kvkeep.sizes import parse_size
+from kvkeep.settings import checked, parse_size, right_values, unknown, wrong
 
 _UNIX: Final = "unix:"
 _MAX_SOCKET_PATH_NBYTES: Final = 107  # sockaddr_un holds 108 with the closing zero

@@ -17,7 +17,7 @@ from kvkeep.memory.limits import (
     size_text,
     still_beside_nbytes,
 )
-from kvkeep.sizes import parse_size
+from kvkeep.settings import parse_size
 
 MIB, GIB = 1 << 20, 1 << 30
 V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"

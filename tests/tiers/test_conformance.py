@@ -14,8 +14,8 @@ from kvkeep.testing.doubles.memory_place import MemoryPlace
 from kvkeep.testing.suites import places
 from kvkeep.testing.suites.tiers import CHECKS, Check
 from kvkeep.tiers.disk.disk import open_disk
+from kvkeep.tiers.record import RAW_RECORDS, Records
 from kvkeep.tiers.record_tier import open_record_tier
-from kvkeep.tiers.records import RAW_RECORDS, Records
 from kvkeep.tiers.tier import Tier
 
 LIMIT = 64 << 20

@@ -10,8 +10,7 @@ from kvkeep.errors import CorruptChunk
 from kvkeep.testing.doubles.codecs import ZlibCodec
 from kvkeep.testing.suites.tiers import SIZES, key, memory_for, write_of
 from kvkeep.tiers.codec import Seal
-from kvkeep.tiers.record import decode_header, encode_header, header_nbytes
-from kvkeep.tiers.records import RAW_RECORDS, Records
+from kvkeep.tiers.record import RAW_RECORDS, Records, decode_header, encode_header, header_nbytes
 from kvkeep.tiers.tier import Bytes, Write
 
 WRITE = write_of(key(1))

@@ -1,7 +1,7 @@
 """The record, version 2: a header that says what follows, then a chunk's ranges. `docs/reference/record.md`.
 
-Bytes only: this module knows no files, no network and no list of records. `records.py` makes and verifies whole records
-with it.
+Bytes only: this module knows no files, no network and no list of records. `Records` is the only code that turns a chunk
+into the bytes that a place keeps, and back.
 
 All numbers are little-endian. The header is n x 4 KiB; its last 16 bytes are the xxh3-128 of all its bytes before them,
 so that a header with one flipped bit is no header. The ranges follow, each padded with zeros to 4 KiB.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,9 @@ import xxhash
 from kvkeep.core.layout import padded_nbytes
 from kvkeep.core.units import ALIGN_NBYTES, KEY_NBYTES, NAMESPACE_NBYTES, SUM_NBYTES
 from kvkeep.errors import CorruptChunk, TierError
-from kvkeep.tiers.codec import NO_SEAL, RAW, Seal
-from kvkeep.tiers.tier import Bytes
+from kvkeep.tiers.aligned import aligned_bytes
+from kvkeep.tiers.codec import NO_SEAL, RAW, Codec, Seal
+from kvkeep.tiers.tier import Bytes, Read, Write
 
 VERSION = 2
 
@@ -200,3 +201,92 @@ def _split(sums: bytes) -> list[bytes]:
 
 def _sum(octets: Bytes) -> bytes:
     return xxhash.xxh3_128_digest(octets.data)
+
+
+class Records(NamedTuple):
+    """Makes and verifies the records of one tier. Without a codec the payload is read and written where it is."""
+
+    codec: Codec | None = None
+
+    @property
+    def codec_id(self) -> int:
+        """The codec that records of this tier have; one of another codec is none of its records."""
+        return RAW if self.codec is None else self.codec.codec_id
+
+    def most_nbytes(self, sizes: Sequence[int]) -> int:
+        """The most bytes that the record of a chunk with ranges of these sizes can take."""
+        return record_nbytes(sizes if self.codec is None else [self.codec.most_nbytes(size) for size in sizes])
+
+    def make(self, write: Write, epoch: int, octets: Bytes) -> Bytes:
+        """Write the header of a record into `octets`, uint8 [header_nbytes]; the payload that follows it."""
+        if self.codec is None:
+            encode_header(raw_header(write.key, epoch, write.sizes, write.sums, tokens=write.tokens), octets)
+            return write.payload
+        seal = self.codec.seal()
+        ranges = enumerate(_ranges(write.payload, write.sizes))
+        encoded = [self.codec.encode(range_, index, seal) for index, range_ in ranges]
+        sizes = tuple([len(part) for part in encoded])
+        payload = aligned_bytes(sum([padded_nbytes(size) for size in sizes]))
+        padded = _ranges(payload, sizes)
+        for range_, part in zip(padded, encoded, strict=True):
+            range_[: len(part)] = np.frombuffer(part, np.uint8)
+        sums = b"".join([xxhash.xxh3_128_digest(range_.data) for range_ in padded])
+        header = raw_header(write.key, epoch, write.sizes, write.sums, tokens=write.tokens)
+        encode_header(header._replace(sizes=sizes, sums=sums, codec=self.codec.codec_id, seal=seal), octets)
+        return payload
+
+    def payload_memory(self, read: Read, nbytes: int) -> Bytes | None:
+        """Memory for a payload of so many bytes, from which the chunk is decoded; None: it cannot be this chunk's."""
+        if self.codec is None:
+            return read.into if nbytes == sum(read.sizes) else None
+        most_nbytes = self.most_nbytes(read.sizes) - header_nbytes(len(read.sizes))
+        return aligned_bytes(nbytes) if 0 < nbytes <= most_nbytes and not nbytes % ALIGN_NBYTES else None
+
+    def verify(self, octets: Bytes, payload: Bytes, read: Read, epoch: int) -> bytes | None:
+        """The chunk's sums, once every byte of its record has proven right and it stands decoded in `read.into`.
+
+        None: header or payload are not those of this chunk in this epoch, and `read.into` may hold anything.
+        """
+        header = self.header_of(octets, read, epoch)
+        if header is None or header.nbytes != octets.nbytes + payload.nbytes:
+            return None
+        if first_bad_range(payload, header.sizes, header.sums) is not None:
+            return None
+        if self.codec is not None and not self._decode(header, payload, read):
+            return None
+        return header.raw_sums
+
+    def header_of(self, octets: Bytes, chunk: Read | Write, epoch: int) -> Header | None:
+        """The header in `octets` if it is that of this chunk in this epoch, as far as a header tells."""
+        try:
+            header = decode_header(octets)
+        except CorruptChunk:
+            return None
+        wanted = (chunk.key, epoch, self.codec_id, tuple(chunk.sizes))
+        return header if (header.key, header.epoch, header.codec, header.raw_sizes) == wanted else None
+
+    def _decode(self, header: Header, payload: Bytes, read: Read) -> bool:
+        assert self.codec is not None, "raw ranges are where they belong already"
+        stored = _ranges(payload, header.sizes)
+        try:
+            for index, into in enumerate(_ranges(read.into, read.sizes)):
+                self.codec.decode(stored[index][: header.sizes[index]], index, header.seal, into)
+        except CorruptChunk:
+            return False
+        return first_bad_range(read.into, header.raw_sizes, header.raw_sums) is None
+
+
+RAW_RECORDS = Records()
+
+
+def check_payloads(writes: Sequence[Write]) -> None:
+    """Raise TierError where a payload is not as long as its ranges."""
+    for write in writes:
+        if write.payload.nbytes != sum(write.sizes):
+            raise TierError(f"a chunk of {write.payload.nbytes} bytes cannot have ranges of {write.sizes} bytes")
+
+
+def _ranges(payload: Bytes, sizes: Sequence[int]) -> list[Bytes]:
+    """The ranges of a payload, each with its padding."""
+    ends = list(accumulate([padded_nbytes(size) for size in sizes], initial=0))
+    return [payload[start:end] for start, end in pairwise(ends)]

@@ -21,8 +21,7 @@ from kvkeep.tiers.codec import Codec
 from kvkeep.tiers.epochs import EVERYTHING
 from kvkeep.tiers.place import Get, Missing, Place, Put
 from kvkeep.tiers.place_epochs import PlaceEpochs, read_epochs
-from kvkeep.tiers.record import fits, header_nbytes, key_in_name, record_name
-from kvkeep.tiers.records import Records, check_payloads
+from kvkeep.tiers.record import Records, check_payloads, fits, header_nbytes, key_in_name, record_name
 from kvkeep.tiers.tasks import in_thread, outlast
 from kvkeep.tiers.tier import Bytes, Read, Stored, Write, operation
 

@@ -22,10 +22,9 @@ from kvkeep.store.below.fetches import FetchLimits
 from kvkeep.store.below.tiers import TierWalk
 from kvkeep.store.namespaces import plain_name
 from kvkeep.store.server.answers import Answers, Checks
-from kvkeep.store.server.greeting import check_open, first_message, opening_of
 from kvkeep.store.server.lingering import Lingering
 from kvkeep.store.server.peer import Peer
-from kvkeep.store.server.reception import Reception
+from kvkeep.store.server.reception import Reception, check_open, first_message, opening_of
 from kvkeep.store.sessions import Session
 from kvkeep.store.store import Store
 from kvkeep.wire import messages as m

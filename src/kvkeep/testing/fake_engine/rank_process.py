@@ -21,8 +21,7 @@ from kvkeep.core.layout import ShardLayout
 from kvkeep.engine.copies.cpu import CpuCopies
 from kvkeep.engine.plan import LoadOp, StepPlan, StoreOp, Trip
 from kvkeep.engine.pool import MappedPool
-from kvkeep.engine.rank.results import Results
-from kvkeep.engine.rank.worker import Worker
+from kvkeep.engine.rank.worker import Results, Worker
 from kvkeep.memory.pool import Lease
 from kvkeep.transfer.transfer import Blocks, Transfer
 from kvkeep.wire.frames import FrameReader, framed

@@ -40,7 +40,7 @@ from kvkeep.tiers.disk.state import DiskState, Errand
 from kvkeep.tiers.disk.threads import IoThreads, Urgency
 from kvkeep.tiers.disk.writes import DiskWrites
 from kvkeep.tiers.epochs import VERSION, Epochs
-from kvkeep.tiers.records import Records
+from kvkeep.tiers.record import Records
 from kvkeep.tiers.tier import Stored, Write
 
 log = logging.getLogger("kvkeep.disk")

@@ -18,7 +18,7 @@ from kvkeep.config import Disk
 from kvkeep.errors import TierError, TierUnavailable
 from kvkeep.tiers.disk.directio import Files, posix_files
 from kvkeep.tiers.disk.directory import Directory, open_directory
-from kvkeep.tiers.records import RAW_RECORDS, Records
+from kvkeep.tiers.record import RAW_RECORDS, Records
 from kvkeep.tiers.tasks import outlast
 from kvkeep.tiers.tier import Read, Stored, Write, operation
 

@@ -19,8 +19,7 @@ from kvkeep.errors import CorruptChunk
 from kvkeep.tiers.aligned import is_aligned
 from kvkeep.tiers.disk.directio import Files, Inode, Stat, read_all, sync_directory, write_all
 from kvkeep.tiers.disk.threads import Scratch
-from kvkeep.tiers.record import decode_header, header_nbytes, record_name, stated_header_nbytes
-from kvkeep.tiers.records import Records
+from kvkeep.tiers.record import Records, decode_header, header_nbytes, record_name, stated_header_nbytes
 from kvkeep.tiers.tier import Read, Stored, Write
 
 _TRIES = 4  # the start-up scan may be removing empty directories

@@ -18,8 +18,7 @@ from kvkeep.tiers.disk.boot import forget_order
 from kvkeep.tiers.disk.files import NO_ROOM, WriteResult
 from kvkeep.tiers.disk.state import DiskState, Errand, Pending, batches
 from kvkeep.tiers.disk.threads import Urgency
-from kvkeep.tiers.record import fits
-from kvkeep.tiers.records import check_payloads
+from kvkeep.tiers.record import check_payloads, fits
 from kvkeep.tiers.tier import Stored, Write
 
 _TRIES = 4  # other writes may take the room that was made
