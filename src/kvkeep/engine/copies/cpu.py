@@ -19,6 +19,7 @@ from kvkeep.engine.copies.copies import Copy, Fault, Kind, fail
 from kvkeep.engine.copies.mode import CopyMode
 from kvkeep.engine.copies.thread import COPY_LIMIT_S, Copier, InlineCopier, all_done, result_of
 from kvkeep.errors import LayoutMismatch
+from kvkeep.memory.progress import Progress
 from kvkeep.trace import Trace
 from kvkeep.transfer.transfer import Blocks, Transfer
 
@@ -96,7 +97,7 @@ class CpuCopies:
         """These copies, which might have gone either way, cost the caller so much time."""
         if any(copy.layerwise for copy in copies):
             with self._deciding:
-                self._mode.took(layerwise, seconds, sum(self.shard(copy.kind).nbytes for copy in copies))
+                self._mode.took(layerwise, seconds, len(copies) * self.shard().nbytes)
 
     def never_layerwise(self) -> None:
         """The engine does not wait for layers."""
@@ -122,33 +123,32 @@ class _Scatters:
     def scatter(self, indexes: Iterable[int], range_: int | None = None, span: str = "") -> bool:
         """Copies range `range_` (None: all ranges) of these; one that has failed is left alone."""
         start_s = self.owner.timing.clock()
-        for index in indexes:
-            if index not in self.faults:
-                fault = self._copied(self.copies[index], range_)
-                if fault is not None:
-                    fail(self.faults, self.copies, [index], fault)
+        layers = range(range_, range_ + 1) if range_ is not None else None
+        part = slice(range_ * SUM_NBYTES, (range_ + 1) * SUM_NBYTES) if range_ is not None else slice(None)
+        chunk, faults, copies = Kind.CHUNK, self.faults, self.copies
+        of_chunks = self.owner.transfers[chunk]
+        for index in indexes:  # once for each chunk and layer, between two layers of a step: nothing is looked up here
+            if index in faults:
+                continue
+            memory, blocks, kind, sums, _, rotation, _, _ = copies[index]
+            transfer = of_chunks if kind is chunk else self.owner.transfer(kind)
+            progress = memory.progress
+            if progress is not None and not self._arrived(progress, transfer, range_):
+                fail(faults, copies, [index], Fault.LOST)
+            elif not transfer.scatter(memory, blocks, sums and sums[part], layers):
+                fail(faults, copies, [index], Fault.DIFFERS)
+            elif progress is not None and progress.failed:  # its memory may have been another chunk's meanwhile
+                fail(faults, copies, [index], Fault.LOST)
+            elif rotation is not None:
+                rotation.text.in_place(rotation.chunk, layers)
         if span:
             self.owner.timing.trace.span(span, "copies", start_s, self.owner.timing.clock())
         return True
 
-    def _copied(self, copy: Copy, range_: int | None) -> Fault | None:
-        transfer = self.owner.transfer(copy.kind)
-        if not self._arrived(copy, range_ + 1 if range_ is not None else len(transfer.shard.ranges)):
-            return Fault.LOST
-        layers = range(range_, range_ + 1) if range_ is not None else None
-        sums = copy.sums[range_ * SUM_NBYTES : (range_ + 1) * SUM_NBYTES] if range_ is not None else copy.sums
-        if not transfer.scatter(copy.memory, copy.blocks, sums, layers):
-            return Fault.DIFFERS
-        if copy.memory.failed:  # given up meanwhile, so its memory may have been another chunk's
-            return Fault.LOST
-        if copy.rotation is not None:
-            copy.rotation.text.in_place(copy.rotation.chunk, layers)
-        return None
-
-    def _arrived(self, copy: Copy, ranges: int) -> bool:
-        """Waits until the first `ranges` ranges have been read; False if they fail, or are late."""
-        progress = copy.memory.progress
-        while progress is not None and not progress.has(ranges):
+    def _arrived(self, progress: Progress, transfer: Transfer, range_: int | None) -> bool:
+        """Waits until everything up to the range (None: every range) has been read; False if it fails, or is late."""
+        ranges = range_ + 1 if range_ is not None else len(transfer.shard.ranges)
+        while not progress.has(ranges):
             if progress.failed or self.owner.timing.clock() >= self._until_s:
                 return False
             self.owner.timing.pause(LOOK_S)
@@ -168,7 +168,9 @@ class CpuScattering:
         self._waited: set[int] = set()
         self._ended = False
         start_s = clock()
-        batch.scatter(sorted({*range(len(copies))} - {*self._late}))
+        batch.scatter(
+            [index for index, copy in enumerate(copies) if not copy.layerwise] if self._late else range(len(copies))
+        )
         if self._late and owner.ahead:
             for range_ in owner.order:
                 self._submit(range_)
