@@ -95,8 +95,8 @@ def piece_rows(runs: int) -> list[Row]:
     return rows
 
 
-def _beside(mover: PieceBench, name: str, runs: int) -> list[Row]:
-    measures = (lambda: mover.memmove(True), mover.store, lambda: mover.memmove(False), mover.retrieve)
+def _beside(pieces: PieceBench, name: str, runs: int) -> list[Row]:
+    measures = (lambda: pieces.memmove(True), pieces.store, lambda: pieces.memmove(False), pieces.retrieve)
     bare_out, stored, bare_in, retrieved = alternate(runs, *measures)
     end, yardstick = "" if name == "private" else f"-{name}", f"memmove, {name} memory (GB/s)"
     return [

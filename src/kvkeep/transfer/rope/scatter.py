@@ -76,7 +76,7 @@ class RotatingScatter:
 
     `parts` are those of the transfer. The planes of `alike` must cover every part that is to be copied; at most
     `programs` run at once; `kernel` is `scatter_rotated`, or its like in Triton's interpreter. LayoutMismatch for
-    numbers that cannot be turned.
+    a dtype that cannot be rotated.
     """
 
     def __init__(
