@@ -173,6 +173,19 @@ def test_promoted_chunks_age_tail_first(loop: ManualLoop) -> None:
     house.settle()
 
 
+def test_a_run_whose_end_was_promoted_ages_tail_first_as_a_whole(loop: ManualLoop) -> None:
+    house = House(loop, room=4, share=1.0)
+    house.put(1)
+    house.loop.turn()
+    house.on(house.fast, 2, 3)
+    (found,) = house.ask(1, 2, 3)
+    house.store.release(house.session, found.fetched.lease)
+    house.put(7, 8)
+    keys = [house.session.namespace + digest(n) for n in (1, 2, 3)]
+    assert house.store.index.contains(keys) == [True, True, False]
+    house.settle()
+
+
 # ---- time ------------------------------------------------------------------------------------------------------
 
 
