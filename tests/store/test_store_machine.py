@@ -136,8 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
         leases = sorted([*owner.reads, *owner.writes]) or [which]
         lease = leases[which % len(leases)]
         self.store.release(known.session, lease)
-        if owner is known:
-            self.forget(known, lease)
+        self.forget(known, lease)  # where the other has none the number is invented, and may be one of its own
 
     def forget(self, known: Known, lease: int) -> None:
         known.reads.pop(lease, None)
