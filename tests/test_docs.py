@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kvkeep.config import STORE_SETTINGS
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "kvkeep"
 FAULTS = ROOT / "docs" / "reference" / "known-faults.md"
@@ -74,6 +76,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         file = page.parent / target if target else page
         assert "://" in target or file.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_of_serve_that_a_page_writes_is_one(page: Path) -> None:
+    right = {"--socket", "--config", *(f"--{name.replace('_', '-')}" for name in STORE_SETTINGS)}
+    lines = [line.partition("kvkeep serve")[2] for line in page.read_text().splitlines()]
+    assert {option for line in lines for option in re.findall(r"--[a-z][a-z-]*", line)} <= right
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -67,7 +67,7 @@ def open_cache(
     says, by layers' names, how K carries its position, so that texts may be retrieved at another one; it is empty where
     no layer's K does. An absent shared store is waited for (`config.store_wait_s`), then looked for between calls.
     Raises ConfigError or StoreGone if a private store cannot be started, LayoutMismatch for a cache that cannot be
-    copied, or whose K cannot be moved.
+    copied, or whose K cannot be moved, ValueError for `layers` that do not name every layer once.
     """
     config = config or Config()
     block_tokens = [group.block_tokens for group in groups]
