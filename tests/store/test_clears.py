@@ -12,7 +12,7 @@ from kvkeep.store.below.tiers import VERB_LIMIT_S
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 from kvkeep.tiers.tier import OPENING
 
-from .house import House, digest
+from .house import DEADLINE_S, House, digest
 
 
 @pytest.fixture
@@ -128,3 +128,13 @@ def test_what_a_tier_still_gave_while_it_was_discarded_is_not_found_afterwards(h
     house.fast.open("delete")
     house.loop.turn()
     assert house.ask(1)[0].fetched.offsets == []
+
+
+def test_what_is_discarded_while_a_tier_is_asked_is_given_to_nobody_also_where_it_does_not_answer(house: House) -> None:
+    house.put(1, 2)
+    house.fast.shut.add("contains")
+    found = house.ask(1, 2, 3)
+    assert house.store.discard(house.session, [digest(2)]) == 1
+    house.loop.advance(DEADLINE_S)
+    assert house.holds(found[0], 1)
+    house.fast.open("contains")

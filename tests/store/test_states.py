@@ -251,6 +251,18 @@ def test_a_session_that_ends_meanwhile_is_not_answered_and_holds_nothing(house: 
     assert house.store.figures()["pinned_nbytes"] == 0
 
 
+def test_a_chunk_that_is_discarded_while_its_state_is_read_is_given_to_nobody(house: House) -> None:
+    house.put(house.session, 1, 2, 3)
+    house.put(house.states, 1)
+    house.keep(house.states, 3)
+    house.tier.shut.add("load")
+    found = house.ask(1, 2, 3)
+    assert house.store.discard(house.session, [digest(2)]) == 1
+    house.tier.open("load")
+    house.loop.turn()
+    house.check(found[0], 1)
+
+
 def test_a_clear_and_a_discard_take_chunks_and_states(house: House) -> None:
     house.put(house.session, 1, 2)
     house.put(house.states, 1, 2)

@@ -103,7 +103,8 @@ class Fetches:
             for index in (index for index in reversed(ends) if index < len(run.chunks)):
                 with Run(self.store, states, [digests[index]]) as state:
                     await self.filler.fill(state, until)
-                    if state.chunks:
+                    run.touch()  # a chunk may have been discarded while a tier gave the state
+                    if state.chunks and index < len(run.chunks):
                         if index + 1 < len(digests):
                             run.cut(index + 1, why or Miss.NO_STATE)
                         found = FoundState(fetched=state.lend(), source=state.sources[0])

@@ -58,16 +58,20 @@ class Filler:
 
     async def _fill_from_tiers(self, run: Run, until: Until, early: bool) -> None:
         where, in_time = await self.locate(run.session, run.missing, until)
-        if not in_time:
+        if in_time:
+            await self._bring(run, where, until, early)
+        else:
             run.why = Miss.TIER_LATE
-            return
+        run.touch()  # in either case: what was discarded while a tier was asked is given to nobody
+
+    async def _bring(self, run: Run, where: Sequence[int | None], until: Until, early: bool) -> None:
+        """Have read what a tier has, as `where` says, and wait for it, or lend it early."""
         promotions = self._promote(run, where)
         lent = early and self._lend_early(run, until.limit_s)
         for tier in self.tiers:
             tier.add([chunk for chunk in promotions if chunk.tier == tier.number], until.limit_s)
         if not lent:
             await self._arrive(run, until)
-        run.touch()
 
     async def locate(self, session: Session, keys: Sequence[bytes], until: Until) -> tuple[list[int | None], bool]:
         """For each key the first working tier that has it, as far as is known; whether all have said so in time."""
