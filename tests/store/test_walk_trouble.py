@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
+from kvkeep.store.below.fetches import FetchLimits, Found
 from kvkeep.telemetry import Miss
 from kvkeep.testing.doubles.gate_tier import ManualLoop
 
@@ -79,6 +80,38 @@ def test_a_tier_that_fails_while_another_is_asked_is_not_read(house: House) -> N
     house.loop.turn()
     assert (first[0].fetched.offsets, first[0].why) == ([], Miss.TIER_LEFT_ALONE)
     assert len([verb for verb, _ in house.fast.calls if verb == "load"]) == 1, "only the one that failed"
+
+
+@pytest.mark.parametrize("verb", ["contains", "load"])
+def test_a_bug_in_a_tier_is_a_miss_and_a_tier_left_alone_and_keeps_no_memory(
+    house: House, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.on(house.fast, 1)
+
+    async def bug(*_: object) -> None:
+        raise LookupError("a plugin's own exception")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.fast, verb, bug)
+        found: list[Found] = []
+
+        async def fetch() -> None:
+            digests = [digest(1)]
+            found.append(await house.walk.fetches.fetch(house.session, digests, FetchLimits(DEADLINE_S)))
+
+        async def go() -> None:
+            house.walk.tasks.start(fetch())
+
+        house.loop.run_until_complete(go())
+        with pytest.raises(LookupError):
+            house.loop.turn()
+        house.loop.turn()
+    assert found[0].why in (Miss.TIER_FAILED, Miss.TIER_LEFT_ALONE)
+    assert house.store.figures()["writing_nbytes"] == 0
+    house.loop.advance(1.1)
+    house.ask(1)
+    (found_again,) = house.ask(1)
+    assert house.holds(found_again, 1), "it works again"
 
 
 def test_what_was_evicted_between_the_question_and_the_read_is_no_failure(house: House) -> None:

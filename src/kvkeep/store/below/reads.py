@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from kvkeep.errors import TierError
@@ -24,6 +25,7 @@ log = logging.getLogger("kvkeep.store")
 SLICE_NBYTES = 8 << 20  # of one request, so that another's turn comes soon
 EARLY_NBYTES = 256 << 20  # where a step waits for the first range of every chunk
 UNDER_WAY_NBYTES = 64 << 20
+BUG = "it died of a bug, whose traceback is in the log"
 
 
 class Until(NamedTuple):
@@ -76,6 +78,9 @@ class TierReads:
         task = await self.tasks.wait(self._contains(keys, until.limit_s), until.left_s)
         if not task.done():
             raise TimeoutError
+        if task.exception() is not None:
+            self.overdue(BUG)
+            return [False] * len(keys)
         return task.result()
 
     def probe(self, keys: Sequence[bytes], sizes: Sequence[int], limit_s: float) -> None:
@@ -139,7 +144,8 @@ class TierReads:
                 first = slices[0][0].early is not None
                 (self._queue.appendleft if first else self._queue.append)((slices, limit_s))
             self.under_way_nbytes += _nbytes(piece)
-            self.tasks.start(self._read(piece, limit_s))
+            reading = self.tasks.start(self._read(piece, limit_s))
+            reading.add_done_callback(partial(self._ended, piece))
 
     async def _read(self, piece: list[Promotion], limit_s: float) -> None:
         late = asyncio.get_running_loop().call_later(limit_s, self._fall_due, piece)
@@ -156,6 +162,14 @@ class TierReads:
         for promotion, got in zip(piece, sums, strict=True):
             self.promotions.settle(promotion, got)
         self._start()
+
+    def _ended(self, piece: Sequence[Promotion], reading: asyncio.Task[None]) -> None:
+        """After a bug, as a plugin's, its chunks come to an end too: else they would be waited for for ever."""
+        if not reading.cancelled() and reading.exception() is not None:
+            self.overdue(BUG, piece)
+            for promotion in piece:
+                if self.promotions.get(promotion.entry.key) is promotion:
+                    self.promotions.settle(promotion, None)
 
     def _fall_due(self, piece: list[Promotion]) -> None:
         """Its limit is over and the tier has not answered."""
