@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -126,3 +127,16 @@ def test_digests_travel_as_one_piece(count: int, rest: int) -> None:
             m.split_digests(b"".join(digests) + bytes(rest))
     else:
         assert m.split_digests(b"".join(digests)) == digests
+
+
+@pytest.mark.parametrize("start", [b"\x90", b"\x01\x08"], ids=["garbage", "a hello"])
+def test_the_version_is_read_without_making_objects_of_what_follows(start: bytes) -> None:
+    count = 1 << 19
+    payload = b"\xdd" + (count + len(start)).to_bytes(4, "big") + start + count * b"\x90"  # empty lists
+    tracemalloc.start()
+    try:
+        assert m.version_in(payload) == (8 if start == b"\x01\x08" else None)
+        _, most_nbytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_nbytes < 1 << 20, "who says hello so must not take the store's memory, nor the others' time"

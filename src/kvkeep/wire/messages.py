@@ -258,10 +258,19 @@ class Refused(msgspec.Struct, frozen=True, tag=17, array_like=True):
 ToStore = Hello | Control | Fetch | Reserve | Commit | Release | Discard | Clear | Rename | AskStats | Bye
 FromStore = Welcome | Matched | Granted | Committed | Cleared | Stats | Refused
 
+
+class _Start(msgspec.Struct, array_like=True):
+    """How any first message begins, in every version; what follows is skipped, and not made into objects."""
+
+    tag: int
+    version: int
+
+
 _FIRST_TAGS = (Hello.__struct_config__.tag, Control.__struct_config__.tag)
 _encoder = msgspec.msgpack.Encoder()
 _to_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToStore)
 _from_store: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromStore)
+_start: msgspec.msgpack.Decoder[_Start] = msgspec.msgpack.Decoder(_Start)
 
 
 def encoded(message: ToStore | FromStore) -> bytes:
@@ -290,10 +299,10 @@ def decoded_by_client(payload: bytes) -> FromStore:
 def version_in(payload: bytes) -> int | None:
     """The version in a first message, whatever else that version of it has; None in any other message."""
     try:
-        tag, version = msgspec.msgpack.decode(payload)[:2]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, ValueError, KeyError):
+        start = _start.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return version if tag in _FIRST_TAGS and isinstance(version, int) else None
+    return start.version if start.tag in _FIRST_TAGS else None
 
 
 def commit_parts(sums: Sequence[bytes]) -> Iterator[slice]:
