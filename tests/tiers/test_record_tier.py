@@ -194,6 +194,32 @@ def test_a_clear_that_the_place_does_not_keep_says_so_and_holds_and_is_kept_late
     run(test)
 
 
+def test_a_put_of_epochs_that_is_late_does_not_undo_a_later_clear(run: Any) -> None:
+    async def main() -> None:
+        place = MemoryPlace()
+        tier = await open_record_tier("place", place)
+        gate, held, put, kept = asyncio.Event(), [True], place.put, []
+
+        async def late(puts: Sequence[Put]) -> list[bool]:
+            if held:
+                held.clear()
+                await gate.wait()
+            answers = await put(puts)
+            kept.append(set(decode_epochs(bytes(puts[0].parts[0])).namespaces))
+            return answers
+
+        place.put = late  # type: ignore[method-assign]
+        clears = [asyncio.ensure_future(tier.clear(namespace)) for namespace in (b"a" * 16, b"b" * 16)]
+        await asyncio.wait(clears, timeout=0.05)
+        gate.set()
+        await asyncio.gather(*clears)
+        counts = [len(namespaces) for namespaces in kept]
+        assert (counts == sorted(counts), counts[-1]) == (True, 2), "they only rise"
+        await tier.aclose()
+
+    run(main)
+
+
 @pytest.mark.parametrize("octets", [None, b"", b"{}\n", b"x" * 2000])
 def test_without_epochs_nothing_of_before_is_given(run: Any, octets: bytes | None) -> None:
     async def test() -> None:

@@ -6,8 +6,9 @@ had any, all that is there is of an older epoch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class PlaceEpochs:
     now: Epochs
     clock_ns: Callable[[], int]
     durable: bool = True
+    _keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def of(self, key: bytes) -> int:
         """The epoch that the record of a key must carry."""
@@ -49,12 +51,15 @@ class PlaceEpochs:
         await self.keep()
 
     async def keep(self) -> None:
-        """Put the epochs of now into the place, if it does not have them."""
-        while not self.durable:
-            kept = self.now
-            if not all(await self.place.put([Put(NAME, [np.frombuffer(encode_epochs(kept), np.uint8)])])):
-                raise TierUnavailable("what was cleared may be found again after a restart: the place keeps no epochs")
-            self.durable = kept is self.now
+        """Put the epochs of now into the place, if it does not have them; one put at a time, so that they only rise."""
+        async with self._keeping:
+            while not self.durable:
+                kept = self.now
+                if not all(await self.place.put([Put(NAME, [np.frombuffer(encode_epochs(kept), np.uint8)])])):
+                    raise TierUnavailable(
+                        "what was cleared may be found again after a restart: the place keeps no epochs"
+                    )
+                self.durable = kept is self.now
 
 
 async def read_epochs(place: Place, clock_ns: Callable[[], int]) -> PlaceEpochs:
