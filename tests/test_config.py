@@ -432,6 +432,15 @@ def test_a_store_process_reads_what_was_parsed() -> None:
     assert Config().json() == "{}"
 
 
+def test_a_path_that_is_no_utf_8_stays_with_the_engine_and_is_refused_where_the_store_needs_it() -> None:
+    odd = "/tmp/\udcff"
+    config = Config(trace_path=odd, store=f"unix:{odd}", policy="fifo")
+    assert msgspec.json.decode(config.json(), type=Config) == Config(policy="fifo")
+    for wrong in ({"disk_path": odd}, {"tiers": [{"kind": "disk", "path": odd}]}):
+        with pytest.raises(ConfigError, match="path is"):
+            Config(**wrong)  # type: ignore[arg-type]
+
+
 def test_every_policy_that_may_be_set_is_there() -> None:
     for name in POLICIES:
         assert f'"{name}"' in right_values(Config)["policy"]

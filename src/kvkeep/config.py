@@ -57,6 +57,8 @@ def _read_directories(value: object, _written: str) -> object:
         raise ValueError("no directories")
     if not all(isinstance(path, str) and path.startswith("/") and "\0" not in path for path in paths):
         raise ValueError("not absolute")
+    for path in paths:
+        path.encode()  # UnicodeEncodeError, a ValueError: one that is no UTF-8 does not reach the store, as JSON
     return paths
 
 
@@ -242,8 +244,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return max(_AUTO_SMALLEST_NBYTES, min(_AUTO_LARGEST_NBYTES, quarter))
 
     def json(self) -> str:
-        """All settings that are not the default, as the store process reads them."""
-        return msgspec.json.encode(self).decode()
+        """All settings of a store that are not the default, as its process reads them; paths of the engine's stay."""
+        return msgspec.json.encode(msgspec.structs.replace(self, store="private", trace_path="")).decode()
 
 
 def check_setting(name: str, value: object, written: str, *, from_text: bool = False) -> Any:
