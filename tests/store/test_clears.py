@@ -53,6 +53,22 @@ def test_a_clear_that_a_tier_did_not_do_names_it_and_reaches_the_others(
     assert house.slow.chunks == {}
 
 
+def test_a_clear_that_ends_in_a_bug_of_a_tier_is_answered_and_reaches_the_others(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.on(house.slow, 1)
+
+    async def bug(namespace: bytes | None) -> None:
+        raise LookupError("a plugin's own exception")
+
+    monkeypatch.setattr(house.fast, "clear", bug)
+    why = house.loop.run_until_complete(house.walk.clear(house.session.namespace))
+    assert why.startswith("tier fast: a bug: LookupError")
+    assert house.slow.chunks == {}
+    with pytest.raises(LookupError):
+        house.loop.turn()  # as the task that it was
+
+
 def test_a_tier_that_does_not_answer_is_not_for_good(house: House) -> None:
     house.fast.shut.add("clear")
     task = clearing(house)

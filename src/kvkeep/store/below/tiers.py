@@ -229,7 +229,10 @@ class TierWalk:
     async def _within(self, limit_s: float, verb: Coroutine[None, None, None]) -> TierError | None:
         """Wait for a verb for at most `limit_s`, then leave it to itself; what went wrong."""
         task = await self.tasks.wait(_failure(verb), limit_s)
-        return task.result() if task.done() else TierUnavailable(f"no answer within {limit_s:.0f} s")
+        if not task.done():
+            return TierUnavailable(f"no answer within {limit_s:.0f} s")
+        bug = task.exception()  # which is in the log
+        return task.result() if bug is None else TierUnavailable(f"a bug: {bug!r}")
 
 
 async def _failure(verb: Coroutine[None, None, None]) -> TierError | None:
