@@ -198,6 +198,10 @@ def test_a_tier_that_does_not_say_in_time_is_done_without(house: House) -> None:
     assert found == []
     house.loop.advance(DEADLINE_S)
     house.check(found[0], 1)
+    assert found[0].why is Miss.TIER_LATE
+    nothing = house.ask(3)
+    house.loop.advance(DEADLINE_S)
+    assert (nothing[0].state, nothing[0].why) == (None, Miss.TIER_LATE)
     house.tier.open("contains")
 
 

@@ -96,10 +96,12 @@ class Fetches:
 
     async def _to_a_state(self, session: Session, states: Session, digests: Sequence[bytes], until: Until) -> Found:
         """The run that ends at the last state that comes; the tiers are read only for what leads to a state."""
-        ends = await self._state_indexes(states, digests, until)
+        ends, in_time = await self._state_indexes(states, digests, until)
         with Run(self.store, session, digests[: ends[-1] + 1 if ends else 0]) as run:
             await self.filler.fill(run, until)
             why = run.why
+            if not in_time and why in (None, Miss.NOT_STORED):
+                why = Miss.TIER_LATE
             for index in (index for index in reversed(ends) if index < len(run.chunks)):
                 with Run(self.store, states, [digests[index]]) as state:
                     await self.filler.fill(state, until)
@@ -112,15 +114,15 @@ class Fetches:
                     why = why or (state.why if state.why is not Miss.NOT_STORED else None)
         return Found(Fetched(0, [], {}), {}, why or self._no_state(session, digests, ends))
 
-    async def _state_indexes(self, states: Session, digests: Sequence[bytes], until: Until) -> list[int]:
-        """The chunks at whose ends the pool or a tier has a state, as far as is known in time, in order."""
+    async def _state_indexes(self, states: Session, digests: Sequence[bytes], until: Until) -> tuple[list[int], bool]:
+        """The chunks at whose ends the pool or a tier has a state, in order; whether all tiers have said so in time."""
         keys = self.store.keys(states, digests)
         known = dict(enumerate(self.store.index.contains(keys)))
-        lacking = [index for index, here in known.items() if not here]
+        lacking, in_time = [index for index, here in known.items() if not here], True
         if self.filler.may_help(states, until.left_s):
-            where, _ = await self.filler.locate(states, [keys[index] for index in lacking], until)
+            where, in_time = await self.filler.locate(states, [keys[index] for index in lacking], until)
             known |= {index: tier is not None for index, tier in zip(lacking, where, strict=True)}
-        return [index for index, there in known.items() if there]
+        return [index for index, there in known.items() if there], in_time
 
     def _no_state(self, session: Session, digests: Sequence[bytes], ends: Sequence[int]) -> Miss:
         """Why there is no state although nothing failed: a tier that cannot be asked now may have one."""
