@@ -26,14 +26,12 @@ def loaded(code: str) -> set[str]:
 
 
 @pytest.mark.process
-@pytest.mark.process
 def test_importing_kvkeep_loads_nothing_heavy() -> None:
     found = loaded("import kvkeep")
     assert {name for name in found if name.startswith("kvkeep")} == {"kvkeep", "kvkeep.errors"}
     assert found.isdisjoint({"torch", "numpy", "msgspec", "vllm", "asyncio"})
 
 
-@pytest.mark.process
 @pytest.mark.process
 def test_settings_need_no_numpy_and_no_torch() -> None:
     found = loaded("from kvkeep import Config, Disk; Config(tiers=[Disk(path='/a')])")

@@ -69,8 +69,6 @@ class Results:
         return loaded
 
 
-log = logging.getLogger("kvkeep")
-
 IDLE_WAIT_S = 0.005  # how long a step without a forward may wait for a copy
 
 
