@@ -286,7 +286,7 @@ def test_a_request_with_an_adapter_counts_from_its_arrival_on_among_those_that_m
     arrived: list[tuple[str, list[int]]] = []
     connector: Any = object.__new__(KVKeepConnector)
     connector._own_cache, connector._requests = None, Requests()
-    connector.planner = SimpleNamespace(arrived=lambda name, tokens: arrived.append((name, tokens)))
+    connector.planner = SimpleNamespace(announce=lambda name, tokens: arrived.append((name, tokens)))
     request = SimpleNamespace(request_id="adapted", all_token_ids=[1, 2, 3], lora_request=SimpleNamespace())
     connector.on_new_request(request)
     assert arrived == [("adapted", [1, 2, 3])]
