@@ -108,7 +108,8 @@ class Faulted(Run):
             if self.of_states is not None:
                 self.finish()
         self.finish()
-        rise = {name: count - before[name] for name, count in self.accounts().items() if count != before[name]}
+        after = self.accounts()  # a tier is counted from its first chunk on
+        rise = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
         ends = [self.reasons[name] for name in names]
         return {"tokens": [self.answers[name] for name in names], "ends": ends, "rise": rise}
 
@@ -458,7 +459,7 @@ def one_way(model: str, way: str, folder: Path) -> dict[str, object]:
         for name in [*names, *(of_states if run.of_states is not None else ())]:
             if name != "one layer" or by_layer:
                 facts[f"{kind}: {name}"] = case(run, name)
-    totals = {name: count - before[name] for name, count in run.accounts().items()}
+    totals = {name: count - before.get(name, 0) for name, count in run.accounts().items()}
     run.engine.engine_core.shutdown()
     run.store.kill()
     return {"cases": facts, "totals": totals}
