@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kvkeep.testing.doubles.faulty_files import FaultyDisk, flip_bit
 from kvkeep.testing.suites.tiers import key, memory_for, write_of
-from kvkeep.tiers.disk.by_range import PIECE_NBYTES, pieces
 from kvkeep.tiers.disk.disk import DiskTier
+from kvkeep.tiers.disk.reads import PIECE_NBYTES, pieces
 from kvkeep.tiers.record import header_nbytes, record_nbytes
 from kvkeep.tiers.tier import Write
 

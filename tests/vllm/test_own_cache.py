@@ -44,7 +44,7 @@ def asked(manager, name: str):
 
 
 def test_a_reset_is_seen_once(manager):
-    from kvkeep.doors.vllm.cache import OwnCache
+    from kvkeep.doors.vllm.connector import OwnCache
 
     cache = OwnCache(manager)
     for _ in range(3):
@@ -55,7 +55,7 @@ def test_a_reset_is_seen_once(manager):
 
 
 def test_what_requests_do_and_what_is_evicted_is_no_reset(manager):
-    from kvkeep.doors.vllm.cache import OwnCache
+    from kvkeep.doors.vllm.connector import OwnCache
 
     cache = OwnCache(manager)
     one, other = asked(manager, "one"), asked(manager, "other")

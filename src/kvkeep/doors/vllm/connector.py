@@ -29,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.v1.core.block_pool import BlockHashToBlockMap
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -40,7 +41,6 @@ from kvkeep.config import Config
 from kvkeep.core.identity import Identity
 from kvkeep.doors.vllm import facts
 from kvkeep.doors.vllm.adapters import Background, RankAdapters
-from kvkeep.doors.vllm.cache import OwnCache
 from kvkeep.doors.vllm.chain import Requests
 from kvkeep.doors.vllm.log import join_log, leave_log
 from kvkeep.doors.vllm.messages import PlanMeta, RankMeta, ReportMeta
@@ -55,6 +55,28 @@ from kvkeep.telemetry import Figures, Miss
 log = logging.getLogger("kvkeep")
 
 HIT_SOURCES = {"pool": CacheHitSource.HOST, "disk": CacheHitSource.DISK}  # of any other tier: unspecified
+
+
+class OwnCache:
+    """Notices when vLLM empties its own prefix cache, which vLLM reports to a connector only where it is asked to.
+
+    Only emptying it as a whole replaces its map of block hashes by another object.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._manager = manager
+        self._maps = self._maps_now()
+
+    def was_emptied(self) -> bool:
+        """True if it was emptied since the last call."""
+        before, self._maps = self._maps, self._maps_now()
+        return any(old is not new for old, new in zip(before, self._maps, strict=True))
+
+    def _maps_now(self) -> list[BlockHashToBlockMap]:
+        # the maps themselves, not their ids: an id may be used again once its map is gone
+        return [
+            manager.block_pool.cached_block_hash_to_block for manager in self._manager.coordinator.single_type_managers
+        ]
 
 
 class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
